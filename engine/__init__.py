@@ -1,0 +1,1 @@
+"""Requests to batches to tokens. No HTTP, no text."""

@@ -1,0 +1,60 @@
+"""What the server sees of the engine."""
+
+from typing import Literal, Protocol
+
+from engine.messages import Event, Ready, Stats, Submit
+
+EngineState = Literal["starting", "ready", "restarting", "stopped", "failed"]
+
+
+class EngineUnavailable(RuntimeError):
+    """The engine takes no requests now (starting, restarting, stopped); `retry_after_s` says when to ask again."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EventStream(Protocol):
+    """The events of one request, in order. Ends after the last Done or the one Failed."""
+
+    async def next(self) -> list[Event]:
+        """Wait for at least one event and return all that have arrived. Call it no more after the last one."""
+        ...
+
+
+class EngineClient(Protocol):
+    """A running engine, in another process or in this one. All methods belong to one asyncio loop."""
+
+    @property
+    def state(self) -> EngineState: ...
+
+    @property
+    def ready(self) -> Ready | None:
+        """The plan, once the engine has loaded its model (kept while it restarts)."""
+        ...
+
+    @property
+    def stats(self) -> Stats:
+        """The newest figures the engine sent."""
+        ...
+
+    async def start(self) -> None:
+        """Begin loading; returns at once. Progress and the outcome show in `state`."""
+        ...
+
+    async def wait_ready(self) -> Ready:
+        """Wait until the model is loaded. Raises EngineUnavailable, with the engine's reason, when it cannot be."""
+        ...
+
+    def submit(self, request: Submit) -> EventStream:
+        """Hand a request over. Raises EngineUnavailable when the engine is not ready; changes nothing then."""
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request and drop its events. Unknown and finished ids are fine; safe to call twice."""
+        ...
+
+    async def stop(self) -> None:
+        """End the engine at once. Requests in flight get Failed(kind="engine")."""
+        ...

@@ -1,0 +1,128 @@
+"""What a user may decide about the engine, and how every "auto" is decided: resolve(config, facts) -> Plan.
+
+Nothing here imports torch: the server reads these types too.
+"""
+
+import math
+from typing import Literal
+
+import msgspec
+
+Device = Literal["auto", "cpu", "cuda"]
+PAGE_SIZES = (16, 32, 64, 128)
+KV_SHARE_OF_FREE_MEMORY = 0.5  # of what is free once weights are counted, when --kv-memory is not given
+ACTIVATION_RESERVE_BYTES = 256 << 20  # working memory of one step, kept out of the cache
+
+
+class ConfigError(ValueError):
+    """A setting cannot be honoured; the message names it and what would work."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True):
+    """The user's wishes. None and "auto" are decided by `resolve`."""
+
+    model: str  # a folder
+    device: Device = "auto"
+    kernel: str = "auto"  # or the name of one back end every layer must use
+    kv_policy: str = "f16"
+    kv_memory: int | None = None  # bytes
+    page_size: int = 64
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_batch_tokens: int = 512
+    prefix_caching: bool = True
+    threads: int | None = None
+
+
+class ModelFacts(msgspec.Struct, frozen=True):
+    """What `resolve` must know of the model and the machine."""
+
+    max_position: int  # the context the checkpoint was made for, after RoPE scaling
+    kv_bytes_per_token: int  # all layers, keys and values
+    weight_bytes: int
+    free_memory: int  # bytes available before the weights are read
+    num_cores: int
+    has_cuda: bool
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """Every decision, made once. The engine reads only this."""
+
+    device: str
+    kernel: str | None  # the one back end insisted on, or None
+    kv_policy: str
+    page_size: int
+    num_pages: int
+    max_model_len: int
+    max_num_seqs: int
+    max_batch_tokens: int
+    prefix_caching: bool
+    threads: int
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return self.num_pages * self.page_size
+
+
+def resolve(config: EngineConfig, facts: ModelFacts) -> Plan:
+    """Decide every "auto". Raises ConfigError naming the setting that cannot be honoured."""
+    _check(config, facts)
+    max_model_len = config.max_model_len or facts.max_position
+    num_pages = _num_pages(config, facts, max_model_len)
+    capacity = num_pages * config.page_size
+    if config.max_model_len is not None and capacity < config.max_model_len:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} needs {config.max_model_len * facts.kv_bytes_per_token:,} bytes of "
+            f"KV cache, but it holds {capacity} tokens: raise --kv-memory or lower --max-model-len"
+        )
+    device = ("cuda" if facts.has_cuda else "cpu") if config.device == "auto" else config.device
+    return Plan(
+        device=device,
+        kernel=None if config.kernel == "auto" else config.kernel,
+        kv_policy=config.kv_policy,
+        page_size=config.page_size,
+        num_pages=num_pages,
+        max_model_len=min(max_model_len, capacity),
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens,
+        prefix_caching=config.prefix_caching,
+        threads=config.threads or facts.num_cores,
+    )
+
+
+def _check(config: EngineConfig, facts: ModelFacts) -> None:
+    if config.page_size not in PAGE_SIZES:
+        raise ConfigError(f"page_size {config.page_size} is not one of {PAGE_SIZES}")
+    for name in ("max_num_seqs", "max_batch_tokens", "threads", "max_model_len", "kv_memory"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, found {value}")
+    if config.max_batch_tokens < config.max_num_seqs:
+        raise ConfigError(
+            f"max_batch_tokens {config.max_batch_tokens} is less than max_num_seqs {config.max_num_seqs}: "
+            "every running sequence needs one token in a step"
+        )
+    if config.max_model_len is not None and config.max_model_len > facts.max_position:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} exceeds the {facts.max_position} positions of the checkpoint"
+        )
+    if config.device == "cuda" and not facts.has_cuda:
+        raise ConfigError("device cuda was asked for, but torch finds no CUDA device: use --device cpu")
+
+
+def _num_pages(config: EngineConfig, facts: ModelFacts, max_model_len: int) -> int:
+    """Pages of the cache: the byte budget, or a share of free memory, no more than max_num_seqs full contexts."""
+    page_bytes = facts.kv_bytes_per_token * config.page_size
+    if config.kv_memory is not None:
+        num_pages = config.kv_memory // page_bytes
+        if num_pages < 1:
+            raise ConfigError(f"kv_memory {config.kv_memory:,} bytes holds no page of {page_bytes:,} bytes")
+        return num_pages
+    free = facts.free_memory - facts.weight_bytes - ACTIVATION_RESERVE_BYTES
+    num_pages = int(max(free, 0) * KV_SHARE_OF_FREE_MEMORY) // page_bytes
+    if num_pages < 1:
+        raise ConfigError(
+            f"{facts.free_memory:,} bytes are free and the weights take {facts.weight_bytes:,}: no room is left for a "
+            "KV cache. Use a smaller model or free memory, or set --kv-memory yourself"
+        )
+    return min(num_pages, config.max_num_seqs * math.ceil(max_model_len / config.page_size))

@@ -1,0 +1,166 @@
+"""All that crosses the line between server and engine: token ids and native types, encoded with msgspec.
+
+    server -> engine   Submit · Cancel · Shutdown
+    engine -> server   Loading* · Ready, then Token · PromptLogprobs · Done · Failed · Stats, or StartFailed
+
+A Submit with n choices ends in exactly n Done (one per choice index), or in exactly one Failed.
+"""
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "cancelled"]
+FailureKind = Literal["invalid", "capacity", "engine"]
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How ids are drawn from logits. Neutral values switch a rule off."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps all
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    num_logprobs: int | None = None  # None: none; k >= 0: the chosen token's and the k most likely
+    num_prompt_logprobs: int | None = None  # likewise, for every prompt token but the first
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """A new request. `id` must not be in use; `arrival` is time.monotonic() when the server accepted it."""
+
+    id: str
+    prompt: list[int]  # at least one token id
+    sampling: Sampling
+    arrival: float
+    n: int = 1  # choices that share the prompt's pages
+    priority: int = 0  # lower runs earlier; equal is first come, first served
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Stop a request; every unfinished choice ends with Done(reason="cancelled"). Unknown ids are ignored."""
+
+    id: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Leave the loop now; the server has drained what it wanted to drain."""
+
+
+class Logprobs(msgspec.Struct, frozen=True):
+    """Natural-log probabilities under the model itself, before temperature, penalties and bias."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]] = []  # (token id, logprob), most likely first
+
+
+class Token(msgspec.Struct, frozen=True, tag=True):
+    """One generated token of one choice."""
+
+    id: str
+    index: int
+    token: int
+    logprobs: Logprobs | None = None
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, tag=True):
+    """Sent once, before the first Token: entry i belongs to prompt token i + 1."""
+
+    id: str
+    entries: list[Logprobs]
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """One choice ended. Seconds are measured by the engine."""
+
+    id: str
+    index: int
+    reason: FinishReason
+    stop_token: int | None = None  # the id that ended it: its Token was sent, its text is not part of the answer
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    num_preemptions: int = 0
+    queued_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The request ended without an answer. invalid: the caller's fault; capacity: never fits; engine: ours."""
+
+    id: str
+    kind: FailureKind
+    message: str
+
+
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    """Gauges as of now, and counters since the engine started (`*_total`)."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    pages_used: int = 0  # held by sequences
+    pages_cached: int = 0  # held by the prefix index alone: reusable, evictable
+    pages_total: int = 0
+    prefix_queries_total: int = 0  # prompt tokens looked up
+    prefix_hits_total: int = 0  # prompt tokens found
+    preemptions_total: int = 0
+    steps_total: int = 0
+    batch_tokens_total: int = 0  # rows computed, prefill and decode
+    step_seconds_total: float = 0.0
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """Progress of reading weights."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+class PlanSummary(msgspec.Struct, frozen=True):
+    """What the engine decided, for the start screen, /v1/models and admission in the server."""
+
+    model: str  # where it was loaded from
+    architecture: str
+    format: str  # "compressed-tensors 4-bit g64"
+    device: str
+    dtype: str  # of activations
+    kernels: list[tuple[str, str, str]]  # (what, kernel that runs, why the others refused)
+    kv_policy: str
+    page_size: int  # tokens
+    num_pages: int
+    kv_bytes_per_token: int
+    weight_bytes: int
+    max_model_len: int  # tokens of one request, prompt and answer
+    max_num_seqs: int
+    max_batch_tokens: int
+    prefix_caching: bool
+    threads: int
+    vocab_size: int
+    load_seconds: float
+    decode_tokens_per_s: float  # one sequence, measured at start
+    eos_token_ids: tuple[int, ...] = ()
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The model is loaded and the engine takes requests."""
+
+    plan: PlanSummary
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    """The engine could not start; the message says what to do. The process ends after sending it."""
+
+    message: str
+
+
+Inbound = Submit | Cancel | Shutdown
+Event = Token | PromptLogprobs | Done | Failed
+Outbound = Token | PromptLogprobs | Done | Failed | Stats | Loading | Ready | StartFailed

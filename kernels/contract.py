@@ -1,0 +1,120 @@
+"""What a kernel promises: the specs it is asked about, the verbs it offers, and how one is chosen.
+
+A *family* (``affine``, ``dense``, ...) has one weight layout and several back ends ("reference", "native",
+"triton"). A back end says whether it can serve a spec (``refuses``), repacks weights once (``prepare``) and then
+runs (``linear``). ``select`` picks the first back end that does not refuse; nothing falls back silently.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+
+class KernelRefused(ValueError):
+    """The kernel a user asked for by name cannot serve the layer; the message carries every reason."""
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One linear layer as a kernel sees it before its weights are read."""
+
+    in_features: int
+    out_features: int
+    device: torch.device
+    dtype: torch.dtype  # of the activations
+    detail: str = ""  # what the weights are, for logs and refusals: "4-bit g64"
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One attention layer as a kernel sees it: heads, head size, page size and where it runs."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    device: torch.device
+    dtype: torch.dtype  # of the activations
+    cache_dtype: torch.dtype  # of the pages
+
+
+class Kernel(Protocol):
+    """The part every back end of every op shares."""
+
+    @property
+    def name(self) -> str:
+        """ "reference", "native" or "triton"."""
+        ...
+
+    def refuses(self, spec: Any) -> str | None:
+        """Return why this back end cannot serve `spec`, or None when it can. Never raises."""
+        ...
+
+
+KernelT = TypeVar("KernelT", bound=Kernel)
+
+
+class LinearKernel(Kernel, Protocol):
+    """One back end of one weight family."""
+
+    def prepare(self, weights: Any) -> Any:
+        """Repack canonical weights for this back end, once, at load."""
+        ...
+
+    def linear(self, x: Tensor, prepared: Any) -> Tensor:
+        """Return x @ W^T.  x: [num_tokens, in_features]; result [num_tokens, out_features], x's dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """Where the rows of one step stand in the paged cache; the same for every layer.
+
+    Sequence i owns query rows ``query_starts[i] : query_starts[i + 1]``; they are its last positions, so row r of the
+    sequence has position ``context_lens[i] - num_rows_i + r`` and reads keys 0..position.
+    """
+
+    query_starts: tuple[int, ...]  # [num_seqs + 1]
+    context_lens: tuple[int, ...]  # [num_seqs] tokens in the cache once this step's rows are stored
+    block_tables: Tensor  # [num_seqs, max_pages] int64, page ids; rows padded with 0
+    slots: Tensor  # [num_tokens] int64, page id * page_size + offset, where each row's key and value go
+
+
+class AttentionKernel(Kernel, Protocol):
+    """One back end of one cache codec."""
+
+    def store(self, k: Tensor, v: Tensor, pages: Tensor, inputs: AttentionInputs) -> None:
+        """Write this step's keys and values. k, v: [num_tokens, num_kv_heads, head_dim]; mutates `pages`."""
+        ...
+
+    def attend(self, q: Tensor, pages: Tensor, inputs: AttentionInputs, scale: float) -> Tensor:
+        """Causal attention of q: [num_tokens, num_heads, head_dim] over the pages; result has q's shape and dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class Choice(Generic[KernelT]):
+    """The back end that will run, and why the faster ones will not."""
+
+    kernel: KernelT
+    refusals: tuple[str, ...]  # "name: reason", in order of preference
+
+    def __str__(self) -> str:
+        return self.kernel.name + (f" ({'; '.join(self.refusals)})" if self.refusals else "")
+
+
+def select(kernels: Sequence[KernelT], spec: object, only: str | None = None) -> Choice[KernelT]:
+    """Return the first of `kernels` (fastest first) that serves `spec`.
+
+    `only` names the one back end the user insists on. Raises KernelRefused, with every reason, when none is left.
+    """
+    refusals: list[str] = []
+    for kernel in kernels:
+        reason = f"not the requested {only!r}" if only not in (None, kernel.name) else kernel.refuses(spec)
+        if reason is None:
+            return Choice(kernel, tuple(refusals))
+        refusals.append(f"{kernel.name}: {reason}")
+    raise KernelRefused(f"no kernel serves {spec}: " + "; ".join(refusals or ["none is registered"]))

@@ -1,0 +1,106 @@
+"""Canonical weights of the affine family (GPTQ, AWQ, compressed-tensors pack-quantized, ...).
+
+    w[n, k] = scale[n, k // G] * (code[n, k] - zero[n, k // G])
+
+Codes of one row are a little-endian bit stream: code k occupies bits [k*b, (k+1)*b) of the row, bit 0 being the lowest
+bit of byte 0. For 4 bits that is low nibble first; it is the byte image of a GPTQ column or a compressed-tensors row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_BITS = 8
+
+
+@dataclass(frozen=True)
+class AffineWeights:
+    """One matrix [N, K] in groups of G input channels. Raises ValueError, naming the field, when sizes disagree."""
+
+    bits: int  # 1..8
+    in_features: int  # K
+    group_size: int  # G; the last group may be shorter
+    codes: Tensor  # [N, ceil(K * bits / 8)] uint8, little-endian bit stream along K
+    scales: Tensor  # [N, ceil(K / G)] float16, bfloat16 or float32
+    zeros: Tensor  # [N, ceil(K / G)] uint8, or floating; may be an expanded (stride 0) tensor
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= MAX_BITS:
+            raise ValueError(f"bits must be 1..{MAX_BITS}, found {self.bits}")
+        if self.group_size < 1:
+            raise ValueError(f"group_size must be positive, found {self.group_size}")
+        num_rows = self.codes.shape[0]
+        for name, tensor, width in (
+            ("codes", self.codes, -(-self.in_features * self.bits // 8)),
+            ("scales", self.scales, self.num_groups),
+            ("zeros", self.zeros, self.num_groups),
+        ):
+            if tuple(tensor.shape) != (num_rows, width):
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {(num_rows, width)}")
+        if self.codes.dtype != torch.uint8:
+            raise ValueError(f"codes must be uint8, found {self.codes.dtype}")
+
+    @property
+    def family(self) -> str:
+        return "affine"
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def num_groups(self) -> int:
+        return -(-self.in_features // self.group_size)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.codes, self.scales, self.zeros))
+
+    def describe(self) -> str:
+        return f"{self.bits}-bit g{self.group_size}"
+
+    def dequantize(self) -> Tensor:
+        """Return the defining matrix, [N, K] float32: the product is rounded once, from exact integers."""
+        return self.dequantize_rows(0, self.out_features)
+
+    def dequantize_rows(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop of the defining matrix, [stop - start, K] float32, so that callers bound their memory."""
+        codes = unpack_codes(self.codes[start:stop], self.bits, self.in_features)  # [rows, K] uint8
+        zeros = self._per_channel(self.zeros[start:stop])  # [rows, K] or [rows, groups, 1]
+        scales = self._per_channel(self.scales[start:stop])
+        if self.in_features % self.group_size == 0:
+            grouped = codes.view(codes.shape[0], self.num_groups, self.group_size)
+            return grouped.float().sub_(zeros).mul_(scales).view(codes.shape)
+        return codes.float().sub_(zeros).mul_(scales)
+
+    def _per_channel(self, parameters: Tensor) -> Tensor:
+        """[rows, groups] -> float32 that broadcasts over the codes: a view when groups are even, spread otherwise."""
+        if self.in_features % self.group_size == 0:
+            return parameters.float().unsqueeze(-1)
+        spread = parameters.float().repeat_interleave(self.group_size, dim=1)
+        return spread[:, : self.in_features]
+
+
+def unpack_codes(packed: Tensor, bits: int, num_codes: int) -> Tensor:
+    """Little-endian bit stream [N, ceil(num_codes * bits / 8)] uint8 -> codes [N, num_codes] uint8."""
+    if bits == MAX_BITS:
+        return packed
+    if bits in (1, 2, 4):
+        per_byte = 8 // bits
+        planes = [(packed >> (bits * i)) & ((1 << bits) - 1) for i in range(per_byte)]
+        return torch.stack(planes, dim=-1).flatten(1)[:, :num_codes]
+    first_bit = torch.arange(num_codes, device=packed.device) * bits
+    padded = torch.nn.functional.pad(packed, (0, 1))  # a code may end in the byte after the last
+    low = padded[:, first_bit // 8].int()
+    high = padded[:, first_bit // 8 + 1].int()
+    return (((low | (high << 8)) >> (first_bit % 8).int()) & ((1 << bits) - 1)).to(torch.uint8)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes [N, K] uint8, each below 2**bits -> little-endian bit stream [N, ceil(K * bits / 8)] uint8."""
+    num_rows, num_codes = codes.shape
+    bit_values = (codes.unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1  # [N, K, bits]
+    stream = torch.nn.functional.pad(bit_values.flatten(1), (0, -(num_codes * bits) % 8))
+    weights = 1 << torch.arange(8, device=codes.device)
+    return (stream.view(num_rows, -1, 8) * weights).sum(-1).to(torch.uint8)
