@@ -1,10 +1,24 @@
-"""What one forward pass reads."""
+"""What one forward pass reads, and how it is made from ids and counts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from kernels.contract import AttentionInputs
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """One sequence's part of a step: `token_ids` stand at positions start, start + 1, ..."""
+
+    token_ids: list[int]  # at least one
+    start: int
+    block_table: list[int]  # page ids; covers start + len(token_ids) tokens, may be longer
+    page_size: int  # tokens
+    num_logits: int  # how many of the last rows need logits: 0 while a prompt is unfinished, usually 1
 
 
 @dataclass(frozen=True)
@@ -15,3 +29,40 @@ class Batch:
     positions: Tensor  # [num_tokens] int64
     attention: AttentionInputs
     logit_rows: Tensor  # [num_logits] int64, the rows whose next-token logits are wanted
+
+
+def build_batch(rows: Sequence[BatchRow], device: torch.device | str = "cpu") -> Batch:
+    """Lay the rows out one after the other; one tensor is made for each field.
+
+    The model's logits come in the same order: `rows[0].num_logits` of the first sequence, then the second's.
+    """
+    input_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    logit_rows: list[int] = []
+    for row in rows:
+        stop = row.start + len(row.token_ids)
+        input_ids += row.token_ids
+        positions += range(row.start, stop)
+        slots += _slots(row, stop)
+        logit_rows += range(len(input_ids) - row.num_logits, len(input_ids))
+    num_pages = max(len(row.block_table) for row in rows)
+    padded = [row.block_table + [0] * (num_pages - len(row.block_table)) for row in rows]
+    attention = AttentionInputs(
+        query_starts=tuple(accumulate((len(row.token_ids) for row in rows), initial=0)),
+        context_lens=tuple(row.start + len(row.token_ids) for row in rows),
+        block_tables=torch.tensor(padded, dtype=torch.int64, device=device),
+        slots=torch.tensor(slots, dtype=torch.int64, device=device),
+    )
+    return Batch(
+        input_ids=torch.tensor(input_ids, dtype=torch.int64, device=device),
+        positions=torch.tensor(positions, dtype=torch.int64, device=device),
+        attention=attention,
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+    )
+
+
+def _slots(row: BatchRow, stop: int) -> list[int]:
+    """Where each token of the row is stored: page id * page_size + offset in the page."""
+    table, size = row.block_table, row.page_size
+    return [table[position // size] * size + position % size for position in range(row.start, stop)]

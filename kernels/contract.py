@@ -41,6 +41,15 @@ class AttentionSpec:
     cache_dtype: torch.dtype  # of the pages
 
 
+@dataclass(frozen=True)
+class RowSpec:
+    """An op on rows (norm, RoPE, the gate of an MLP) as a kernel sees it."""
+
+    width: int  # of a row
+    device: torch.device
+    dtype: torch.dtype  # of the activations
+
+
 class Kernel(Protocol):
     """The part every back end of every op shares."""
 
@@ -92,6 +101,30 @@ class AttentionKernel(Kernel, Protocol):
 
     def attend(self, q: Tensor, pages: Tensor, inputs: AttentionInputs, scale: float) -> Tensor:
         """Causal attention of q: [num_tokens, num_heads, head_dim] over the pages; result has q's shape and dtype."""
+        ...
+
+
+class NormKernel(Kernel, Protocol):
+    """One back end of RMSNorm."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x: [..., width], weight: [width] of x's dtype -> x's shape and dtype."""
+        ...
+
+
+class RopeKernel(Kernel, Protocol):
+    """One back end of the rotary position embedding."""
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: [num_tokens, heads, D]; cos, sin: [num_tokens, D / 2] float32 -> x's shape and dtype."""
+        ...
+
+
+class ActivationKernel(Kernel, Protocol):
+    """One back end of SwiGLU."""
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """gate, up: [num_tokens, width] -> silu(gate) * up, the same shape and dtype."""
         ...
 
 

@@ -1,0 +1,1 @@
+"""One folder per cache codec; verbs store and attend."""

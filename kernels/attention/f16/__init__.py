@@ -1,0 +1,6 @@
+"""Pages of plain floating point: float16, or float32 for the oracle that tests compare with."""
+
+from kernels.attention.f16.reference import F16Reference
+from kernels.contract import AttentionKernel
+
+KERNELS: tuple[AttentionKernel, ...] = (F16Reference(),)  # fastest first

@@ -1,0 +1,6 @@
+"""RMSNorm."""
+
+from kernels.contract import NormKernel
+from kernels.norm.reference import NormReference
+
+KERNELS: tuple[NormKernel, ...] = (NormReference(),)  # fastest first

@@ -1,0 +1,27 @@
+"""The definition of the rotary position embedding, in the "rotate half" pairing of Hugging Face checkpoints."""
+
+import torch
+from torch import Tensor
+
+from kernels.contract import RowSpec
+
+
+class RopeReference:
+    """Channels i and i + D/2 of a head turn together by angle[i]:
+
+        y[i]       = x[i] cos[i] - x[i + D/2] sin[i]
+        y[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i]
+
+    in float32, rounded once to x's dtype. Reads and writes x once: 2 * 4 bytes and 3 operations an element.
+    """
+
+    name = "reference"
+
+    def refuses(self, spec: RowSpec) -> str | None:
+        return None
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: [num_tokens, heads, D]; cos, sin: [num_tokens, D / 2] float32 -> x's shape and dtype."""
+        low, high = x.float().chunk(2, dim=-1)  # each [num_tokens, heads, D / 2]
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [num_tokens, 1, D / 2]
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
