@@ -1,8 +1,11 @@
-"""What the server sees of the engine."""
+"""What the server sees of the engine: the protocol, and the client that runs it in a process of its own."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, Protocol
 
-from engine.messages import Event, Ready, Stats, Submit
+from engine.config import EngineConfig
+from engine.messages import Event, Loading, Ready, Stats, Submit
 
 EngineState = Literal["starting", "ready", "restarting", "stopped", "failed"]
 
@@ -58,3 +61,20 @@ class EngineClient(Protocol):
     async def stop(self) -> None:
         """End the engine at once. Requests in flight get Failed(kind="engine")."""
         ...
+
+
+def start_engine(config: EngineConfig, on_loading: Callable[[Loading], None] | None = None) -> EngineClient:
+    """Return a client whose engine will run in a process of its own; nothing starts before `await client.start()`."""
+    from engine.remote import RemoteClient  # the implementation names this module's types
+
+    return RemoteClient(config, on_loading)
+
+
+def locate_model(model: str, revision: str | None = None, offline: bool = False) -> Path:
+    """Return the folder of a checkpoint: `model` itself when it is one, else a snapshot from the hub.
+
+    Raises CheckpointError (a ValueError) that says what is missing: network, repository, revision, access.
+    """
+    from engine.checkpoint.hub import resolve
+
+    return resolve(model, revision, offline)

@@ -1,0 +1,1 @@
+"""Who owns which page, in which precision tier. No model code."""

@@ -1,0 +1,284 @@
+"""The loop's body: receive, schedule, run, sample, emit.
+
+`EngineCore.step` takes what the server sent and returns what it must hear. It owns no process and no socket: the same
+core runs behind ZeroMQ (process.py) and inside a test.
+"""
+
+import itertools
+import os
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.batch import BatchRow, build_batch
+from engine.config import Plan
+from engine.messages import (
+    Cancel,
+    Done,
+    Event,
+    Failed,
+    FinishReason,
+    Inbound,
+    PromptLogprobs,
+    Stats,
+    Submit,
+    Token,
+)
+from engine.request import Request, Sequence
+from engine.runner import Runner
+from engine.sampling import BadLogits, Draw, choose, logprobs_of
+from engine.scheduler import Scheduler, Slice
+from kvcache.manager import KVCacheManager
+from kvcache.storage import PageStorage
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a core is made of."""
+
+    plan: Plan
+    runner: Runner
+    storage: PageStorage
+    manager: KVCacheManager
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+class EngineCore:
+    """Requests in, events out. Single-threaded: every method belongs to the thread that steps."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._manager = parts.manager
+        self._scheduler = Scheduler(parts.manager, parts.plan.max_num_seqs, parts.plan.max_batch_tokens)
+        self._live: dict[str, list[Sequence]] = {}  # unfinished choices of each request
+        self._events: list[Event] = []
+        self._sequence_ids = itertools.count()
+        self._orders = itertools.count()
+        self._num_steps = 0
+        self._num_rows = 0
+        self._step_seconds = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def step(self, inbox: Items[Inbound]) -> list[Event]:
+        """Take in messages, run one batch, and return the events it caused."""
+        started = time.monotonic()
+        self._receive(inbox)
+        slices = self._scheduler.schedule()
+        if slices:
+            self._mark_admitted(slices)
+            rows = [self._row(item) for item in slices]
+            logits = self._parts.runner.run(build_batch(rows))  # [num_logits, vocab]
+            self._advance(slices, rows, logits)
+            self._num_steps += 1
+            self._num_rows += sum(item.num_tokens for item in slices)
+            self._step_seconds += time.monotonic() - started
+        elif not self.has_work:
+            self._manager.check_integrity()
+        events, self._events = self._events, []
+        return events
+
+    def stats(self) -> Stats:
+        return Stats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            pages_used=self._manager.num_used,
+            pages_cached=self._manager.num_cached,
+            pages_total=self._manager.num_pages,
+            prefix_queries_total=self._manager.num_queried_tokens,
+            prefix_hits_total=self._manager.num_hit_tokens,
+            preemptions_total=self._scheduler.num_preemptions,
+            steps_total=self._num_steps,
+            batch_tokens_total=self._num_rows,
+            step_seconds_total=self._step_seconds,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError when the page book-keeping contradicts itself."""
+        self._manager.check_integrity()
+
+    # -- receive ---------------------------------------------------------------------------------------------------
+
+    def _receive(self, inbox: Items[Inbound]) -> None:
+        for message in inbox:
+            if isinstance(message, Submit):
+                self._submit(message)
+            elif isinstance(message, Cancel):
+                for sequence in list(self._live.get(message.id, ())):
+                    self._finish(sequence, "cancelled")
+
+    def _submit(self, submit: Submit) -> None:
+        reason = self._why_not(submit)
+        if reason is not None:
+            self._events.append(reason)
+            return
+        seed = submit.sampling.seed
+        request = Request(submit, next(self._orders), int.from_bytes(os.urandom(8)) if seed is None else seed)
+        leader = self._new_sequence(request, 0)
+        leader.num_waiting_forks = submit.n - 1
+        self._live[submit.id] = [leader]
+        self._scheduler.add(leader)
+
+    def _why_not(self, submit: Submit) -> Failed | None:
+        """Admission: whether this request can ever be served, decided before it takes anything."""
+        plan, sampling = self._parts.plan, submit.sampling
+        total = len(submit.prompt) + sampling.max_tokens
+        if submit.id in self._live:
+            return Failed(submit.id, "invalid", f"request id {submit.id!r} is in use")
+        if not submit.prompt:
+            return Failed(submit.id, "invalid", "the prompt has no tokens")
+        vocab_size = self._parts.vocab_size
+        outside = [
+            t for t in (*submit.prompt, *sampling.logit_bias, *sampling.stop_token_ids) if not 0 <= t < vocab_size
+        ]
+        if outside:
+            return Failed(submit.id, "invalid", f"token id {outside[0]} is outside the vocabulary of {vocab_size}")
+        if sampling.max_tokens < 0 or submit.n < 1:
+            return Failed(submit.id, "invalid", "max_tokens must not be negative and n must be at least 1")
+        if total > plan.max_model_len:
+            return Failed(
+                submit.id,
+                "capacity",
+                f"{len(submit.prompt)} prompt tokens and {sampling.max_tokens} to generate exceed the "
+                f"{plan.max_model_len} tokens that one request may take",
+            )
+        return None
+
+    def _new_sequence(self, request: Request, index: int) -> Sequence:
+        return Sequence(next(self._sequence_ids), request, index, list(request.submit.prompt))
+
+    # -- run -------------------------------------------------------------------------------------------------------
+
+    def _mark_admitted(self, slices: Items[Slice]) -> None:
+        now = time.monotonic()
+        for item in slices:
+            if item.sequence.admitted_at is None:
+                item.sequence.admitted_at = now
+
+    def _row(self, item: Slice) -> BatchRow:
+        sequence = item.sequence
+        tokens = sequence.tokens[item.start : item.start + item.num_tokens]
+        num_logits = item.num_tokens if sequence.wants_prompt_logprobs else int(item.completes)
+        return BatchRow(tokens, item.start, item.block_table, self._parts.plan.page_size, num_logits)
+
+    def _advance(self, slices: Items[Slice], rows: Items[BatchRow], logits: Tensor) -> None:
+        """Account for what the step stored, and sample for every sequence that is caught up."""
+        first = 0  # row of `logits`
+        for item, row in zip(slices, rows, strict=True):
+            sequence = item.sequence
+            sequence.num_computed = item.start + item.num_tokens
+            self._manager.commit(sequence.id, sequence.tokens, sequence.num_computed)
+            own = logits[first : first + row.num_logits]  # [row.num_logits, vocab]
+            first += row.num_logits
+            if sequence.wants_prompt_logprobs:
+                self._collect_prompt_logprobs(item, own)
+            if item.completes:
+                self._complete(sequence, own[-1])
+
+    def _collect_prompt_logprobs(self, item: Slice, logits: Tensor) -> None:
+        """logits: [item.num_tokens, vocab]; the row at position p scores the prompt token at p + 1."""
+        submit = item.sequence.request.submit
+        num_top = submit.sampling.num_prompt_logprobs or 0
+        for offset in range(item.num_tokens):
+            target = item.start + offset + 1
+            if target < len(submit.prompt):
+                entry = logprobs_of(logits[offset], submit.prompt[target], num_top)
+                item.sequence.request.prompt_logprobs.append(entry)
+
+    def _complete(self, sequence: Sequence, logits: Tensor) -> None:
+        """A sequence is caught up: fork its siblings off if it has just finished the prompt, then sample."""
+        if sequence.wants_prompt_logprobs:
+            self._events.append(PromptLogprobs(sequence.request.submit.id, sequence.request.prompt_logprobs))
+        family = [sequence, *self._fork(sequence)]
+        for member in family:
+            if member.finished is None:  # a failure of one choice ends them all
+                self._sample(member, logits)
+
+    def _fork(self, leader: Sequence) -> list[Sequence]:
+        """Start the other choices on the leader's pages. Those without room wait, and find the prompt in the index."""
+        running: list[Sequence] = []
+        for index in range(1, leader.num_waiting_forks + 1):
+            child = self._new_sequence(leader.request, index)
+            self._live[leader.request.submit.id].append(child)
+            copies = self._manager.fork(leader.id, child.id)
+            if copies is None or not self._scheduler.adopt(child):
+                self._manager.release(child.id)
+                self._scheduler.add(child)
+                continue
+            self._parts.storage.copy(copies)
+            child.num_computed, child.num_cached_tokens = leader.num_computed, leader.num_computed
+            child.admitted_at = leader.admitted_at
+            running.append(child)
+        leader.num_waiting_forks = 0
+        return running
+
+    # -- sample ----------------------------------------------------------------------------------------------------
+
+    def _sample(self, sequence: Sequence, logits: Tensor) -> None:
+        """Draw one token and emit it, or end the choice.  logits: [vocab]."""
+        request, sampling = sequence.request, sequence.request.submit.sampling
+        if sequence.num_generated >= sampling.max_tokens:  # max_tokens 0: the prompt was all that was wanted
+            self._finish(sequence, "length")
+            return
+        eos = self._parts.eos_token_ids
+        draw = Draw(sampling, request.seed, sequence.index, sequence.tokens, sequence.num_prompt, eos)
+        try:
+            token = choose(logits, draw)
+        except BadLogits as error:
+            self._fail(request, str(error))
+            return
+        entry = None
+        if sampling.num_logprobs is not None:
+            entry = logprobs_of(logits, token, sampling.num_logprobs)
+        if sequence.first_token_at is None:
+            sequence.first_token_at = time.monotonic()
+        sequence.tokens.append(token)
+        self._events.append(Token(request.submit.id, sequence.index, token, entry))
+        if token in sampling.stop_token_ids or (token in eos and not sampling.ignore_eos):
+            self._finish(sequence, "stop", token)
+        elif sequence.num_generated >= sampling.max_tokens:
+            self._finish(sequence, "length")
+
+    # -- end -------------------------------------------------------------------------------------------------------
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, stop_token: int | None = None) -> None:
+        """Release a choice's pages and say that it ended; forks that never started end with their leader."""
+        now = time.monotonic()
+        submit = sequence.request.submit
+        admitted = sequence.admitted_at or now
+        first_token = sequence.first_token_at or now
+        indices = [sequence.index, *range(1, sequence.num_waiting_forks + 1)]
+        for index in indices:
+            self._events.append(
+                Done(
+                    submit.id,
+                    index,
+                    reason,
+                    stop_token=stop_token,
+                    num_cached_tokens=sequence.num_cached_tokens,
+                    num_preemptions=sequence.num_preemptions,
+                    queued_s=admitted - submit.arrival,
+                    prefill_s=first_token - admitted,
+                    decode_s=now - first_token,
+                )
+            )
+        self._drop(sequence, reason)
+
+    def _fail(self, request: Request, message: str) -> None:
+        """End a whole request with an error."""
+        for sequence in list(self._live[request.submit.id]):
+            self._drop(sequence, "cancelled")
+        self._events.append(Failed(request.submit.id, "engine", message))
+
+    def _drop(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finished = reason
+        self._scheduler.remove(sequence)
+        siblings = self._live[sequence.request.submit.id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._live[sequence.request.submit.id]

@@ -1,0 +1,212 @@
+"""The client of an engine in a process of its own, which it spawns, watches and restarts.
+
+start -> starting -> ready -> (process dies) -> restarting -> ready ...
+              \\-> failed  (the first start found the model unusable: restarting would not help)
+"""
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from engine.client import EngineState, EngineUnavailable, EventStream
+from engine.config import EngineConfig
+from engine.messages import (
+    Cancel,
+    Event,
+    Inbound,
+    Loading,
+    Outbound,
+    Ready,
+    Shutdown,
+    StartFailed,
+    Stats,
+    Submit,
+)
+from engine.streams import Streams
+
+RESTART_DELAYS_S = (0.5, 1, 2, 4, 8, 15, 30)  # after the 1st, 2nd, ... death without a Ready between them
+STOP_GRACE_S = 5.0
+LAST_WORDS_S = 0.2  # for what a process sent just before it ended
+ENCODER = msgspec.msgpack.Encoder()
+DECODER = msgspec.msgpack.Decoder(list[Outbound])
+
+logger = logging.getLogger(__name__)
+
+
+class RemoteClient:
+    """An EngineClient over ZeroMQ."""
+
+    def __init__(self, config: EngineConfig, on_loading: Callable[[Loading], None] | None = None) -> None:
+        self._config = config
+        self._on_loading = on_loading
+        self._state: EngineState = "starting"
+        self._ready: Ready | None = None
+        self._stats = Stats()
+        self._streams = Streams()
+        self._changed = asyncio.Condition()
+        self._reason = "the engine is still loading its model"
+        self._socket: zmq.asyncio.Socket | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> EngineState:
+        return self._state
+
+    @property
+    def ready(self) -> Ready | None:
+        return self._ready
+
+    @property
+    def stats(self) -> Stats:
+        return self._stats
+
+    @property
+    def process_id(self) -> int | None:
+        """Of the engine, while it runs."""
+        return self._process.pid if self._process else None
+
+    async def start(self) -> None:
+        if self._supervisor is not None:
+            raise RuntimeError("the engine was started already")
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def wait_ready(self) -> Ready:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._state in ("ready", "failed", "stopped"))
+        if self._state != "ready" or self._ready is None:
+            raise self._unavailable()
+        return self._ready
+
+    def submit(self, request: Submit) -> EventStream:
+        if self._state != "ready":
+            raise self._unavailable()
+        stream = self._streams.open(request)
+        self._send(request)
+        return stream
+
+    def cancel(self, request_id: str) -> None:
+        if self._streams.discard(request_id) and self._state == "ready":
+            self._send(Cancel(request_id))
+
+    async def stop(self) -> None:
+        if self._state == "stopped":
+            return
+        await self._become("stopped", "the engine was stopped")
+        if self._socket is not None and self._process is not None:
+            self._send(Shutdown())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._process.wait()), STOP_GRACE_S)
+            if self._process is not None and self._process.returncode is None:
+                self._process.kill()
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        self._streams.fail_all(self._reason)
+
+    def _unavailable(self) -> EngineUnavailable:
+        return EngineUnavailable(self._reason, retry_after_s=5.0)
+
+    def _send(self, message: Inbound) -> None:
+        """Queue a message: without a high-water mark this never waits, so the future is done when it is returned."""
+        if self._socket is None:
+            raise self._unavailable()
+        self._socket.send(ENCODER.encode(message))
+
+    async def _become(self, state: EngineState, reason: str = "") -> None:
+        async with self._changed:
+            self._state, self._reason = state, reason
+            self._changed.notify_all()
+
+    async def _supervise(self) -> None:
+        """Run engine processes, one after the other, until stopped or until the first cannot start."""
+        num_failures = 0
+        while True:
+            was_ready = await self._run_once()
+            if self._state == "stopped":
+                return
+            if self._ready is None:
+                await self._become("failed", self._reason)
+                return
+            num_failures = 0 if was_ready else num_failures + 1
+            delay = RESTART_DELAYS_S[min(num_failures, len(RESTART_DELAYS_S) - 1)]
+            logger.error("%s; starting it again in %.1f s", self._reason, delay)
+            await asyncio.sleep(delay)
+
+    async def _run_once(self) -> bool:
+        """Spawn one process and serve it until it ends; open requests then get a clear error.
+
+        Returns whether it had become ready.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="nibble-"))
+        context = zmq.asyncio.Context()
+        try:
+            self._socket = self._bind(context, f"ipc://{folder}/engine.sock")
+            command = (sys.executable, "-m", "engine.process", f"ipc://{folder}/engine.sock")
+            self._process = await asyncio.create_subprocess_exec(*command)
+            await self._socket.send(ENCODER.encode(self._config))
+            receiver = asyncio.create_task(self._receive(self._socket))
+            code = await self._process.wait()
+            await asyncio.wait([receiver], timeout=LAST_WORDS_S)
+            receiver.cancel()
+            was_ready = self._state == "ready"
+            if self._state != "stopped":
+                await self._mourn(code)
+            return was_ready
+        finally:
+            self._kill()
+            self._socket = None
+            context.destroy(linger=0)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _bind(self, context: zmq.asyncio.Context, address: str) -> zmq.asyncio.Socket:
+        socket = context.socket(zmq.PAIR)
+        socket.set(zmq.SNDHWM, 0)
+        socket.set(zmq.RCVHWM, 0)
+        socket.bind(address)
+        return socket
+
+    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            for message in DECODER.decode(await socket.recv()):
+                await self._handle(message)
+
+    async def _handle(self, message: Outbound) -> None:
+        if isinstance(message, Stats):
+            self._stats = message
+        elif isinstance(message, Loading):
+            if self._on_loading is not None:
+                self._on_loading(message)
+        elif isinstance(message, Ready):
+            self._ready = message
+            await self._become("ready")
+        elif isinstance(message, StartFailed):
+            self._reason = message.message
+        else:
+            event: Event = message
+            self._streams.deliver([event])
+
+    async def _mourn(self, code: int) -> None:
+        """The process ended unasked: say why to everyone who waits for it."""
+        ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        self._stats = Stats(pages_total=self._stats.pages_total)
+        if self._ready is not None:
+            await self._become("restarting", f"the engine process {ended}")
+        elif code != 0:  # otherwise its StartFailed has said why
+            self._reason = f"the engine process {ended} while it loaded the model"
+        self._streams.fail_all(f"{self._reason}; the request was lost, send it again")
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()

@@ -1,0 +1,148 @@
+"""Who runs in this step, and how many tokens each. Ids and counts only, no tensors."""
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from engine.request import Sequence
+from kvcache.manager import KVCacheManager, Match
+
+
+@dataclass(frozen=True)
+class Slice:
+    """`num_tokens` of a sequence, from `start`, run in this step."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    block_table: list[int]  # the manager's own list: read it before the next change
+
+    @property
+    def completes(self) -> bool:
+        """Whether a token can be sampled afterwards: nothing of the sequence is left to compute."""
+        return self.start + self.num_tokens == len(self.sequence.tokens)
+
+
+class Scheduler:
+    """Continuous batching. Decodes go first, one token each; prompts share what is left of the step's token budget.
+
+    When pages run out the lowest-ranked running sequence gives its pages back and waits to be computed again. A waiting
+    sequence never takes pages from a running one.
+    """
+
+    def __init__(self, manager: KVCacheManager, max_num_seqs: int, max_batch_tokens: int) -> None:
+        self.num_preemptions = 0
+        self._manager = manager
+        self._max_num_seqs = max_num_seqs
+        self._max_batch_tokens = max_batch_tokens
+        self._waiting: list[Sequence] = []  # by rank
+        self._running: list[Sequence] = []  # by rank
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def sequences(self) -> list[Sequence]:
+        """Everything that is not finished."""
+        return self._running + self._waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence. The caller has checked that it fits an empty cache."""
+        insort(self._waiting, sequence, key=_rank)
+
+    def adopt(self, sequence: Sequence) -> bool:
+        """Run a fork that already holds its pages. False when there is no seat: the caller queues it instead."""
+        if len(self._running) >= self._max_num_seqs:
+            return False
+        insort(self._running, sequence, key=_rank)
+        return True
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it stands, and release its pages."""
+        for queue in (self._running, self._waiting):
+            if sequence in queue:
+                queue.remove(sequence)
+        self._manager.release(sequence.id)
+
+    def schedule(self) -> list[Slice]:
+        """Choose this step's slices; reserves their pages, admits and preempts as needed."""
+        slices: dict[int, Slice] = {}
+        decoding = [s for s in self._running if s.is_decoding]
+        prefilling = [s for s in self._running if not s.is_decoding]
+        preempted = self._run(decoding + prefilling, slices)
+        if not preempted:
+            self._admit(slices)
+        return list(slices.values())
+
+    def _run(self, sequences: Iterable[Sequence], slices: dict[int, Slice]) -> bool:
+        """Give running sequences their share. Returns whether anyone lost its pages."""
+        budget = self._max_batch_tokens
+        preempted: set[int] = set()
+        for sequence in sequences:
+            if budget == 0:
+                break
+            if sequence.id in preempted:
+                continue  # it gave its pages to a better-ranked one a moment ago
+            num_tokens = min(budget, sequence.num_uncomputed)
+            while (block_table := self._manager.extend(sequence.id, num_tokens)) is None:
+                victim = self._running[-1]
+                preempted.add(victim.id)
+                self._preempt(victim)
+                lost = slices.pop(victim.id, None)
+                budget += lost.num_tokens if lost else 0
+                if victim is sequence:
+                    break
+            if block_table is not None:
+                slices[sequence.id] = Slice(sequence, sequence.num_computed, num_tokens, block_table)
+                budget -= num_tokens
+        return bool(preempted)
+
+    def _admit(self, slices: dict[int, Slice]) -> None:
+        """Start waiting sequences, best rank first, while the step has budget and the cache has room."""
+        budget = self._max_batch_tokens - sum(item.num_tokens for item in slices.values())
+        while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
+            sequence = self._waiting[0]
+            match = self._find_prefix(sequence)
+            spare = len(self._running)  # every running sequence may want one more page soon
+            missing = self._manager.missing(match, len(sequence.tokens))
+            if self._running and missing + spare > self._manager.num_available:
+                return
+            self._waiting.pop(0)
+            self._manager.open(sequence.id, match, num_queried=len(sequence.tokens))
+            sequence.num_computed = match.num_tokens
+            if sequence.num_preemptions == 0:
+                sequence.num_cached_tokens = match.num_tokens
+            insort(self._running, sequence, key=_rank)
+            num_tokens = min(budget, sequence.num_uncomputed)
+            block_table = self._manager.extend(sequence.id, num_tokens)
+            if block_table is None:
+                raise RuntimeError("a sequence was admitted that the empty cache cannot hold")
+            slices[sequence.id] = Slice(sequence, sequence.num_computed, num_tokens, block_table)
+            budget -= num_tokens
+
+    def _find_prefix(self, sequence: Sequence) -> Match:
+        """Prompt log-probabilities need every prompt row computed, so those requests take nothing from the cache."""
+        if sequence.wants_prompt_logprobs:
+            return Match((), (), 0)
+        return self._manager.match(sequence.tokens)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.remove(sequence)
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        if sequence.wants_prompt_logprobs:
+            sequence.request.prompt_logprobs.clear()
+        self.num_preemptions += 1
+        self.add(sequence)
+
+
+def _rank(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.rank
