@@ -118,7 +118,7 @@ class EngineCore:
             self._events.append(reason)
             return
         seed = submit.sampling.seed
-        request = Request(submit, next(self._orders), int.from_bytes(os.urandom(8)) if seed is None else seed)
+        request = Request(submit, next(self._orders), int.from_bytes(os.urandom(8), "little") if seed is None else seed)
         leader = self._new_sequence(request, 0)
         leader.num_waiting_forks = submit.n - 1
         self._live[submit.id] = [leader]

@@ -1,0 +1,127 @@
+"""Logits to ids, one row at a time."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.messages import Sampling
+from engine.sampling import BadLogits, Draw, choose, logprobs_of, uniform_at
+
+
+def draw_of(tokens: list[int] | None = None, num_prompt: int = 0, seed: int = 0, **rules: Any) -> Draw:
+    sampling = Sampling(max_tokens=10, **rules)
+    return Draw(sampling, seed, 0, tokens or [], num_prompt, eos_token_ids=(0,))
+
+
+def frequencies(logits: Tensor, num_draws: int = 4000, **rules: Any) -> dict[int, float]:
+    counts = Counter(choose(logits, draw_of(seed=seed, **rules)) for seed in range(num_draws))
+    return {token: count / num_draws for token, count in counts.items()}
+
+
+def within_noise(observed: float, expected: float, num_draws: int = 4000) -> bool:
+    """Five standard deviations of a binomial share: a false alarm once in two million draws of the test."""
+    return abs(observed - expected) <= 5 * math.sqrt(expected * (1 - expected) / num_draws)
+
+
+LOGITS = torch.tensor([0.1, 2.0, 1.0, 3.0, -1.0])
+
+
+def test_greedy_takes_the_largest() -> None:
+    assert choose(LOGITS, draw_of(temperature=0.0)) == 3
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_shares_follow_the_softmax(temperature: float) -> None:
+    """Bug: dividing by the temperature twice, or drawing from logits instead of probabilities."""
+    observed = frequencies(LOGITS, temperature=temperature)
+    for token, expected in enumerate(torch.softmax(LOGITS / temperature, 0).tolist()):
+        assert within_noise(observed.get(token, 0.0), expected)
+
+
+@pytest.mark.parametrize(
+    ("rules", "kept"),
+    [
+        ({"top_k": 2}, {3, 1}),
+        ({"top_k": 1}, {3}),
+        ({"top_k": 99}, {0, 1, 2, 3, 4}),
+        ({"top_p": 0.6}, {3}),  # 0.61: the first alone reaches it
+        ({"top_p": 0.65}, {3, 1}),
+        ({"top_p": 1e-9}, {3}),
+        ({"min_p": 0.3}, {3, 1}),  # e^-1 of the largest is 0.37, e^-2 is 0.14
+        ({"top_k": 3, "top_p": 0.97}, {3, 1, 2}),
+    ],
+)
+def test_filters_keep_exactly_these(rules: dict[str, Any], kept: set[int]) -> None:
+    observed = frequencies(LOGITS, **rules)
+    assert set(observed) == kept
+    probs = torch.softmax(LOGITS, 0)
+    total = sum(float(probs[token]) for token in kept)
+    for token in kept:
+        assert within_noise(observed[token], float(probs[token]) / total)
+
+
+def test_presence_and_frequency_count_the_answer_only() -> None:
+    """Bug: penalising the prompt's tokens, which is repetition_penalty's work."""
+    history = draw_of([3, 1, 1, 1], num_prompt=1, temperature=0.0, presence_penalty=0.5, frequency_penalty=0.4)
+    assert choose(LOGITS, history) == 3
+    repeated = draw_of([3, 3, 3, 3], num_prompt=1, temperature=0.0, presence_penalty=0.5, frequency_penalty=0.4)
+    assert choose(LOGITS, repeated) == 1  # 3.0 - 0.5 - 3 * 0.4 = 1.3 < 2.0
+
+
+def test_repetition_penalty_counts_prompt_and_answer_and_pushes_negatives_down() -> None:
+    logits = torch.tensor([-1.0, -1.5])
+    assert choose(logits, draw_of([0], num_prompt=1, temperature=0.0, repetition_penalty=2.0)) == 1
+
+
+def test_logit_bias_moves_and_bans() -> None:
+    assert choose(LOGITS, draw_of(temperature=0.0, logit_bias={4: 5.0})) == 4
+    assert choose(LOGITS, draw_of(temperature=0.0, logit_bias={3: -100.0})) == 1
+
+
+def test_min_tokens_bans_every_ending_until_then() -> None:
+    logits = torch.tensor([9.0, 8.0, 1.0])
+    rules: dict[str, Any] = {"temperature": 0.0, "min_tokens": 1, "stop_token_ids": (1,)}
+    assert choose(logits, draw_of([5], num_prompt=1, **rules)) == 2
+    assert choose(logits, draw_of([5, 2], num_prompt=1, **rules)) == 0
+    assert choose(logits, draw_of([5], num_prompt=1, ignore_eos=True, **rules)) == 0
+
+
+def test_the_input_row_is_left_alone() -> None:
+    """Bug: rules applied in place change the log-probabilities reported for the row, and siblings' draws."""
+    row = LOGITS.clone()
+    choose(row, draw_of([1], num_prompt=0, temperature=0.5, logit_bias={1: 3.0}, repetition_penalty=2.0, top_k=2))
+    assert torch.equal(row, LOGITS)
+
+
+@pytest.mark.parametrize("row", [[1.0, math.nan], [math.inf, 0.0], [-math.inf, -math.inf]])
+def test_broken_rows_are_refused(row: list[float]) -> None:
+    with pytest.raises(BadLogits):
+        choose(torch.tensor(row), draw_of(temperature=0.0))
+
+
+def test_rows_with_banned_tokens_still_draw() -> None:
+    observed = frequencies(torch.tensor([-math.inf, 0.0, 0.0]), num_draws=200)
+    assert set(observed) == {1, 2}
+
+
+def test_uniform_is_fixed_and_spread() -> None:
+    """Same key, same number; every part of the key matters; the mean of 4,000 is a half within five deviations."""
+    assert uniform_at(1, 2, 3) == uniform_at(1, 2, 3)
+    assert len({uniform_at(1, 2, 3), uniform_at(2, 2, 3), uniform_at(1, 3, 3), uniform_at(1, 2, 4)}) == 4
+    values = [uniform_at(seed, 0, 0) for seed in range(4000)]
+    assert all(0 <= value < 1 for value in values)
+    assert abs(sum(values) / 4000 - 0.5) < 5 / math.sqrt(12 * 4000)
+    assert uniform_at(-1, 0, 0) == uniform_at(2**64 - 1, 0, 0)
+
+
+def test_logprobs_are_sorted_and_hold_the_chosen() -> None:
+    entry = logprobs_of(LOGITS, token=0, num_top=2)
+    scores = torch.log_softmax(LOGITS, 0)
+    assert entry.token == 0
+    assert entry.logprob == float(scores[0])
+    assert entry.top == [(3, float(scores[3])), (1, float(scores[1]))]
+    assert logprobs_of(LOGITS, token=0, num_top=99).top[-1][0] == 4
