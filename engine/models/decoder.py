@@ -1,0 +1,98 @@
+"""The pre-norm decoder that the supported architectures share.
+
+    x = embedding[ids]
+    for every layer:   x = x + attention(norm(x));   x = x + mlp(norm(x))
+    logits = head(norm(x))
+
+An architecture file says which layers carry biases and norms; the names below are common to all of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.models.config import ModelConfig
+from engine.models.layers import MLP, Attention, Embedding, Linear, Parts, RMSNorm, Rope
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer layer."""
+
+    input_norm: RMSNorm
+    attention: Attention
+    post_attention_norm: RMSNorm
+    mlp: MLP
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model ready to run. Holds weights only: everything about a step comes in as an argument."""
+
+    config: ModelConfig
+    embedding: Embedding
+    rope: Rope
+    layers: tuple[Layer, ...]
+    final_norm: RMSNorm
+    head: Linear
+
+    def forward(self, batch: Batch, pages: Sequence[Tensor]) -> Tensor:
+        """Store the batch's keys and values in `pages`, one tensor per layer; return [num_logits, vocab] float32."""
+        x = self.embedding(batch.input_ids)  # [num_tokens, hidden_size]
+        rotation = self.rope.angles(batch.positions)
+        for layer, layer_pages in zip(self.layers, pages, strict=True):
+            x = x + layer.attention(layer.input_norm(x), rotation, layer_pages, batch.attention)
+            x = x + layer.mlp(layer.post_attention_norm(x))
+        wanted = self.final_norm(x.index_select(0, batch.logit_rows))  # [num_logits, hidden_size]
+        return self.head(wanted).float()
+
+
+def build_decoder(config: ModelConfig, parts: Parts) -> Decoder:
+    """Assemble the model, asking `parts` for one layer after the other in the order of the forward pass."""
+    embedding, head = parts.embedding_and_head("model.embed_tokens", "lm_head", config)
+    rope = parts.rope(config)
+    return Decoder(
+        config=config,
+        embedding=embedding,
+        rope=rope,
+        layers=tuple(_layer(config, parts, rope, f"model.layers.{i}") for i in range(config.num_layers)),
+        final_norm=parts.norm("model.norm", config.hidden_size, config.rms_norm_eps),
+        head=head,
+    )
+
+
+def _layer(config: ModelConfig, parts: Parts, rope: Rope, name: str) -> Layer:
+    return Layer(
+        input_norm=parts.norm(f"{name}.input_layernorm", config.hidden_size, config.rms_norm_eps),
+        attention=_attention(config, parts, rope, f"{name}.self_attn"),
+        post_attention_norm=parts.norm(f"{name}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps),
+        mlp=_mlp(config, parts, f"{name}.mlp"),
+    )
+
+
+def _attention(config: ModelConfig, parts: Parts, rope: Rope, name: str) -> Attention:
+    hidden, head_dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
+    q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    return Attention(
+        q_proj=parts.linear(f"{name}.q_proj", (q_size, hidden), config.qkv_bias),
+        k_proj=parts.linear(f"{name}.k_proj", (kv_size, hidden), config.qkv_bias),
+        v_proj=parts.linear(f"{name}.v_proj", (kv_size, hidden), config.qkv_bias),
+        o_proj=parts.linear(f"{name}.o_proj", (hidden, q_size), config.output_bias),
+        q_norm=parts.norm(f"{name}.q_norm", head_dim, eps) if config.qk_norm else None,
+        k_norm=parts.norm(f"{name}.k_norm", head_dim, eps) if config.qk_norm else None,
+        rope=rope,
+        kernel=parts.attention_kernel(config),
+        head_dim=head_dim,
+    )
+
+
+def _mlp(config: ModelConfig, parts: Parts, name: str) -> MLP:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return MLP(
+        gate_proj=parts.linear(f"{name}.gate_proj", (inner, hidden), config.mlp_bias),
+        up_proj=parts.linear(f"{name}.up_proj", (inner, hidden), config.mlp_bias),
+        down_proj=parts.linear(f"{name}.down_proj", (hidden, inner), config.mlp_bias),
+        kernel=parts.activation_kernel(config),
+    )
