@@ -1,0 +1,114 @@
+"""Every back end of every weight family against float64, on odd shapes, within the derived bound."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.contract import KernelRefused, LinearKernel, LinearSpec, select
+from kernels.linear import blocks
+from kernels.linear.affine.layout import MAX_BITS, AffineWeights
+from kernels.linear.dense.layout import DenseWeights
+from kernels.linear.registry import kernels_for
+from kernels.linear.weights import Term
+from kernels.registry import families
+from tests.kernels.weights import affine_by_hand, random_affine, random_dense
+from tests.tolerance import EPS, assert_within, dot_bound
+
+SHAPES = [  # num_tokens, in_features, out_features, group_size
+    (1, 64, 48, 32),
+    (17, 45, 33, 16),  # a short last group, rows that end inside a byte
+    (3, 4096, 7, 128),
+    (5, 1, 1, 4),
+    (0, 64, 8, 64),  # a step in which no logits are wanted
+]
+
+
+def check(kernel: LinearKernel, term: Term, num_tokens: int, dtype: torch.dtype = torch.float32) -> None:
+    """One kernel on one matrix; skips, with its reason, when the kernel refuses."""
+    spec = LinearSpec(term.in_features, term.out_features, torch.device("cpu"), dtype, term.describe())
+    reason = kernel.refuses(spec)
+    if reason is not None:
+        pytest.skip(reason)
+    x = torch.randn(num_tokens, term.in_features, generator=torch.Generator().manual_seed(7)).to(dtype)
+    result = kernel.linear(x, kernel.prepare(term))
+    exact, matrix = x.double(), term.dequantize().double()
+    assert result.dtype == dtype
+    assert_within(result, exact @ matrix.T, dot_bound(exact, matrix, dtype), term.describe())
+
+
+def named(kernel: LinearKernel) -> str:
+    return kernel.name
+
+
+@pytest.mark.parametrize(("num_tokens", "k", "n", "group"), SHAPES)
+@pytest.mark.parametrize("bits", range(1, MAX_BITS + 1))
+@pytest.mark.parametrize("kernel", kernels_for("affine"), ids=named)
+def test_affine(kernel: LinearKernel, bits: int, num_tokens: int, k: int, n: int, group: int) -> None:
+    check(kernel, random_affine(bits, k, n, group, torch.float16, seed=bits), num_tokens)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("zero_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kernel", kernels_for("affine"), ids=named)
+def test_affine_with_float_zeros(kernel: LinearKernel, scale_dtype: torch.dtype, zero_dtype: torch.dtype) -> None:
+    weights = random_affine(3, 45, 9, 16, scale_dtype, seed=3)
+    check(kernel, replace(weights, zeros=(weights.zeros + 0.3).to(zero_dtype)), num_tokens=4)
+
+
+@pytest.mark.parametrize("kernel", kernels_for("affine"), ids=named)
+def test_affine_with_one_zero_for_all(kernel: LinearKernel) -> None:
+    weights = random_affine(4, 64, 9, 16, torch.float16, seed=4)
+    shared = torch.tensor([[8]], dtype=torch.uint8).expand(9, 4)  # stride 0: symmetric formats store no zeros
+    check(kernel, replace(weights, zeros=shared), num_tokens=4)
+
+
+@pytest.mark.parametrize(("num_tokens", "k", "n", "group"), SHAPES)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kernel", kernels_for("dense"), ids=named)
+def test_dense(kernel: LinearKernel, stored: torch.dtype, num_tokens: int, k: int, n: int, group: int) -> None:
+    check(kernel, random_dense(k, n, stored, seed=group), num_tokens)
+
+
+@pytest.mark.parametrize("family", families("kernels.linear"))
+def test_activations_keep_their_dtype(family: str) -> None:
+    terms = {"affine": random_affine(4, 96, 17, 32, torch.float16, 5), "dense": random_dense(96, 17, torch.float16, 5)}
+    for kernel in kernels_for(family):
+        check(kernel, terms[family], 6, torch.bfloat16)
+
+
+@pytest.mark.parametrize("bits", range(1, MAX_BITS + 1))
+@pytest.mark.parametrize(("k", "group"), [(64, 32), (45, 16), (7, 100), (33, 33)])
+def test_dequantize_is_the_formula(bits: int, k: int, group: int) -> None:
+    """The definition itself, against codes cut out of the byte stream as one big integer; one rounding is allowed."""
+    weights = random_affine(bits, k, 5, group, torch.float16, seed=k)
+    expected = affine_by_hand(weights)  # [5, k]
+    assert_within(weights.dequantize(), expected, EPS / 2 * expected.abs())
+    assert torch.equal(weights.dequantize_rows(1, 4), weights.dequantize()[1:4])
+
+
+@pytest.mark.parametrize(
+    "term", [random_affine(5, 45, 33, 16, torch.float16, 6), random_dense(45, 33, torch.bfloat16, 6)]
+)
+def test_blocks_change_nothing_but_memory(monkeypatch: pytest.MonkeyPatch, term: AffineWeights | DenseWeights) -> None:
+    """A matrix cut in blocks of rows, the last one short: no row is lost or multiplied twice."""
+    monkeypatch.setattr(blocks, "MAX_BLOCK_ELEMENTS", 4 * 45)
+    check(kernels_for(term.family)[-1], term, num_tokens=3)
+
+
+def test_every_family_ends_with_its_reference_which_refuses_nothing() -> None:
+    spec = LinearSpec(7, 3, torch.device("cpu"), torch.float32)
+    for family in families("kernels.linear"):
+        reference = kernels_for(family)[-1]
+        assert reference.name == "reference"
+        assert reference.refuses(spec) is None
+
+
+def test_an_unknown_family_is_named_with_those_that_exist() -> None:
+    with pytest.raises(ValueError, match=r"no family 'codebook'; it has affine, dense"):
+        kernels_for("codebook")
+
+
+def test_a_kernel_asked_for_by_name_is_never_replaced() -> None:
+    with pytest.raises(KernelRefused, match="reference: not the requested 'native2'"):
+        select(kernels_for("affine"), LinearSpec(7, 3, torch.device("cpu"), torch.float32), only="native2")
