@@ -1,0 +1,1 @@
+"""HTTP in, text out. FastAPI, pydantic, tokenizer, chat templates, metrics. No torch."""

@@ -1,0 +1,128 @@
+"""Every setting, in one list: flag --kv-memory, file key kv-memory, environment NIBBLE_KV_MEMORY.
+
+Flags win over the file, the file over the environment, the environment over the defaults. This is the only module
+that reads os.environ (through pydantic-settings). What comes out is frozen.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from engine.config import PAGE_SIZES, Device, EngineConfig
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+UNITS = {"": 1, "b": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
+}
+
+
+class SettingsError(ValueError):
+    """A setting cannot be read; the message names it."""
+
+
+def parse_size(value: object) -> object:
+    """Bytes from "4GiB", "512M" (both powers of 1024), "2GB" (powers of 1000) or a plain number."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+    if match is None or match[2].lower() not in UNITS:
+        raise ValueError(f"'{value}' is not a size; write it like 4GiB, 512MiB or 2GB")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+
+
+def setting(default: Any, panel: str, help: str, **limits: Any) -> Any:
+    """A field of ServerConfig: `panel` groups it in --help."""
+    return Field(default, description=help, json_schema_extra={"panel": panel}, **limits)
+
+
+class ServerConfig(BaseSettings):
+    """What `nibble serve` was told."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="NIBBLE_", frozen=True, extra="forbid", env_ignore_empty=True, protected_namespaces=()
+    )
+
+    revision: str | None = setting(None, "Model", "Branch, tag or commit of a hub model.")
+    offline: bool = setting(False, "Model", "Use only what is already on this machine.")
+    served_name: str | None = setting(None, "Model", "Name clients give as `model`. Default: hub id or folder name.")
+    chat_template: Path | None = setting(None, "Model", "Jinja file to use instead of the checkpoint's chat template.")
+    max_model_len: int | None = setting(None, "Model", "Most tokens of one request, prompt and answer.", ge=1)
+
+    host: str = setting("127.0.0.1", "Server", "Address to listen on; 0.0.0.0 for all.")
+    port: int = setting(8000, "Server", "Port to listen on; 0 picks a free one.", ge=0, le=65535)
+    max_queued_requests: int = setting(
+        256, "Server", "Requests that may wait beyond --max-num-seqs; more get 503 with Retry-After.", ge=0
+    )
+    drain_seconds: float = setting(30.0, "Server", "How long running requests may finish after SIGTERM.", ge=0)
+    log_level: LogLevel = setting("info", "Server", "How much to log.")
+
+    device: Device = setting("auto", "Engine", "Where to compute.")
+    kernel: str = setting(
+        "auto", "Engine", "Insist on one back end (reference, native, triton); fail where it refuses."
+    )
+    threads: int | None = setting(None, "Engine", "CPU threads. Default: one per core.", ge=1)
+    max_num_seqs: int = setting(64, "Engine", "Most sequences in one step.", ge=1)
+    max_batch_tokens: int = setting(512, "Engine", "Most tokens in one step; long prompts are split.", ge=1)
+
+    kv: str = setting("f16", "KV cache", "Cache policy, for example f16 or k4v4:g64.")
+    kv_memory: Size | None = setting(
+        None, "KV cache", "Memory of the cache, like 4GiB. Default: half of what is free.", ge=1
+    )
+    page_size: int = setting(64, "KV cache", f"Tokens of one page: {', '.join(map(str, PAGE_SIZES))}.")
+    prefix_caching: bool = setting(True, "KV cache", "Reuse the pages of prompts that begin alike.")
+
+    def engine(self, folder: Path) -> EngineConfig:
+        """The part of it that concerns the engine, for the checkpoint in `folder`."""
+        return EngineConfig(
+            model=str(folder),
+            device=self.device,
+            kernel=self.kernel,
+            kv_policy=self.kv,
+            kv_memory=self.kv_memory,
+            page_size=self.page_size,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_batch_tokens=self.max_batch_tokens,
+            prefix_caching=self.prefix_caching,
+            threads=self.threads,
+        )
+
+
+def load(flags: Mapping[str, Any], file: Path | None = None) -> ServerConfig:
+    """The settings from the flags given, the file and the environment. Raises SettingsError naming the bad one."""
+    values = (read_file(file) if file else {}) | {name: value for name, value in flags.items() if value is not None}
+    try:
+        return ServerConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = flag_name(str(first["loc"][0]))
+        raise SettingsError(
+            f"{name}: {first['msg'].removeprefix('Value error, ')} (found {first['input']!r})"
+        ) from None
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The keys of a TOML file. Raises SettingsError for a file that cannot be read and for a key that is no setting."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"--config {path}: {error}") from None
+    values = {key.replace("-", "_"): value for key, value in table.items()}
+    for key, name in zip(table, values, strict=True):
+        if name not in ServerConfig.model_fields:
+            raise SettingsError(f"--config {path}: '{key}' is not a setting; see nibble serve --help")
+    return values
+
+
+def flag_name(field: str) -> str:
+    return "--" + field.replace("_", "-")

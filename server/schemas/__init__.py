@@ -1,0 +1,1 @@
+"""The wire formats. Every field is honoured, or refused with 400 and its name."""

@@ -1,0 +1,57 @@
+"""What every route works with: the engine, the tokenizer, the settings, the metrics, and who is inside."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from engine.client import EngineClient, EngineUnavailable
+from engine.messages import PlanSummary
+from server.config import ServerConfig
+from server.errors import ModelNotFound, Unavailable
+from server.metrics import Metrics
+from server.tokenizer import Tokenizer
+
+RETRY_AFTER_S = 1.0  # when the queue is full
+RETRY_WHILE_DRAINING_S = 5.0  # time for another server to take over
+
+
+class Service:
+    """The one object behind the routes. Belongs to one asyncio loop."""
+
+    def __init__(self, engine: EngineClient, tokenizer: Tokenizer, config: ServerConfig, served_name: str) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.config = config
+        self.served_name = served_name
+        self.metrics = Metrics(engine)
+        self.started = int(time.time())
+        self.draining = False
+        self.in_flight = 0  # requests between admission and their last byte
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ModelNotFound unless `name` is served here."""
+        if name is not None and name != self.served_name:
+            raise ModelNotFound(f"The model '{name}' is not served here; '{self.served_name}' is", param="model")
+
+    def plan(self) -> PlanSummary:
+        """The engine's plan. Raises Unavailable while the engine takes no requests or the server is draining."""
+        if self.draining:
+            raise Unavailable("The server is shutting down", RETRY_WHILE_DRAINING_S)
+        if self.engine.state != "ready" or self.engine.ready is None:
+            raise EngineUnavailable(f"The engine is not ready: {self.engine.state}", RETRY_WHILE_DRAINING_S)
+        return self.engine.ready.plan
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Hold one place. Raises Unavailable when as many requests wait as may."""
+        limit = self.plan().max_num_seqs + self.config.max_queued_requests
+        if self.in_flight >= limit:
+            self.metrics.refused("queue_full")
+            raise Unavailable(
+                f"{self.in_flight} requests are in flight, as many as this server allows", RETRY_AFTER_S, "queue_full"
+            )
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
