@@ -16,7 +16,7 @@ from typing import Any
 from engine.assembly import build
 from engine.client import locate_model
 from engine.config import EngineConfig
-from engine.messages import Done, Failed, FinishReason, Logprobs, Sampling, Submit, Token
+from engine.messages import Cancel, Done, Failed, FinishReason, Logprobs, Sampling, Submit, Token
 
 
 class GenerationError(RuntimeError):
@@ -47,7 +47,7 @@ class LLM:
     def generate(self, prompts: Sequence[str | list[int]], sampling: Sampling | None = None) -> list[Completion]:
         """Complete all prompts in one running batch; answers come in the order of the prompts.
 
-        Raises GenerationError when one of them can never fit.
+        Raises GenerationError when one of them can never fit; the others are dropped with it.
         """
         requests: list[Submit] = []
         for prompt in prompts:
@@ -58,6 +58,7 @@ class LLM:
         while events or self._core.has_work:
             for event in events:
                 if isinstance(event, Failed):
+                    self._core.step([Cancel(request.id) for request in requests])
                     raise GenerationError(event.message)
                 if isinstance(event, Token):
                     answers[event.id].token_ids.append(event.token)

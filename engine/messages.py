@@ -147,6 +147,7 @@ class PlanSummary(msgspec.Struct, frozen=True):
     load_seconds: float
     decode_tokens_per_s: float  # one sequence, measured at start
     eos_token_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()  # what a user should know: limits that came from the model or from memory
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -1,0 +1,121 @@
+"""From a configuration to an engine that steps: the only place that joins checkpoint, plan, model, cache and core."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.errors import CheckpointError
+from engine.config import ConfigError, EngineConfig, Plan, resolve
+from engine.core import EngineCore, Parts
+from engine.loading import Checkpoint, LoadedModel, load_model, model_facts, open_checkpoint
+from engine.messages import Done, Event, Loading, PlanSummary, Sampling, Submit, Token
+from engine.models.config import UnsupportedModel
+from engine.runner import Runner
+from kernels.contract import KernelRefused
+from kvcache.layout import PageLayout
+from kvcache.manager import KVCacheManager
+from kvcache.policy import PolicyError, parse_policy
+from kvcache.storage import PageStorage
+
+MEASURED_TOKENS = 8  # decode steps timed at start: enough for a median, a second or two on a large model
+
+OnLoading = Callable[[Loading], None]
+
+
+class StartError(RuntimeError):
+    """The engine cannot start; the message says what to do about it."""
+
+
+def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[EngineCore, PlanSummary]:
+    """Load the model and return an engine that has proved it can decode. Raises StartError."""
+    started = time.monotonic()
+    try:
+        checkpoint = open_checkpoint(Path(config.model), _progress(on_loading))
+        plan = resolve(config, model_facts(checkpoint, config.kv_policy))
+        torch.set_num_threads(plan.threads)
+        loaded = load_model(checkpoint, plan)
+        storage = PageStorage(_layout(checkpoint, plan), plan.num_pages, torch.device(plan.device))
+    except (CheckpointError, ConfigError, KernelRefused, PolicyError, UnsupportedModel) as error:
+        raise StartError(str(error)) from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise StartError(f"not enough memory: {error}. Lower --kv-memory or use a smaller model") from error
+    load_seconds = time.monotonic() - started
+    eos_token_ids = checkpoint.config.eos_token_ids
+    runner = Runner(loaded.model, storage.layers)
+
+    def core(manager: KVCacheManager) -> EngineCore:
+        return EngineCore(Parts(plan, runner, storage, manager, checkpoint.config.vocab_size, eos_token_ids))
+
+    speed = measure_decode(core(_manager(plan, "measurement")), plan)
+    salt = f"{checkpoint.folder.resolve()}:{plan.kv_policy}"
+    summary = _summary(checkpoint, plan, loaded, (load_seconds, speed))
+    return core(_manager(plan, salt)), summary
+
+
+def measure_decode(core: EngineCore, plan: Plan) -> float:
+    """Tokens per second of one sequence at the shortest context: the median of a few steps after a first one."""
+    num_tokens = min(MEASURED_TOKENS + 2, plan.max_model_len - 1)
+    if num_tokens < 1:
+        return 0.0
+    sampling = Sampling(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    seconds: list[float] = []
+    events: list[Event] = core.step([Submit("measurement", [0], sampling, time.monotonic())])
+    while core.has_work and not any(isinstance(event, Done) for event in events):
+        started = time.monotonic()
+        events = core.step([])
+        if any(isinstance(event, Token) for event in events):
+            seconds.append(time.monotonic() - started)
+    return 1.0 / sorted(seconds)[len(seconds) // 2] if seconds else 0.0
+
+
+def _progress(on_loading: OnLoading | None) -> Callable[[int, int], None] | None:
+    if on_loading is None:
+        return None
+    return lambda done, total: on_loading(Loading(done, total))
+
+
+def _layout(checkpoint: Checkpoint, plan: Plan) -> PageLayout:
+    config = checkpoint.config
+    return PageLayout(
+        parse_policy(plan.kv_policy), config.num_layers, config.num_kv_heads, config.head_dim, plan.page_size
+    )
+
+
+def _manager(plan: Plan, salt: str) -> KVCacheManager:
+    return KVCacheManager(plan.num_pages, plan.page_size, salt, plan.prefix_caching)
+
+
+def _summary(checkpoint: Checkpoint, plan: Plan, loaded: LoadedModel, timing: tuple[float, float]) -> PlanSummary:
+    load_seconds, tokens_per_s = timing
+    return PlanSummary(
+        model=str(checkpoint.folder),
+        architecture=checkpoint.config.architecture,
+        format=checkpoint.format.name,
+        device=loaded.device,
+        dtype=loaded.dtype,
+        kernels=loaded.kernels,
+        kv_policy=plan.kv_policy,
+        page_size=plan.page_size,
+        num_pages=plan.num_pages,
+        kv_bytes_per_token=_layout(checkpoint, plan).bytes_per_token,
+        weight_bytes=loaded.weight_bytes,
+        max_model_len=plan.max_model_len,
+        max_num_seqs=plan.max_num_seqs,
+        max_batch_tokens=plan.max_batch_tokens,
+        prefix_caching=plan.prefix_caching,
+        threads=plan.threads,
+        vocab_size=checkpoint.config.vocab_size,
+        load_seconds=load_seconds,
+        decode_tokens_per_s=tokens_per_s,
+        eos_token_ids=checkpoint.config.eos_token_ids,
+        notes=(*checkpoint.config.notes, *_memory_note(checkpoint, plan)),
+    )
+
+
+def _memory_note(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
+    context_len = checkpoint.config.context_len
+    if plan.max_model_len < context_len and plan.max_model_len == plan.num_kv_tokens:
+        return (f"context limited to {plan.max_model_len:,} of {context_len:,} tokens by the memory of the KV cache",)
+    return ()

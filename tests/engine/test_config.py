@@ -1,0 +1,69 @@
+"""Every "auto" decided, every impossible wish refused by name."""
+
+import pytest
+
+from engine.config import ConfigError, EngineConfig, ModelFacts, Plan, resolve
+
+FACTS = ModelFacts(
+    max_position=4096,
+    kv_bytes_per_token=1000,
+    weight_bytes=2_000_000_000,
+    free_memory=10_000_000_000,
+    num_cores=2,
+    has_cuda=False,
+)
+
+
+def plan_for(facts: ModelFacts = FACTS, **wishes: object) -> Plan:
+    return resolve(EngineConfig("model", **wishes), facts)  # type: ignore[arg-type]
+
+
+def test_a_byte_budget_becomes_whole_pages() -> None:
+    assert plan_for(kv_memory=1_000_000).num_pages == 15  # 64,000 bytes a page
+    assert plan_for(kv_memory=1_000_000, page_size=16).num_pages == 62
+
+
+def test_cache_never_outgrows_what_all_seats_can_use() -> None:
+    """Bug: a small model on a big machine takes half of its memory for pages no request can ever fill."""
+    assert plan_for(max_num_seqs=2).num_pages == 2 * 64
+
+
+def test_auto_takes_a_share_of_what_the_weights_leave() -> None:
+    plan = plan_for(
+        max_num_seqs=256, max_batch_tokens=256, facts=ModelFacts(4096, 100_000, 2 * 10**9, 10**10, 2, False)
+    )
+    assert 0 < plan.num_kv_tokens * 100_000 <= (10**10 - 2 * 10**9) * 0.5
+
+
+def test_context_is_cut_to_the_cache_but_a_stated_one_is_an_error() -> None:
+    assert plan_for(kv_memory=128_000).max_model_len == 128
+    with pytest.raises(ConfigError, match=r"max_model_len 2000.*--kv-memory"):
+        plan_for(kv_memory=128_000, max_model_len=2000)
+
+
+def test_auto_device_and_threads() -> None:
+    plan = plan_for()
+    assert (plan.device, plan.threads) == ("cpu", 2)
+    assert plan_for(threads=1).threads == 1
+
+
+@pytest.mark.parametrize(
+    ("wishes", "words"),
+    [
+        ({"page_size": 48}, "page_size 48"),
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"max_batch_tokens": 8}, "max_batch_tokens 8 is less than max_num_seqs 64"),
+        ({"max_model_len": 5000}, "5000 exceeds the 4096"),
+        ({"device": "cuda"}, "--device cpu"),
+        ({"kv_memory": 10}, "holds no page"),
+        ({"threads": -1}, "threads"),
+    ],
+)
+def test_impossible_wishes_are_refused_by_name(wishes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        plan_for(**wishes)  # type: ignore[arg-type]
+
+
+def test_no_room_for_a_cache_says_what_takes_the_room() -> None:
+    with pytest.raises(ConfigError, match="2,000,000,000"):
+        plan_for(ModelFacts(4096, 1000, 2_000_000_000, 2_100_000_000, 2, False))

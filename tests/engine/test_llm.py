@@ -1,0 +1,28 @@
+"""The engine as a library."""
+
+from pathlib import Path
+
+import pytest
+
+from engine import LLM, GenerationError, Sampling
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_checkpoint: Path) -> LLM:
+    return LLM(str(tiny_checkpoint), kv_memory=4 << 20)
+
+
+def test_answers_come_in_order_and_equal_those_of_single_calls(llm: LLM) -> None:
+    """Bug: answers of a batch handed to the wrong prompts."""
+    prompts = ["one", "two and more", [65, 66, 67]]
+    sampling = Sampling(max_tokens=6, temperature=0)
+    together = llm.generate(prompts, sampling)
+    assert [llm.generate([prompt], sampling)[0].token_ids for prompt in prompts] == [a.token_ids for a in together]
+    assert all(answer.finish_reason in ("length", "stop") for answer in together)
+
+
+def test_what_never_fits_is_an_error_and_the_engine_lives_on(llm: LLM) -> None:
+    """Bug: the rest of a refused batch keeps running and holding pages."""
+    with pytest.raises(GenerationError, match="exceed"):
+        llm.generate(["a", [1] * 5000], Sampling(max_tokens=6))
+    assert len(llm.generate(["a"], Sampling(max_tokens=6, ignore_eos=True))[0].token_ids) == 6

@@ -1,0 +1,114 @@
+"""An engine in a process of its own: it answers, it dies, it comes back, it stops."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from engine.client import EngineUnavailable, start_engine
+from engine.config import EngineConfig
+from engine.messages import Done, Event, Failed, Loading, Token
+from engine.remote import RemoteClient
+from tests.engine.worlds import submit
+
+WAIT_S = 60.0
+
+
+async def follow(client: RemoteClient, request_id: str, max_tokens: int = 5) -> list[Event]:
+    stream = client.submit(submit(request_id, [5, 6, 7], max_tokens=max_tokens, ignore_eos=True))
+    events: list[Event] = []
+    while not any(isinstance(event, Done | Failed) for event in events):
+        events += await asyncio.wait_for(stream.next(), WAIT_S)
+    return events
+
+
+def config_of(folder: Path) -> EngineConfig:
+    return EngineConfig(str(folder), kv_memory=4 << 20, threads=1)
+
+
+def test_loads_answers_dies_and_comes_back(tiny_checkpoint: Path) -> None:
+    """Bug: requests that wait for ever on a dead process, or an engine that stays away after one crash."""
+
+    async def scenario() -> None:
+        progress: list[Loading] = []
+        client = start_engine(config_of(tiny_checkpoint), progress.append)
+        assert isinstance(client, RemoteClient)
+        with pytest.raises(EngineUnavailable, match="loading"):
+            client.submit(submit("early", [1]))
+        await client.start()
+        ready = await asyncio.wait_for(client.wait_ready(), WAIT_S)
+        assert progress
+        assert progress[-1].done_bytes == progress[-1].total_bytes == ready.plan.weight_bytes
+        first = await follow(client, "a")
+        assert sum(isinstance(event, Token) for event in first) == 5
+
+        dying = asyncio.create_task(follow(client, "b", max_tokens=1500))
+        while client.stats.num_running == 0:
+            await asyncio.sleep(0.01)
+        assert client.process_id is not None
+        os.kill(client.process_id, signal.SIGKILL)
+        (failed,) = [event for event in await dying if isinstance(event, Failed)]
+        assert failed.kind == "engine"
+        assert "signal 9" in failed.message
+        assert client.state == "restarting"
+        with pytest.raises(EngineUnavailable, match="signal 9"):
+            client.submit(submit("c", [1]))
+        await asyncio.wait_for(client.wait_ready(), WAIT_S)
+        assert [e for e in await follow(client, "a") if isinstance(e, Token)] == [
+            e for e in first if isinstance(e, Token)
+        ]
+        await client.stop()
+        assert client.state == "stopped"
+
+    asyncio.run(scenario())
+
+
+def test_stop_ends_the_process_and_those_who_wait(tiny_checkpoint: Path) -> None:
+    async def scenario() -> None:
+        client = RemoteClient(config_of(tiny_checkpoint))
+        await client.start()
+        await asyncio.wait_for(client.wait_ready(), WAIT_S)
+        process_id = client.process_id
+        assert process_id is not None
+        waiting = asyncio.create_task(follow(client, "a", max_tokens=1500))
+        await asyncio.sleep(0.05)
+        await client.stop()
+        assert isinstance((await waiting)[-1], Failed)
+        with pytest.raises(ProcessLookupError):
+            os.kill(process_id, 0)
+        await client.stop()  # twice is fine
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_cannot_load_is_reported_and_not_tried_again(tmp_path: Path) -> None:
+    """Bug: a restart loop over a checkpoint that will never load."""
+
+    async def scenario() -> None:
+        client = RemoteClient(config_of(tmp_path))
+        await client.start()
+        with pytest.raises(EngineUnavailable, match=r"config\.json"):
+            await asyncio.wait_for(client.wait_ready(), WAIT_S)
+        assert client.state == "failed"
+        await client.stop()
+
+    asyncio.run(scenario())
+
+
+def test_cancelled_request_frees_its_pages_in_the_other_process(tiny_checkpoint: Path) -> None:
+    async def scenario() -> None:
+        client = RemoteClient(config_of(tiny_checkpoint))
+        await client.start()
+        await asyncio.wait_for(client.wait_ready(), WAIT_S)
+        stream = client.submit(submit("a", [1] * 100, max_tokens=1000, ignore_eos=True))
+        await asyncio.wait_for(stream.next(), WAIT_S)
+        client.cancel("a")
+        client.cancel("a")
+        async with asyncio.timeout(WAIT_S):
+            while client.stats.pages_used:
+                await asyncio.sleep(0.01)
+        await client.stop()
+
+    asyncio.run(scenario())
