@@ -13,7 +13,7 @@ class Model(Protocol):
     """What the runner needs of a model."""
 
     def forward(self, batch: Batch, pages: Sequence[Tensor]) -> Tensor:
-        """Store the batch's keys and values in `pages` (one tensor per layer) and return [num_logits, vocab] float32."""
+        """Store the batch's keys and values in `pages`, one tensor per layer; return [num_logits, vocab] float32."""
         ...
 
 

@@ -72,7 +72,10 @@ def test_dense(kernel: LinearKernel, stored: torch.dtype, num_tokens: int, k: in
 
 @pytest.mark.parametrize("family", families("kernels.linear"))
 def test_activations_keep_their_dtype(family: str) -> None:
-    terms = {"affine": random_affine(4, 96, 17, 32, torch.float16, 5), "dense": random_dense(96, 17, torch.float16, 5)}
+    terms: dict[str, Term] = {
+        "affine": random_affine(4, 96, 17, 32, torch.float16, 5),
+        "dense": random_dense(96, 17, torch.float16, 5),
+    }
     for kernel in kernels_for(family):
         check(kernel, terms[family], 6, torch.bfloat16)
 

@@ -1,0 +1,211 @@
+"""From a checkpoint folder to a model ready to run:  open_checkpoint -> model_facts -> (resolve) -> load_model.
+
+Headers are read first, so that a checkpoint that cannot be served, or does not fit, is refused before a weight is
+touched. Weights are then taken layer by layer from the memory-mapped files; what a layer read is dropped once its
+kernels have repacked it, so the model never exists twice.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+import kernels.activation
+import kernels.attention.registry
+import kernels.linear.registry
+import kernels.norm
+import kernels.rope
+from engine.checkpoint.format import Format, detect
+from engine.checkpoint.source import Progress, Source
+from engine.config import ModelFacts, Plan
+from engine.machine import free_memory, has_cuda, num_cores
+from engine.models.config import ModelConfig, read_json
+from engine.models.decoder import Decoder
+from engine.models.layers import BoundTerm, Embedding, Linear, RMSNorm, Rope
+from engine.models.registry import ModelDescription, describe
+from kernels.contract import (
+    ActivationKernel,
+    AttentionKernel,
+    AttentionSpec,
+    Choice,
+    KernelT,
+    LinearSpec,
+    RowSpec,
+    select,
+)
+from kernels.linear.dense.layout import DenseWeights
+from kernels.linear.weights import LinearWeights, Term
+from kvcache.layout import PageLayout
+from kvcache.policy import parse_policy
+from kvcache.storage import PAGE_DTYPES
+
+CODECS = {"f16": "f16", "f32": "f16"}  # cache policy -> the folder under kernels/attention that serves it
+ACTIVATION_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}  # by device
+
+TensorsT = TypeVar("TensorsT")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers are read and whose model and format are known to be supported."""
+
+    folder: Path
+    description: ModelDescription
+    source: Source
+    format: Format
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.description.config
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and what the start screen says about it."""
+
+    model: Decoder
+    kernels: list[tuple[str, str, str]]  # (what, kernel that runs, why faster ones refused), equal ones counted
+    weight_bytes: int
+    device: str
+    dtype: str  # of the activations
+
+
+def open_checkpoint(folder: Path, on_progress: Progress | None = None) -> Checkpoint:
+    """Read config.json and the tensors' headers. `on_progress` hears (bytes read, bytes in all) while weights load.
+
+    Raises UnsupportedModel or CheckpointError (both ValueError) naming what cannot be served.
+    """
+    description = describe(folder)
+    source = Source(folder, on_progress)
+    return Checkpoint(folder, description, source, detect(read_json(folder), source))
+
+
+def model_facts(checkpoint: Checkpoint, kv_policy: str) -> ModelFacts:
+    """What `resolve` must know before a weight is read. Raises PolicyError when the policy is not known."""
+    config = checkpoint.config
+    layout = PageLayout(parse_policy(kv_policy), config.num_layers, config.num_kv_heads, config.head_dim, page_size=1)
+    return ModelFacts(
+        max_position=config.context_len,
+        kv_bytes_per_token=layout.bytes_per_token,
+        weight_bytes=checkpoint.source.total_bytes,
+        free_memory=free_memory(),
+        num_cores=num_cores(),
+        has_cuda=has_cuda(),
+    )
+
+
+def load_model(checkpoint: Checkpoint, plan: Plan) -> LoadedModel:
+    """Read the weights and bind every layer to a kernel.
+
+    Raises TensorError naming a tensor that is missing, left over or of another shape than config.json says, and
+    KernelRefused when `plan.kernel` insists on a back end that cannot serve a layer.
+    """
+    parts = CheckpointParts(checkpoint, plan)
+    model = checkpoint.description.architecture.build(checkpoint.config, parts)
+    checkpoint.source.check_all_read()
+    checkpoint.source.close()
+    return LoadedModel(
+        model=model,
+        kernels=parts.chosen(),
+        weight_bytes=checkpoint.source.total_bytes,
+        device=plan.device,
+        dtype=str(parts.dtype).removeprefix("torch."),
+    )
+
+
+class CheckpointParts:
+    """The layers of a checkpoint, by name: engine.models.layers.Parts."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan) -> None:
+        self._source = checkpoint.source
+        self._format = checkpoint.format
+        self._plan = plan
+        self._device = torch.device(plan.device)
+        self.dtype = ACTIVATION_DTYPES[plan.device]
+        self._chosen: Counter[tuple[str, str, str]] = Counter()
+
+    def linear(self, name: str, shape: tuple[int, int], bias: bool) -> Linear:
+        """Raises TensorError when the layer's shape or bias is not what the model expects."""
+        return self._bind(self._format.linear(self._source, name, shape, bias))
+
+    def norm(self, name: str, width: int, eps: float) -> RMSNorm:
+        weight = self._source.take(f"{name}.weight", (width,))
+        spec = RowSpec(width, self._device, self.dtype)
+        return RMSNorm(self._choose_row_op("norm", kernels.norm.KERNELS, spec), self._activation(weight), eps)
+
+    def embedding_and_head(self, embedding: str, head: str, config: ModelConfig) -> tuple[Embedding, Linear]:
+        """One matrix under either name serves both when the configuration ties them; two are used as they are."""
+        shape = (config.vocab_size, config.hidden_size)
+        has_embedding, has_head = self._has(embedding), self._has(head)
+        if config.tied_head and has_head and not has_embedding:
+            embedding = head
+        if config.tied_head and has_embedding and not has_head:
+            head = embedding
+        weight = self._to_device(self._source.take(f"{embedding}.weight", shape))  # [vocab_size, hidden_size]
+        tied = LinearWeights((DenseWeights(weight),))
+        return Embedding(weight, self.dtype), self._bind(tied) if head == embedding else self.linear(head, shape, False)
+
+    def rope(self, config: ModelConfig) -> Rope:
+        spec = RowSpec(config.head_dim, self._device, self.dtype)
+        return Rope(self._choose_row_op("rope", kernels.rope.KERNELS, spec), config.rope, self._device)
+
+    def attention_kernel(self, config: ModelConfig) -> AttentionKernel:
+        policy = self._plan.kv_policy
+        spec = AttentionSpec(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            page_size=self._plan.page_size,
+            device=self._device,
+            dtype=self.dtype,
+            cache_dtype=PAGE_DTYPES[policy],
+        )
+        choice = select(kernels.attention.registry.kernels_for(CODECS[policy]), spec, self._plan.kernel)
+        return self._note(f"attention {policy}", choice)
+
+    def activation_kernel(self, config: ModelConfig) -> ActivationKernel:
+        spec = RowSpec(config.intermediate_size, self._device, self.dtype)
+        return self._choose_row_op("swiglu", kernels.activation.KERNELS, spec)
+
+    def chosen(self) -> list[tuple[str, str, str]]:
+        """(what, kernel, refusals) of every layer so far, equal ones counted: ("28 x affine 4-bit g64", ...)."""
+        return [(f"{count} x {what}", kernel, refusals) for (what, kernel, refusals), count in self._chosen.items()]
+
+    def _bind(self, weights: LinearWeights) -> Linear:
+        """Choose a kernel for every term and let it repack the weights."""
+        bias = None if weights.bias is None else self._activation(weights.bias)
+        pre = tuple(self._place(transform) for transform in weights.pre)
+        return Linear([self._bind_term(term) for term in weights.terms], pre, bias)
+
+    def _bind_term(self, term: Term) -> BoundTerm:
+        spec = LinearSpec(term.in_features, term.out_features, self._device, self.dtype, term.describe())
+        choice = select(kernels.linear.registry.kernels_for(term.family), spec, self._plan.kernel)
+        kernel = self._note(f"{term.family} {term.describe()}", choice)
+        return BoundTerm(kernel, kernel.prepare(self._place(term)))
+
+    def _choose_row_op(self, what: str, candidates: tuple[KernelT, ...], spec: RowSpec) -> KernelT:
+        """The user's choice of kernel binds an op on rows only where that back end exists: it names one for weights."""
+        insisted = self._plan.kernel if any(kernel.name == self._plan.kernel for kernel in candidates) else None
+        return self._note(what, select(candidates, spec, insisted))
+
+    def _note(self, what: str, choice: Choice[KernelT]) -> KernelT:
+        self._chosen[what, choice.kernel.name, "; ".join(choice.refusals)] += 1
+        return choice.kernel
+
+    def _has(self, layer: str) -> bool:
+        return any(name.startswith(f"{layer}.") for name in self._source.names())
+
+    def _activation(self, vector: Tensor) -> Tensor:
+        return vector.to(self._device, self.dtype)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device)
+
+    def _place(self, holder: TensorsT) -> TensorsT:
+        """The same frozen dataclass with its tensors on the model's device."""
+        values = {field.name: getattr(holder, field.name) for field in fields(cast(Any, holder))}
+        moved = {name: self._to_device(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return cast(TensorsT, replace(cast(Any, holder), **moved))
