@@ -1,1 +1,9 @@
-"""One file per on-disk format: reads tensors, returns canonical weights."""
+"""One file per on-disk format: reads tensors, returns canonical weights.
+
+hub.py       name -> folder
+source.py    folder -> tensors by name, checked and counted
+format.py    config.json -> the reader of its format: dense.py, gptq.py, awq.py, compressed_tensors.py
+linear.py    what the readers share: shapes, dense layers, biases, which settings are honoured
+codes.py     words of packed codes -> canonical codes, zero points, input order
+errors.py    why a checkpoint is refused
+"""

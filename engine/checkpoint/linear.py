@@ -1,0 +1,82 @@
+"""What the readers share: dense layers, biases, and settings that are honoured or refused by name."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from torch import Tensor
+
+from engine.checkpoint.errors import FormatRefused, TensorError
+from engine.checkpoint.source import Source
+from kernels.linear.dense.layout import DenseWeights
+from kernels.linear.weights import LinearWeights
+
+Settings = TypeVar("Settings", bound=msgspec.Struct)
+NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {})  # values by which a setting says that it is off
+
+
+def read_dense(source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
+    """The layer `name` as it is stored, in its own dtype; shape is (out_features, in_features). Raises TensorError."""
+    weight = source.take(f"{name}.weight", shape)
+    return LinearWeights((DenseWeights(weight),), bias=read_bias(source, name, shape[0], bias))
+
+
+def read_bias(source: Source, name: str, out_features: int, wanted: bool) -> Tensor | None:
+    """The bias [out_features], or None when the model has none. Raises TensorError.
+
+    AutoGPTQ gives every layer a bias of zeros; it may be there unwanted, any other may not.
+    """
+    key = f"{name}.bias"
+    if not wanted and key not in source:
+        return None
+    bias = source.take(key, (out_features,))
+    if wanted:
+        return bias
+    if bias.any():
+        raise TensorError(f"tensor {key!r} is not zero, but the model's config says that this layer has no bias")
+    return None
+
+
+def is_packed(source: Source, name: str, part: str) -> bool:
+    """Whether the layer is stored as `part` (quantized), not as `weight`. Raises TensorError when it is neither."""
+    if f"{name}.{part}" in source:
+        return True
+    if f"{name}.weight" in source:
+        return False
+    raise TensorError(f"{source.folder}: the checkpoint has neither {name}.{part} nor {name}.weight")
+
+
+def present(source: Source, name: str, parts: Collection[str]) -> tuple[str, ...]:
+    """Those of the layer's `parts` that the checkpoint holds, as full tensor names."""
+    return tuple(key for key in (f"{name}.{part}" for part in parts) if key in source)
+
+
+def rename(config: Mapping[str, Any], synonyms: Mapping[str, str], where: str) -> dict[str, Any]:
+    """Replace old names of settings. Raises FormatRefused when a setting stands there twice and differs."""
+    settings: dict[str, Any] = {}
+    for field, value in config.items():
+        name = synonyms.get(field, field)
+        if settings.setdefault(name, value) != value:
+            raise FormatRefused(f"{where}: {field} = {value!r} contradicts {name} = {settings[name]!r}")
+    return settings
+
+
+def read_settings(
+    config: Mapping[str, Any], kind: type[Settings], informational: Collection[str], where: str
+) -> Settings:
+    """Check a quantization config against the fields of `kind`, which are honoured.
+
+    `informational` fields say how the weights were made, not what they mean, and are skipped; any other field must be
+    off. Raises FormatRefused naming the field, and `where` it stands.
+    """
+    honoured = {field.name for field in msgspec.structs.fields(kind)}
+    for field, value in config.items():
+        if field not in honoured and field not in informational and value not in NEUTRAL:
+            raise FormatRefused(
+                f"{where}: {field} = {value!r} is not supported. If it does not change what the stored weights mean, "
+                "remove it from the config"
+            )
+    try:
+        return msgspec.convert({key: value for key, value in config.items() if key in honoured}, kind)
+    except msgspec.ValidationError as error:
+        raise FormatRefused(f"{where}: {error}") from error
