@@ -37,7 +37,7 @@ def parse_size(value: object) -> object:
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
-Size = Annotated[int, BeforeValidator(parse_size)]
+Size = Annotated[int, BeforeValidator(parse_size)]  # bytes
 
 
 def setting(default: Any, panel: str, help: str, **limits: Any) -> Any:
@@ -63,7 +63,7 @@ class ServerConfig(BaseSettings):
     max_queued_requests: int = setting(
         256, "Server", "Requests that may wait beyond --max-num-seqs; more get 503 with Retry-After.", ge=0
     )
-    drain_seconds: float = setting(30.0, "Server", "How long running requests may finish after SIGTERM.", ge=0)
+    drain_seconds: float = setting(30, "Server", "How long running requests may finish after SIGTERM.", ge=0)
     log_level: LogLevel = setting("info", "Server", "How much to log.")
 
     device: Device = setting("auto", "Engine", "Where to compute.")

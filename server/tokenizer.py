@@ -100,15 +100,16 @@ class HubTokenizer:
 
     def __init__(self, backend: Any, chat_template: str | None = None) -> None:
         """`backend` is a transformers tokenizer with a `tokenizers` core. Raises TokenizerError for other kinds."""
-        self._hub = backend
-        self._core = getattr(backend, "backend_tokenizer", None)
-        if self._core is None:
+        core: Any = getattr(backend, "backend_tokenizer", None)
+        if core is None:
             raise TokenizerError(f"{type(backend).__name__} is not backed by the tokenizers library")
+        self._hub = backend
+        self._core = core
         if chat_template is not None:
             backend.chat_template = chat_template
-        decoder = json.loads(self._core.to_str())["decoder"]
+        decoder = json.loads(core.to_str())["decoder"]
         self._to_bytes, self._drops_first_space = _byte_rule(decoder)
-        added = self._core.get_added_tokens_decoder()
+        added = core.get_added_tokens_decoder()
         self._special = frozenset(token for token, info in added.items() if info.special)
         self._bos: int | None = backend.bos_token_id
         self._bytes: dict[int, bytes] = {}  # filled as tokens are seen
@@ -182,7 +183,7 @@ def _byte_rule(decoder: dict[str, Any] | None) -> tuple[Callable[[str], bytes], 
 def _strips_start(step: dict[str, Any]) -> bool:
     if step["type"] == "Strip":
         return bool(step["content"] == " " and step["start"] > 0)
-    return step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
+    return bool(step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
 
 
 def _sentencepiece(piece: str) -> bytes:

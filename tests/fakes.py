@@ -6,7 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.client import EngineState, EngineUnavailable
-from engine.messages import Done, Event, Failed, Logprobs, PlanSummary, PromptLogprobs, Ready, Stats, Submit, Token
+from engine.messages import (
+    Done,
+    Event,
+    Failed,
+    FinishReason,
+    Logprobs,
+    PlanSummary,
+    PromptLogprobs,
+    Ready,
+    Stats,
+    Submit,
+    Token,
+)
 from server.tokenizer import Tokenizer
 
 BOS, EOS, END_TURN = 256, 257, 258
@@ -39,11 +51,13 @@ PLAN = PlanSummary(
 class ByteTokenizer(Tokenizer):
     """One token per byte, and three special ones."""
 
-    names = {BOS: b"<s>", EOS: b"</s>", END_TURN: b"<end>"}
-    drops_first_space = False
-
     def __init__(self, has_chat_template: bool = True) -> None:
         self._has_chat_template = has_chat_template
+        self._names = {BOS: b"<s>", EOS: b"</s>", END_TURN: b"<end>"}
+
+    @property
+    def drops_first_space(self) -> bool:
+        return False
 
     @property
     def has_chat_template(self) -> bool:
@@ -57,7 +71,7 @@ class ByteTokenizer(Tokenizer):
         return b"".join(map(self.token_bytes, shown)).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
-        return bytes([token]) if token < BOS else self.names.get(token, b"")
+        return bytes([token]) if token < BOS else self._names.get(token, b"")
 
     def is_special(self, token: int) -> bool:
         return token >= BOS
@@ -102,7 +116,7 @@ class FakeEngine:
     script: Callable[[Submit], Script] = lambda submit: say("hello")
     plan: PlanSummary = PLAN
     state: EngineState = "ready"
-    stats: Stats = Stats()
+    stats: Stats = field(default_factory=Stats)
     submitted: list[Submit] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     stopped: bool = False
@@ -163,7 +177,7 @@ class FakeEngine:
         if script.failure is not None:
             queue.put_nowait(script.failure)
             return
-        reason = "length" if stop_token is None else "stop"
+        reason: FinishReason = "length" if stop_token is None else "stop"
         for index in range(submit.n):
             queue.put_nowait(Done(submit.id, index, reason, stop_token, num_cached_tokens=1, queued_s=0.01))
 

@@ -12,6 +12,7 @@ from server.chat import chat_prompt
 from server.generation import Delta, Generation, ScoredToken
 from server.routes.common import ServiceDep, off_loop, unless_disconnected, usage
 from server.schemas import chat as wire
+from server.schemas.common import Usage
 from server.service import Service
 from server.sse import EventStream
 from server.tokenizer import Tokenizer
@@ -86,7 +87,7 @@ class _Writer:
     def usage_chunk(self, generation: Generation) -> str:
         return self._chunk(usage=usage(generation))
 
-    def _chunk(self, *choices: wire.ChatChunkChoice, usage: wire.Usage | None = None) -> str:
+    def _chunk(self, *choices: wire.ChatChunkChoice, usage: Usage | None = None) -> str:
         chunk = wire.ChatChunk(
             id=self._id,
             object="chat.completion.chunk",

@@ -105,9 +105,24 @@ class ChatRequest(SamplingFields):
 
 
 RESERVED_KWARGS = frozenset(
-    ["messages", "conversation", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt"]
-    + ["continue_final_message", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"]
-    + ["padding", "truncation", "max_length", "processor_kwargs"]
+    (
+        "messages",
+        "conversation",
+        "tools",
+        "documents",
+        "chat_template",
+        "tokenize",
+        "add_generation_prompt",
+        "continue_final_message",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "processor_kwargs",
+        "padding",
+        "truncation",
+        "max_length",
+    )
 )
 
 

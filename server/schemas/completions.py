@@ -18,7 +18,7 @@ class CompletionRequest(SamplingFields):
     )
 
     prompt: Any = Field(
-        description="A string, strings, token ids, or lists of token ids. Choices of prompt i have index i*n to i*n+n-1.",
+        description="A string, strings, token ids, or lists of ids. Choices of prompt i have index i*n to i*n+n-1.",
         json_schema_extra={
             "anyOf": [
                 {"type": "string"},

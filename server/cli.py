@@ -1,0 +1,160 @@
+"""nibble: the command line, and the only place where the parts are wired."""
+
+import asyncio
+import inspect
+import logging
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+
+import typer
+from rich.console import Console
+
+from engine.client import EngineUnavailable, locate_model, start_engine
+from engine.messages import Ready
+from server import config, lifecycle, screen
+from server.app import create_app
+from server.tokenizer import TokenizerError, load_tokenizer
+
+DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
+
+cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@cli.callback(invoke_without_command=True)
+def nibble(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """The inference server for language models that are already quantized."""
+    if version:
+        print(f"nibble {screen.nibble_version()}")
+        raise typer.Exit
+
+
+def serve(model: str | None, config_file: Path | None, **flags: Any) -> None:
+    """Serve a quantized model over an OpenAI-compatible API.
+
+    MODEL is a folder or a Hugging Face id; without it, the bundled demo model is served under the name "demo".
+
+    Every option may also be a line of the --config file (port = 8000) or a variable (NIBBLE_PORT=8000).
+    Options win over the file, the file over the environment.
+    """
+    try:
+        settings = config.load(flags, config_file)
+        set_up_logging(settings.log_level)
+        folder = locate_model(model, settings.revision, settings.offline) if model else demo_folder()
+        tokenizer = load_tokenizer(folder, settings.chat_template)
+    except ValueError as error:  # SettingsError, TokenizerError, and what locate_model raises
+        fail(str(error), 2)
+    name = settings.served_name or served_name(model)
+    try:
+        sock = lifecycle.listen(settings.host, settings.port)
+    except OSError as error:
+        fail(f"Cannot listen on {settings.host} port {settings.port}: {error.strerror}. Use --port or --host", 1)
+    console = Console(highlight=False)
+    bar = screen.LoadingBar(Console(stderr=True), name)
+    engine = start_engine(settings.engine(folder), bar.update)
+    app = create_app(engine, tokenizer, settings, name)
+
+    def on_ready(ready: Ready) -> None:
+        bar.stop()
+        url = address(settings.host, sock.getsockname()[1])
+        screen.print_start(console, ready.plan, name, url, tokenizer.has_chat_template)
+
+    server = lifecycle.DrainingServer(app, access_log=settings.log_level == "debug")
+    bar.start()
+    try:
+        asyncio.run(lifecycle.serve(server, sock, engine, on_ready))
+    except EngineUnavailable as error:
+        bar.stop()
+        fail(str(error), 1)
+    finally:
+        bar.stop()
+
+
+def set_up_logging(level: config.LogLevel) -> None:
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if level != "debug":  # uvicorn tells of every start and stop
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+def demo_folder() -> Path:
+    """The bundled checkpoint. Raises TokenizerError when this installation has none."""
+    if not DEMO.is_dir():
+        raise TokenizerError("This installation has no demo model; name a model: nibble serve MODEL")
+    return DEMO
+
+
+def served_name(model: str | None) -> str:
+    """The name clients use: the hub id, or the last part of a folder's path."""
+    if model is None:
+        return "demo"
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def address(host: str, port: int) -> str:
+    """A URL that works on this machine."""
+    if host in ("0.0.0.0", "::"):
+        host = "localhost"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say what is wrong, without a traceback, and exit."""
+    Console(stderr=True, highlight=False).print(f"[bold red]nibble:[/bold red] {message}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def with_settings(command: Any) -> Any:
+    """Give `command` one option for each setting, so that help, file and environment can never disagree."""
+    model = Annotated[
+        str | None,
+        typer.Argument(help="Folder or hub id. Default: the bundled demo.", show_default=False, metavar="MODEL"),
+    ]
+    file = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.", metavar="FILE")]
+    parameters = [_parameter("model", model), _parameter("config_file", file)]
+    for name, field in config.ServerConfig.model_fields.items():
+        option = config.flag_name(name)
+        names = (f"{option}/--no-{option[2:]}",) if field.annotation is bool else (option,)
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        default = "" if field.default in (None, True, False) else f" Default: {field.default}."
+        info = typer.Option(
+            *names,
+            help=f"{field.description}{default}",
+            rich_help_panel=str(extra["panel"]),
+            metavar=_metavar(field.annotation),
+            show_default=False,
+        )
+        parameters.append(_parameter(name, Annotated[_flag_type(field.annotation), info]))
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _metavar(annotation: Any) -> str:
+    """What --help shows for a value: the choices, or N, or text."""
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    if annotation is bool:
+        return ""
+    kinds = {*get_args(annotation), annotation}
+    return "N" if kinds & {int, float} else "FILE" if Path in kinds else "TEXT"
+
+
+def _flag_type(annotation: Any) -> Any:
+    """What typer should read; pydantic parses and checks the rest."""
+    return (bool if annotation is bool else str) | None
+
+
+cli.command()(with_settings(serve))
+
+
+def main() -> None:
+    """The console script."""
+    cli()
+
+
+if __name__ == "__main__":
+    main()

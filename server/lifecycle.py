@@ -1,0 +1,93 @@
+"""From open port to exit code.
+
+    listen -> load (503 + Retry-After) -> serve -> SIGTERM or SIGINT: drain -> exit 0
+                                                                       a second signal: exit at once
+
+While draining, /ready and new work get 503 with Retry-After; running answers finish within --drain-seconds, and the
+ones that do not end with an error event.
+"""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from engine.client import EngineClient
+from engine.messages import Ready
+from server.service import Service
+
+GRACE_S = 2  # for the last bytes of answers that were cut off
+log = logging.getLogger(__name__)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """An open port, so that clients can ask /ready while the model loads. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, with a first signal that lets running answers finish and an exit code of 0 after it."""
+
+    def __init__(self, app: FastAPI, access_log: bool = False) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                log_config=None,
+                access_log=access_log,
+                server_header=False,
+                timeout_graceful_shutdown=GRACE_S,
+            )
+        )
+        self._service: Service = app.state.service
+        self._deadline = 0.0  # time.monotonic(); of a drain that has begun
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal arrived. uvicorn would raise it again at the end, which would spoil the exit code."""
+        if self._service.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._service.draining = True
+        self._deadline = time.monotonic() + self._service.config.drain_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; true ends the server."""
+        return await super().on_tick(counter) or (self._service.draining and await self._drained())
+
+    async def _drained(self) -> bool:
+        if self._service.in_flight == 0:
+            return True
+        if time.monotonic() < self._deadline:
+            return False
+        log.warning("%d requests did not finish in time and are cut off", self._service.in_flight)
+        await self._service.engine.stop()
+        return True
+
+
+async def serve(
+    server: DrainingServer, sock: socket.socket, engine: EngineClient, on_ready: Callable[[Ready], None]
+) -> None:
+    """Serve until a signal. Raises EngineUnavailable when the model cannot be loaded; the engine is stopped always."""
+    serving = asyncio.ensure_future(server.serve([sock]))
+    loading = asyncio.ensure_future(_load(engine))
+    try:
+        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            on_ready(loading.result())
+        await serving
+    finally:
+        loading.cancel()
+        server.should_exit = server.force_exit = True
+        await asyncio.wait({serving, loading})
+        await engine.stop()
+
+
+async def _load(engine: EngineClient) -> Ready:
+    await engine.start()
+    return await engine.wait_ready()

@@ -1,0 +1,92 @@
+"""What a person sees who starts the server: a bar while weights are read, then one screen of facts."""
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from engine.messages import Loading, PlanSummary
+
+UNITS = ("B", "KiB", "MiB", "GiB")
+
+
+def nibble_version() -> str:
+    try:
+        return version("nibble-server")
+    except PackageNotFoundError:
+        return "0 (not installed)"
+
+
+class LoadingBar:
+    """Progress of reading weights. `update` may be called from any thread."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        columns = (TextColumn("[bold]Loading {task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+        self._progress = Progress(*columns, TransferSpeedColumn(), console=console, transient=True)
+        self._task = self._progress.add_task(name, total=None)
+
+    def start(self) -> None:
+        self._progress.start()
+
+    def update(self, loading: Loading) -> None:
+        self._progress.update(self._task, completed=loading.done_bytes, total=loading.total_bytes or None)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+def print_start(console: Console, plan: PlanSummary, name: str, url: str, chat: bool) -> None:
+    """The facts of a server that is ready. `chat`: whether the model has a chat template."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for title, fact in _facts(plan, name, url):
+        table.add_row(title, fact)
+    console.print(f"\n[bold]Nibble {nibble_version()}[/bold]\n")
+    console.print(table)
+    console.print("\nTry it:\n")
+    console.print(curl(url, name, chat), soft_wrap=True, markup=False, highlight=False)
+    console.print()
+
+
+def _facts(plan: PlanSummary, name: str, url: str) -> list[tuple[str, str]]:
+    tokens = plan.num_pages * plan.page_size
+    prefix = "on" if plan.prefix_caching else "off"
+    facts = [
+        ("model", f"{name}: {plan.architecture}, {plan.format}, {size(plan.weight_bytes)} of weights"),
+        ("from", plan.model),
+        ("device", f"{plan.device}, {plan.dtype} activations, {plan.threads} threads"),
+    ]
+    for what, kernel, refusals in plan.kernels:
+        facts.append(("kernel", f"{what}: {kernel}" + (f" ({refusals})" if refusals else "")))
+    facts += [
+        ("KV cache", f"{plan.kv_policy}, {size(tokens * plan.kv_bytes_per_token)}, prefix caching {prefix}"),
+        ("", f"{tokens:,} tokens fit: {plan.num_pages:,} pages of {plan.page_size}"),
+        ("context", f"{plan.max_model_len:,} tokens at most for one request, prompt and answer"),
+        ("batch", f"{plan.max_num_seqs} sequences, {plan.max_batch_tokens} tokens a step"),
+        ("speed", f"{plan.decode_tokens_per_s:,.1f} tokens/s for one sequence; loaded in {plan.load_seconds:.1f} s"),
+    ]
+    facts += [("note", note) for note in plan.notes]
+    return [*facts, ("address", f"{url}   (API: {url}/docs)")]
+
+
+def curl(url: str, name: str, chat: bool) -> str:
+    """A request ready to paste."""
+    body: dict[str, object]
+    if chat:
+        path, body = "chat/completions", {"model": name, "messages": [{"role": "user", "content": "Tell me a story."}]}
+    else:
+        path, body = "completions", {"model": name, "prompt": "Once upon a time", "max_tokens": 64}
+    quoted = json.dumps(body).replace("'", "'\\''")
+    return f"curl -N {url}/v1/{path} -H 'Content-Type: application/json' -d '{quoted}'"
+
+
+def size(num_bytes: float) -> str:
+    """12.3 MiB."""
+    for unit in UNITS[:-1]:
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} {UNITS[-1]}"
