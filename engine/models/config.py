@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from engine.models.rope import RopeConfig, RopeRefused, read_rope
@@ -66,7 +67,7 @@ def load_hf_config(folder: Path) -> Any:
     """The checkpoint's configuration with transformers' defaults filled in. No code of the checkpoint is run."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
         raise UnsupportedModel(f"{folder / 'config.json'} is not a valid configuration: {error}") from error
 
 
