@@ -35,6 +35,7 @@ WHERE = "compressed-tensors config"
 INFORMATIONAL = frozenset(
     {
         "global_compression_ratio",
+        "provider",
         "quant_method",
         "quantization_status",
         "version",

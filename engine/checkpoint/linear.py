@@ -55,6 +55,8 @@ def rename(config: Mapping[str, Any], synonyms: Mapping[str, str], where: str) -
     """Replace old names of settings. Raises FormatRefused when a setting stands there twice and differs."""
     settings: dict[str, Any] = {}
     for field, value in config.items():
+        if value is None:
+            continue
         name = synonyms.get(field, field)
         if settings.setdefault(name, value) != value:
             raise FormatRefused(f"{where}: {field} = {value!r} contradicts {name} = {settings[name]!r}")
@@ -66,8 +68,8 @@ def read_settings(
 ) -> Settings:
     """Check a quantization config against the fields of `kind`, which are honoured.
 
-    `informational` fields say how the weights were made, not what they mean, and are skipped; any other field must be
-    off. Raises FormatRefused naming the field, and `where` it stands.
+    A field that is null is unset. `informational` fields say how the weights were made, not what they mean, and are
+    skipped; any other field must be off. Raises FormatRefused naming the field, and `where` it stands.
     """
     honoured = {field.name for field in msgspec.structs.fields(kind)}
     for field, value in config.items():
@@ -77,6 +79,6 @@ def read_settings(
                 "remove it from the config"
             )
     try:
-        return msgspec.convert({key: value for key, value in config.items() if key in honoured}, kind)
+        return msgspec.convert({key: config[key] for key in honoured if config.get(key) is not None}, kind)
     except msgspec.ValidationError as error:
         raise FormatRefused(f"{where}: {error}") from error

@@ -108,7 +108,15 @@ def test_settings_that_are_not_honoured_are_refused_by_name(setting: dict[str, A
 def test_settings_about_the_making_are_no_obstacle() -> None:
     """Configs of transformers and optimum list the calibration data; of AutoGPTQ, the model's origin."""
     form = read_config(
-        PLAIN | {"dataset": "c4", "damp_percent": 0.1, "is_marlin_format": False, "adapter": None, "format": "gptq"}
+        PLAIN
+        | {
+            "dataset": "c4",
+            "damp_percent": 0.1,
+            "is_marlin_format": False,
+            "adapter": None,
+            "format": "gptq",
+            "checkpoint_format": None,
+        }
     )
     assert form.describe() == "GPTQ 4-bit g32"
 
