@@ -1,0 +1,79 @@
+"""Flags, file, environment, defaults: who wins, and how mistakes are named."""
+
+from pathlib import Path
+
+import pytest
+
+from engine.config import EngineConfig
+from server.config import ServerConfig, SettingsError, load, parse_size
+
+
+def test_flags_win_over_file_over_environment_over_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "nibble.toml"
+    file.write_text('port = 2\nlog-level = "warning"\nkv_memory = "1GiB"\n')
+    for name, value in {"PORT": "3", "LOG_LEVEL": "error", "HOST": "::1", "KV_MEMORY": "2GiB"}.items():
+        monkeypatch.setenv(f"NIBBLE_{name}", value)
+    settings = load({"port": "1", "host": None}, file)
+    assert (settings.port, settings.log_level, settings.host) == (1, "warning", "::1")
+    assert (settings.kv_memory, settings.max_num_seqs) == (1 << 30, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("4GiB", 4 << 30), ("512m", 512 << 20), ("2GB", 2 * 10**9), ("1.5k", 1536), ("77", 77)]
+)
+def test_sizes(text: str, num_bytes: int) -> None:
+    assert parse_size(text) == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({"port": "70000"}, "--port"),
+        ({"kv_memory": "4 potatoes"}, "--kv-memory: '4 potatoes' is not a size"),
+        ({"device": "tpu"}, "--device"),
+        ({"max_num_seqs": "many"}, "--max-num-seqs"),
+    ],
+)
+def test_bad_values_name_the_flag(flags: dict[str, str], name: str) -> None:
+    with pytest.raises(SettingsError, match=name):
+        load(flags)
+
+
+def test_unknown_keys_of_the_file_are_errors(tmp_path: Path) -> None:
+    """Bug: a misspelt key is ignored and the server runs with a default nobody chose."""
+    file = tmp_path / "nibble.toml"
+    file.write_text("max-sequences = 3\n")
+    with pytest.raises(SettingsError, match="'max-sequences' is not a setting"):
+        load({}, file)
+    file.write_text("port = = 3\n")
+    with pytest.raises(SettingsError, match=r"nibble\.toml"):
+        load({}, file)
+    with pytest.raises(SettingsError, match=r"none\.toml"):
+        load({}, tmp_path / "none.toml")
+
+
+def test_engine_defaults_are_the_engines_own(tmp_path: Path) -> None:
+    """Bug: the server and the engine drift apart on a default."""
+    assert ServerConfig().engine(tmp_path) == EngineConfig(model=str(tmp_path))
+
+
+def test_engine_gets_every_wish(tmp_path: Path) -> None:
+    """Bug: a flag that is read and never handed on."""
+    wishes = {
+        "device": "cpu",
+        "kernel": "native",
+        "kv_memory": 1 << 20,
+        "page_size": 32,
+        "max_model_len": 99,
+        "max_num_seqs": 3,
+        "max_batch_tokens": 77,
+        "prefix_caching": False,
+        "threads": 2,
+    }
+    engine = load(wishes | {"kv": "f16:w8"}).engine(tmp_path)
+    assert engine == EngineConfig(model=str(tmp_path), kv_policy="f16:w8", **wishes)  # type: ignore[arg-type]
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        ServerConfig().port = 3  # type: ignore[misc]

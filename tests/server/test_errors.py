@@ -1,0 +1,119 @@
+"""Every error leaves in OpenAI's shape."""
+
+from collections.abc import Callable
+
+import httpx
+import openai
+import pytest
+
+from engine.client import EngineUnavailable
+from engine.messages import Failed, Submit
+from server.errors import field_path
+from tests.fakes import FakeEngine, Script
+from tests.server.conftest import World
+
+pytestmark = pytest.mark.anyio
+
+
+def failing(kind: str, tokens: bytes = b"") -> FakeEngine:
+    def script(submit: Submit) -> Script:
+        return Script(list(tokens), failure=Failed(submit.id, kind, "told so"))  # type: ignore[arg-type]
+
+    return FakeEngine(script)
+
+
+def error_of(response: httpx.Response) -> dict[str, str | None]:
+    error: dict[str, str | None] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+@pytest.mark.parametrize(
+    ("loc", "path"),
+    [(("messages", 0, "content"), "messages[0].content"), (("stop",), "stop"), (("a", "b", 2), "a.b[2]")],
+)
+async def test_field_paths(loc: tuple[int | str, ...], path: str) -> None:
+    assert field_path(loc) == path
+
+
+async def test_openai_client_raises_its_own_exceptions() -> None:
+    """Bug: a body that the official client cannot read becomes an error without code or param."""
+    client = World(FakeEngine()).openai
+    with pytest.raises(openai.NotFoundError) as missing:
+        await client.completions.create(model="other", prompt="x")
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError, match="less than or equal to 2") as bad:
+        await client.completions.create(model="demo", prompt="x", temperature=3)
+    assert (bad.value.type, bad.value.param, bad.value.code) == (
+        "invalid_request_error",
+        "temperature",
+        "invalid_value",
+    )
+    with pytest.raises(openai.BadRequestError) as nested:
+        await client.chat.completions.create(
+            model="demo", messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}]
+        )
+    assert nested.value.param is not None
+    assert nested.value.param.startswith("messages[0].")
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [(b"{nope", "invalid_json"), (b"[]", "invalid_value"), (b"", "invalid_value"), (b"{}", "missing_field")],
+)
+async def test_broken_bodies(content: bytes, code: str) -> None:
+    world = World(FakeEngine())
+    headers = {"content-type": "application/json"}
+    response = await world.http.post("/v1/completions", content=content, headers=headers)
+    assert response.status_code == 400
+    assert error_of(response)["code"] == code
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nope", 404), ("GET", "/v1/completions", 405)])
+async def test_routers_own_errors_have_the_same_shape(method: str, path: str, status: int) -> None:
+    response = await World(FakeEngine()).http.request(method, path)
+    assert response.status_code == status
+    assert path in str(error_of(response)["message"])
+
+
+@pytest.mark.parametrize(("kind", "status"), [("invalid", 400), ("capacity", 400), ("engine", 500)])
+async def test_engine_failures_have_a_status(kind: str, status: int) -> None:
+    response = await World(failing(kind)).text()
+    assert response.status_code == status
+    assert error_of(response)["message"] == "told so"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_engine_that_takes_no_requests_gives_503(stream: bool) -> None:
+    """Bug: a stream that answers 200 and then nothing while the engine restarts."""
+    world = World(FakeEngine(state="restarting"))
+    response = await world.text(stream=stream)
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_engine_that_goes_down_at_submit_gives_503(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+    world = World(engine)
+    monkeypatch.setattr(engine, "submit", raising(EngineUnavailable("gone", 2.4)))
+    response = await world.chat(stream=stream)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "3")
+    assert world.service.in_flight == 0
+
+
+async def test_unexpected_errors_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a traceback, or the text of an internal exception, in the answer."""
+    engine = FakeEngine()
+    monkeypatch.setattr(engine, "submit", raising(RuntimeError("secret")))
+    response = await World(engine).text()
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    assert error_of(response)["code"] == "internal_error"
+
+
+def raising(error: Exception) -> Callable[[Submit], None]:
+    def submit(request: Submit) -> None:
+        raise error
+
+    return submit
