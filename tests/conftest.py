@@ -1,4 +1,4 @@
-"""One thread: matrices this small only lose by more, and a busy machine makes threads wait for each other."""
+"""Fixtures for every package."""
 
 from collections.abc import Iterator
 
@@ -6,8 +6,10 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
+    """Matrices this small lose by a second thread, and on a busy machine threads that wait for each other take 50
+    times as long."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

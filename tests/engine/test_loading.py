@@ -1,0 +1,190 @@
+"""A folder to a model that answers, and every way in which a folder can be wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, LlamaConfig
+
+from engine.checkpoint.errors import TensorError
+from engine.config import EngineConfig, Plan, resolve
+from engine.loading import LoadedModel, load_model, model_facts, open_checkpoint
+from kernels.contract import KernelRefused
+from kvcache.policy import PolicyError
+from tests.engine.models.oracle import Session, exact_copy, make_world, new_model, write_checkpoint
+from tests.engine.models.variants import SIZES
+from tests.tolerance import assert_within
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+QUANTIZED = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
+
+Tensors = dict[str, Tensor]
+
+
+def plan_for(folder: Path, **changes: Any) -> Plan:
+    config = EngineConfig(str(folder), kv_policy="f32", page_size=16, kv_memory=1 << 30)
+    return replace(resolve(config, model_facts(open_checkpoint(folder), "f32")), **changes)
+
+
+def load(folder: Path, **changes: Any) -> LoadedModel:
+    return load_model(open_checkpoint(folder), plan_for(folder, **changes))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An untied Llama, a fresh copy for every test to damage."""
+    write_checkpoint(tmp_path, LlamaConfig(**SIZES))
+    return tmp_path
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def dequantized_twin(folder: Path) -> tuple[Any, Any]:
+    """transformers' model holding the weights that our reader's canonical form defines, in float32 and float64."""
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    twin = new_model(config)
+    checkpoint = open_checkpoint(folder)
+    with torch.no_grad():
+        for name, module in twin.named_modules():
+            if isinstance(module, nn.Linear) and not (name == "lm_head" and config.tie_word_embeddings):
+                shape = (module.out_features, module.in_features)
+                weights = checkpoint.format.linear(checkpoint.source, name, shape, module.bias is not None)
+                module.weight.copy_(weights.dequantize())
+                if weights.bias is not None:
+                    module.bias.copy_(weights.bias)
+            elif isinstance(module, nn.Embedding) or type(module).__name__.endswith("RMSNorm"):
+                module.weight.copy_(checkpoint.source.tensor(f"{name}.weight"))
+    return twin, exact_copy(twin, config)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_checkpoints_answer_like_their_dequantized_weights(name: str) -> None:
+    """Bug: a layer bound to another layer's weights, act-order forgotten, a bias dropped."""
+    world = make_world(FIXTURES / name, *dequantized_twin(FIXTURES / name))
+    session = Session(world)
+    for answers, chunks in zip(world.answers, ([37], [20, 1, 1, 1]), strict=True):
+        num_tokens = len(answers.token_ids)
+        logits = session.run(answers.token_ids, session.table(num_tokens), chunks)
+        assert_within(logits, answers.logits, answers.bound, f"logits of {name}")
+
+
+def test_equal_layers_are_summed_up() -> None:
+    """Bug: a start screen of 200 lines, or one that hides that two layers run on another kernel."""
+    loaded = load(FIXTURES / "gptq-v1-4bit-sym-g32")
+    assert ("14 x affine 4-bit g32", "reference", "") in loaded.kernels
+    assert ("1 x dense float16", "reference", "") in loaded.kernels
+    assert ("2 x attention f32", "reference", "") in loaded.kernels
+    assert ("5 x norm", "reference", "") in loaded.kernels
+    assert (loaded.device, loaded.dtype) == ("cpu", "float32")
+
+
+def test_a_kernel_that_cannot_serve_is_not_replaced(folder: Path) -> None:
+    with pytest.raises(KernelRefused, match="reference: not the requested 'fastest'"):
+        load(folder, kernel="fastest")
+    assert all(kernel == "reference" for _, kernel, _ in load(folder, kernel="reference").kernels)
+
+
+def test_progress_reaches_the_end(folder: Path) -> None:
+    heard: list[tuple[int, int]] = []
+    checkpoint = open_checkpoint(folder, lambda done, total: heard.append((done, total)))
+    assert not heard  # headers are not weights
+    load_model(checkpoint, plan_for(folder))
+    total = checkpoint.source.total_bytes
+    assert [done for done, _ in heard] == sorted(done for done, _ in heard)
+    assert heard[-1] == (total, total)
+
+
+def test_facts_come_from_headers(folder: Path) -> None:
+    facts = model_facts(open_checkpoint(folder), "f16")
+    assert facts.kv_bytes_per_token == 2 * 2 * 2 * 12 * 2  # K and V, layers, kv heads, head_dim, bytes
+    assert facts.weight_bytes == sum(4 * t.numel() for t in load_file(folder / "model.safetensors").values())
+    assert facts.max_position == 128
+    with pytest.raises(PolicyError, match="f15"):
+        model_facts(open_checkpoint(folder), "f15")
+
+
+# -- tied heads ----------------------------------------------------------------------------------------------------
+
+
+def tied(tmp_path: Path, change: Callable[[Tensors], object]) -> tuple[Path, Any]:
+    config = LlamaConfig(**SIZES, tie_word_embeddings=True)
+    theirs = write_checkpoint(tmp_path, config)
+    rewrite(tmp_path, change)
+    return tmp_path, theirs
+
+
+def head_alone(tensors: Tensors) -> None:
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+
+def both(tensors: Tensors) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+@pytest.mark.parametrize("change", [dict.copy, head_alone, both], ids=["embedding alone", "head alone", "both"])
+def test_a_tied_head_may_be_stored_under_either_name(tmp_path: Path, change: Callable[[Tensors], object]) -> None:
+    path, theirs = tied(tmp_path, change)
+    world = make_world(path, theirs, exact_copy(theirs, theirs.config))
+    session, answers = Session(world), world.answers[1]
+    logits = session.run(answers.token_ids, session.table(23), [23])
+    assert_within(logits, answers.logits, answers.bound, "logits")
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_an_untied_head_may_not_be_missing(folder: Path, name: str) -> None:
+    """Bug: a head that is missing by accident is replaced by the embedding, and the model talks nonsense."""
+    rewrite(folder, lambda tensors: tensors.pop(name))
+    with pytest.raises(TensorError, match=name.removesuffix(".weight")):
+        load(folder)
+
+
+# -- damaged checkpoints -------------------------------------------------------------------------------------------
+
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+@pytest.mark.parametrize("name", [K_PROJ, NORM, "model.norm.weight"])
+def test_a_missing_tensor_is_named(folder: Path, name: str) -> None:
+    rewrite(folder, lambda tensors: tensors.pop(name))
+    with pytest.raises(TensorError, match=rf"no tensor '{name}'"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [(K_PROJ, (12, 48), r"\[12, 48\], expected \[24, 48\]"), (NORM, (47,), r"\[47\], expected \[48\]")],
+)
+def test_a_tensor_of_another_shape_is_named(folder: Path, name: str, shape: tuple[int, ...], expected: str) -> None:
+    rewrite(folder, lambda tensors: tensors.update({name: torch.zeros(shape)}))
+    with pytest.raises(TensorError, match=rf"{name}' has shape {expected}"):
+        load(folder)
+
+
+def test_a_tensor_left_over_is_named(folder: Path) -> None:
+    """Bug: a model with one layer more than its config says, or with parts we do not know, is served without them."""
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(12)}))
+    with pytest.raises(TensorError, match=r"does not use: model\.layers\.0\.self_attn\.q_norm\.weight \[12\]"):
+        load(folder)
+
+
+def test_a_bias_must_be_expected_or_zero(folder: Path) -> None:
+    """AutoGPTQ writes biases of zeros; any other would be dropped silently."""
+    name = K_PROJ.replace("weight", "bias")
+    rewrite(folder, lambda tensors: tensors.update({name: torch.zeros(24)}))
+    load(folder)
+    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(24)}))
+    with pytest.raises(TensorError, match=name):
+        load(folder)
