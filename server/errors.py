@@ -19,10 +19,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from engine.client import EngineUnavailable
 from engine.messages import Failed
@@ -145,6 +146,10 @@ async def _respond(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(api_error.body, api_error.status, headers=api_error.headers)
 
 
+async def _respond_to_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nginx's number for a client that closed the connection
+
+
 async def _respond_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {request.url.path}"
@@ -157,3 +162,4 @@ def install(app: FastAPI) -> None:
     for kind in (ApiError, EngineUnavailable, RequestValidationError, Exception):
         app.add_exception_handler(kind, _respond)
     app.add_exception_handler(HTTPException, _respond_http)
+    app.add_exception_handler(ClientDisconnect, _respond_to_nobody)

@@ -7,9 +7,10 @@ connection, a cancelled task, an error. So refusals still get their own status, 
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from server.errors import from_exception
@@ -44,7 +45,8 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._generation, aclosing(self._body):
-            await super().__call__(scope, receive, send)
+            with suppress(ClientDisconnect):  # an end like others
+                await super().__call__(scope, receive, send)
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         try:

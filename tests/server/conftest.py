@@ -32,9 +32,8 @@ class World:
         self.service: Service = self.app.state.service
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://test")
-        self.openai = openai.AsyncOpenAI(
-            base_url="http://test/v1", api_key="none", max_retries=0, http_client=self.http
-        )
+        client: Any = self.http  # newer clients are typed for a successor of httpx with the same interface
+        self.openai = openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", max_retries=0, http_client=client)
 
     async def post(self, path: str, body: dict[str, Any], **more: Any) -> httpx.Response:
         return await self.http.post(path, json=body | more)

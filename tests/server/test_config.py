@@ -76,4 +76,4 @@ def test_engine_gets_every_wish(tmp_path: Path) -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        ServerConfig().port = 3  # type: ignore[misc]
+        ServerConfig().port = 3

@@ -160,7 +160,7 @@ def test_null_means_not_given() -> None:
 
 def test_an_answer_can_be_sent_back_as_it_came() -> None:
     """Bug: `messages.append(response.choices[0].message)` is refused for its null fields."""
-    answer = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None}
+    answer: dict[str, Any] = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None}
     assert Message.model_validate(answer | {"function_call": None, "tool_calls": None}).text == "x"
 
 

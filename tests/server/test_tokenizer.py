@@ -20,7 +20,7 @@ CORPUS = [
     "🎉🎉 party 👩‍👩‍👧",
     "  spaces   here",
 ]
-SPECIALS = ["<s>", "</s>", "<｜end｜>"]
+SPECIALS = ["<s>", "</s>", "<end of text>"]
 
 
 def byte_level() -> HubTokenizer:
@@ -45,8 +45,8 @@ def llama_like() -> HubTokenizer:
         CORPUS[:3] * 4,
         trainers.BpeTrainer(vocab_size=330, special_tokens=["<unk>", "<s>", "</s>", *byte_tokens], show_progress=False),
     )
-    vocab = {token: i for token, i in core.get_vocab(with_added_tokens=False).items()}
-    merges = [tuple(pair) for pair in _merges(core)]
+    vocab = core.get_vocab(with_added_tokens=False)
+    merges = [(left, right) for left, right in json.loads(core.to_str())["model"]["merges"]]
     core = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -56,11 +56,6 @@ def llama_like() -> HubTokenizer:
         single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
     )
     return hub(core)
-
-
-def _merges(core: Tokenizer) -> list[list[str]]:
-    merges: list[list[str]] = json.loads(core.to_str())["model"]["merges"]
-    return merges
 
 
 def hub(core: Tokenizer) -> HubTokenizer:
@@ -139,9 +134,9 @@ def test_endless_broken_bytes_cost_the_same_per_token() -> None:
 
 def test_special_tokens_are_left_out_or_shown() -> None:
     tokenizer = byte_level()
-    ids = [tokenizer._core.token_to_id(token) for token in ("<s>", "<think>", "<｜end｜>")]
+    ids = [tokenizer._core.token_to_id(token) for token in ("<s>", "<think>", "<end of text>")]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<think>"
-    assert tokenizer.decode(ids) == "<s><think><｜end｜>"
+    assert tokenizer.decode(ids) == "<s><think><end of text>"
     assert tokenizer.token_bytes(10**6) == b""  # vocabularies are padded; such an id stands for nothing
 
 
