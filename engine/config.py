@@ -11,6 +11,7 @@ import msgspec
 Device = Literal["auto", "cpu", "cuda"]
 PAGE_SIZES = (16, 32, 64, 128)
 KV_SHARE_OF_FREE_MEMORY = 0.5  # of what is free once weights are counted, when --kv-memory is not given
+SMALL_MODEL_BYTES = 16 << 20  # below this one thread decodes faster: waiting for the others costs more than their help
 ACTIVATION_RESERVE_BYTES = 256 << 20  # working memory of one step, kept out of the cache
 
 
@@ -86,7 +87,7 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Plan:
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
         prefix_caching=config.prefix_caching,
-        threads=config.threads or facts.num_cores,
+        threads=config.threads or (1 if facts.weight_bytes < SMALL_MODEL_BYTES else facts.num_cores),
     )
 
 

@@ -50,7 +50,7 @@ class EngineCore:
     """Requests in, events out. Single-threaded: every method belongs to the thread that steps."""
 
     def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+        self.parts = parts
         self._manager = parts.manager
         self._scheduler = Scheduler(parts.manager, parts.plan.max_num_seqs, parts.plan.max_batch_tokens)
         self._live: dict[str, list[Sequence]] = {}  # unfinished choices of each request
@@ -73,7 +73,7 @@ class EngineCore:
         if slices:
             self._mark_admitted(slices)
             rows = [self._row(item) for item in slices]
-            logits = self._parts.runner.run(build_batch(rows))  # [num_logits, vocab]
+            logits = self.parts.runner.run(build_batch(rows))  # [num_logits, vocab]
             self._advance(slices, rows, logits)
             self._num_steps += 1
             self._num_rows += sum(item.num_tokens for item in slices)
@@ -126,13 +126,13 @@ class EngineCore:
 
     def _why_not(self, submit: Submit) -> Failed | None:
         """Admission: whether this request can ever be served, decided before it takes anything."""
-        plan, sampling = self._parts.plan, submit.sampling
+        plan, sampling = self.parts.plan, submit.sampling
         total = len(submit.prompt) + sampling.max_tokens
         if submit.id in self._live:
             return Failed(submit.id, "invalid", f"request id {submit.id!r} is in use")
         if not submit.prompt:
             return Failed(submit.id, "invalid", "the prompt has no tokens")
-        vocab_size = self._parts.vocab_size
+        vocab_size = self.parts.vocab_size
         outside = [
             t for t in (*submit.prompt, *sampling.logit_bias, *sampling.stop_token_ids) if not 0 <= t < vocab_size
         ]
@@ -164,7 +164,7 @@ class EngineCore:
         sequence = item.sequence
         tokens = sequence.tokens[item.start : item.start + item.num_tokens]
         num_logits = item.num_tokens if sequence.wants_prompt_logprobs else int(item.completes)
-        return BatchRow(tokens, item.start, item.block_table, self._parts.plan.page_size, num_logits)
+        return BatchRow(tokens, item.start, item.block_table, self.parts.plan.page_size, num_logits)
 
     def _advance(self, slices: Items[Slice], rows: Items[BatchRow], logits: Tensor) -> None:
         """Account for what the step stored, and sample for every sequence that is caught up."""
@@ -210,7 +210,7 @@ class EngineCore:
                 self._manager.release(child.id)
                 self._scheduler.add(child)
                 continue
-            self._parts.storage.copy(copies)
+            self.parts.storage.copy(copies)
             child.num_computed, child.num_cached_tokens = leader.num_computed, leader.num_computed
             child.admitted_at = leader.admitted_at
             running.append(child)
@@ -225,7 +225,7 @@ class EngineCore:
         if sequence.num_generated >= sampling.max_tokens:  # max_tokens 0: the prompt was all that was wanted
             self._finish(sequence, "length")
             return
-        eos = self._parts.eos_token_ids
+        eos = self.parts.eos_token_ids
         draw = Draw(sampling, request.seed, sequence.index, sequence.tokens, sequence.num_prompt, eos)
         try:
             token = choose(logits, draw)

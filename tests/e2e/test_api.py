@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -147,7 +148,8 @@ def test_sigterm_drains_and_exits_zero(checkpoint: Path, tmp_path: Path) -> None
         assert server.process.wait(30) == 0
 
 
-def test_model_that_cannot_be_served_ends_with_the_reason(tmp_path: Path) -> None:
+def test_model_that_cannot_be_served_ends_with_the_reason(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text('{"architectures": ["NopeForCausalLM"], "model_type": "nope"}')
     with ServerProcess(tmp_path, tmp_path / "log") as server:
         assert server.process.wait(60) != 0

@@ -41,6 +41,11 @@ def test_context_is_cut_to_the_cache_but_a_stated_one_is_an_error() -> None:
         plan_for(kv_memory=128_000, max_model_len=2000)
 
 
+def test_small_model_runs_on_one_thread() -> None:
+    """Bug: barriers between threads for matrices of a few kilobytes: 13 instead of 1,050 tok/s on a busy machine."""
+    assert plan_for(ModelFacts(4096, 1000, 1_000_000, 10**10, 8, False)).threads == 1
+
+
 def test_auto_device_and_threads() -> None:
     plan = plan_for()
     assert (plan.device, plan.threads) == ("cpu", 2)
