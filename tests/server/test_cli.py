@@ -1,0 +1,134 @@
+"""The command line: help, and mistakes that end with a sentence."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from server import cli, lifecycle, screen
+from server.config import ServerConfig, flag_name
+from server.lifecycle import DrainingServer
+from tests.fakes import ByteTokenizer, FakeEngine
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.cli, arguments, env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_help_lists_every_setting_in_its_panel() -> None:
+    """Bug: a setting that can be set and is not documented."""
+    code, text = run("serve", "--help")
+    assert code == 0
+    for name in ServerConfig.model_fields:
+        assert flag_name(name) in text
+    for panel in ("Model", "Server", "Engine", "KV cache"):
+        assert panel in text
+    assert "--no-prefix-caching" in text
+    assert "Default: 8000." in text
+
+
+def test_version() -> None:
+    code, text = run("--version")
+    assert (code, text.split()[0]) == (0, "nibble")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--port", "99999"], "--port"),
+        (["--kv-memory", "lots"], "'lots' is not a size"),
+        (["--config", "missing.toml"], "missing.toml"),
+        (["/no/such/folder"], "/no/such/folder"),
+    ],
+)
+def test_mistakes_end_with_a_sentence_and_code_2(arguments: list[str], sentence: str) -> None:
+    """Bug: a traceback for a typing error."""
+    code, text = run("serve", *arguments)
+    assert code == 2
+    assert sentence in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80"),
+        ("0.0.0.0", "http://localhost:80"),
+        ("::", "http://localhost:80"),
+        ("::1", "http://[::1]:80"),
+    ],
+)
+def test_address_works_on_this_machine(host: str, url: str) -> None:
+    assert cli.address(host, 80) == url
+
+
+def test_served_names(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    assert cli.served_name(None) == "demo"
+    assert cli.served_name(f"{folder}/") == "my-model"
+    assert cli.served_name("org/model") == "org/model"
+
+
+@pytest.fixture
+def wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
+    """`nibble serve` with a fake engine, ended by a signal as soon as it is ready."""
+    engine = FakeEngine(state="starting")
+    monkeypatch.setattr(cli, "start_engine", lambda config, on_loading: engine)
+    monkeypatch.setattr(cli, "load_tokenizer", lambda folder, template: ByteTokenizer())
+    monkeypatch.setattr(cli, "set_up_logging", lambda level: None)
+    print_start: Callable[..., None] = screen.print_start
+    servers: list[DrainingServer] = []
+
+    class Server(DrainingServer):
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__(*arguments, **options)  # type: ignore[arg-type]
+            servers.append(self)
+
+    def print_and_leave(*arguments: object) -> None:
+        print_start(*arguments)
+        servers[0].handle_exit(15, None)
+
+    monkeypatch.setattr(lifecycle, "DrainingServer", Server)
+    monkeypatch.setattr(screen, "print_start", print_and_leave)
+    return engine
+
+
+def test_serve_shows_the_screen_and_exits_0(wired: FakeEngine, tmp_path: Path) -> None:
+    code, text = run("serve", str(tmp_path), "--port", "0", "--served-name", "mine")
+    assert code == 0
+    assert "mine: FakeForCausalLM" in text
+    assert "curl -N http://127.0.0.1:" in text
+    assert wired.stopped
+
+
+def test_taken_port_says_so(wired: FakeEngine, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, text = run("serve", str(tmp_path), "--port", str(port))
+    assert code == 1
+    assert f"port {port}" in text
+    assert "--port" in text
+
+
+def test_engine_that_cannot_load_ends_with_its_reason(
+    wired: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail() -> None:
+        wired.state = "failed"
+
+    monkeypatch.setattr(wired, "start", fail)
+    code, text = run("serve", str(tmp_path), "--port", "0")
+    assert code == 1
+    assert "the checkpoint is broken" in text
+
+
+def test_installation_without_demo_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "DEMO", tmp_path / "none")
+    code, text = run("serve")
+    assert code == 2
+    assert "nibble serve MODEL" in text

@@ -1,0 +1,139 @@
+"""Signals, on a real port."""
+
+import asyncio
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.client import EngineUnavailable
+from engine.messages import Ready
+from server.app import create_app
+from server.config import ServerConfig
+from server.lifecycle import DrainingServer, listen, serve
+from tests.fakes import ByteTokenizer, FakeEngine, Script
+
+pytestmark = pytest.mark.anyio
+
+BODY = {"model": "demo", "prompt": "x", "max_tokens": 400, "stream": True}
+
+
+class Running:
+    """A server on a free port, and signals that reach only it."""
+
+    def __init__(self, engine: FakeEngine, drain_seconds: float) -> None:
+        self.engine = engine
+        self.sock = listen("127.0.0.1", 0)
+        app = create_app(engine, ByteTokenizer(), ServerConfig(drain_seconds=drain_seconds))
+        self.server = DrainingServer(app)
+        self.facts: list[Ready] = []
+        self.task = asyncio.ensure_future(serve(self.server, self.sock, engine, self.facts.append))
+        self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.sock.getsockname()[1]}")
+
+    def signal(self) -> None:
+        self.server.handle_exit(signal.SIGTERM, None)
+
+    @asynccontextmanager
+    async def stream(self) -> AsyncIterator[AsyncIterator[str]]:
+        """A stream whose first event has been read."""
+        async with self.http.stream("POST", "/v1/completions", json=BODY) as response:
+            lines = response.aiter_lines()
+            await anext(lines)
+            yield lines
+
+    async def ended(self) -> None:
+        await asyncio.wait_for(self.task, 10)
+        await self.http.aclose()
+
+
+def slow(num_tokens: int, **options: Any) -> FakeEngine:
+    return FakeEngine(lambda submit: Script([97] * num_tokens, delay_s=0.01, **options), state="starting")
+
+
+async def test_first_signal_lets_answers_finish_and_takes_no_new_ones() -> None:
+    """Bug: a deploy cuts answers in the middle, or never ends because new ones keep coming."""
+    running = Running(slow(50), drain_seconds=30)
+    await asyncio.sleep(0.1)
+    async with running.stream() as lines:
+        running.signal()
+        refused = await running.http.post("/v1/completions", json=BODY)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        assert (await running.http.get("/ready")).status_code == 503
+        assert (await running.http.get("/health")).status_code == 200
+        assert [line async for line in lines][-2:] == ["data: [DONE]", ""]
+    await running.ended()
+    assert running.engine.stopped
+    assert running.facts == [Ready(running.engine.plan)]
+
+
+async def test_answers_that_take_too_long_end_with_an_error() -> None:
+    """Bug: a drain that waits for ever, or a cut that looks like a complete answer."""
+    running = Running(slow(1, hang=True), drain_seconds=0.2)
+    await asyncio.sleep(0.1)
+    async with running.stream() as lines:
+        running.signal()
+        rest = "\n".join([line async for line in lines])
+    assert '"error"' in rest
+    assert "[DONE]" not in rest
+    await running.ended()
+
+
+async def test_second_signal_ends_at_once() -> None:
+    """Bug: an operator who presses Ctrl-C twice still waits for the drain."""
+    running = Running(slow(1, hang=True), drain_seconds=60)
+    await asyncio.sleep(0.1)
+    async with running.stream() as lines:
+        running.signal()
+        running.signal()
+        assert "data: [DONE]" not in [line async for line in lines]
+    await running.ended()
+    assert running.engine.stopped
+
+
+async def test_port_answers_while_the_model_loads_and_idle_server_ends_at_once() -> None:
+    class Loading(FakeEngine):
+        async def start(self) -> None:
+            await asyncio.sleep(3600)
+
+    running = Running(Loading(state="starting"), drain_seconds=60)
+    assert (await running.http.get("/health")).json() == {"status": "ok", "engine": "starting"}
+    response = await running.http.get("/ready")
+    assert response.status_code == 503
+    running.signal()
+    await running.ended()
+
+
+async def test_model_that_cannot_be_loaded_ends_the_server_with_the_reason() -> None:
+    class Broken(FakeEngine):
+        async def start(self) -> None:
+            self.state = "failed"
+
+    running = Running(Broken(state="starting"), drain_seconds=60)
+    with pytest.raises(EngineUnavailable, match="checkpoint is broken"):
+        await running.ended()
+    await running.http.aclose()
+    assert running.engine.stopped
+
+
+async def test_closed_socket_cancels_the_request() -> None:
+    """Bug: a browser tab that is closed keeps its pages until max_tokens."""
+    running = Running(slow(400), drain_seconds=0)
+    await asyncio.sleep(0.1)
+    async with running.stream():
+        pass
+    for _ in range(100):
+        if running.engine.cancelled:
+            break
+        await asyncio.sleep(0.01)
+    assert running.engine.cancelled == [running.engine.submitted[0].id]
+    running.signal()
+    await running.ended()
+
+
+def test_taken_port_is_an_os_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
+        listen("127.0.0.1", taken.getsockname()[1])

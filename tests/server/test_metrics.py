@@ -1,0 +1,106 @@
+"""What Prometheus scrapes."""
+
+import pytest
+from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine.messages import Failed, Stats
+from tests.fakes import FakeEngine, Script, say
+from tests.server.conftest import World
+
+pytestmark = pytest.mark.anyio
+
+NAMES = {  # what dashboards ask for; a name that changes breaks them
+    "nibble_cache_config_info",
+    "nibble_e2e_request_latency_seconds",
+    "nibble_engine_batch_tokens",
+    "nibble_engine_step_seconds",
+    "nibble_engine_steps",
+    "nibble_engine_up",
+    "nibble_generation_tokens",
+    "nibble_inter_token_latency_seconds",
+    "nibble_kv_cache_usage_perc",
+    "nibble_kv_pages_cached",
+    "nibble_kv_pages_total",
+    "nibble_kv_pages_used",
+    "nibble_num_preemptions",
+    "nibble_num_requests_running",
+    "nibble_num_requests_waiting",
+    "nibble_prefix_cache_hits",
+    "nibble_prefix_cache_queries",
+    "nibble_prompt_tokens",
+    "nibble_request_decode_time_seconds",
+    "nibble_request_failure",
+    "nibble_request_generation_tokens",
+    "nibble_request_params_max_tokens",
+    "nibble_request_params_n",
+    "nibble_request_prefill_time_seconds",
+    "nibble_request_prompt_tokens",
+    "nibble_request_queue_time_seconds",
+    "nibble_request_success",
+    "nibble_time_to_first_token_seconds",
+}
+
+
+async def scrape(world: World) -> dict[str, float]:
+    """Every sample without its labels, summed over them."""
+    response = await world.http.get("/metrics")
+    assert response.headers["content-type"] == CONTENT_TYPE_LATEST
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(response.text):
+        for sample in family.samples:
+            values[sample.name] = values.get(sample.name, 0) + sample.value
+    return values
+
+
+async def test_names_are_kept() -> None:
+    response = await World(FakeEngine()).http.get("/metrics")
+    names = {family.name for family in text_string_to_metric_families(response.text)}
+    assert {name for name in names if not name.endswith("_created")} == NAMES
+
+
+async def test_a_request_is_counted_once_in_every_place() -> None:
+    """Bug: choices counted as requests, prompts counted once for each choice."""
+    world = World(FakeEngine(lambda submit: say("abc")))
+    await world.text(n=2)
+    values = await scrape(world)
+    assert values["nibble_prompt_tokens_total"] == 3
+    assert values["nibble_generation_tokens_total"] == 8
+    assert values["nibble_time_to_first_token_seconds_count"] == 2
+    assert values["nibble_inter_token_latency_seconds_count"] == 6
+    assert values["nibble_e2e_request_latency_seconds_count"] == 2
+    assert values["nibble_request_queue_time_seconds_sum"] == 0.02
+    assert values["nibble_request_params_n_sum"] == 2
+    assert values["nibble_request_success_total"] == 2
+    assert "nibble_request_failure_total" not in values
+
+
+async def test_engines_own_figures_are_copied() -> None:
+    stats = Stats(num_running=2, num_waiting=3, pages_used=16, pages_total=64, prefix_hits_total=5, preemptions_total=7)
+    values = await scrape(World(FakeEngine(stats=stats)))
+    assert values["nibble_num_requests_running"] == 2
+    assert values["nibble_num_requests_waiting"] == 3
+    assert values["nibble_kv_cache_usage_perc"] == 0.25
+    assert values["nibble_prefix_cache_hits_total"] == 5
+    assert values["nibble_num_preemptions_total"] == 7
+    assert values["nibble_engine_up"] == 1
+
+
+async def test_failures_are_counted_by_kind() -> None:
+    world = World(FakeEngine(lambda submit: Script(failure=Failed(submit.id, "capacity", "too big"))))
+    await world.text()
+    sample = world.service.metrics.registry.get_sample_value
+    assert sample("nibble_request_failure_total", {"kind": "capacity"}) == 1
+
+
+async def test_scrape_works_before_the_model_is_loaded() -> None:
+    values = await scrape(World(FakeEngine(state="starting")))
+    assert values["nibble_engine_up"] == 0
+    assert values["nibble_kv_cache_usage_perc"] == 0
+
+
+async def test_two_servers_in_one_process_do_not_share() -> None:
+    """Bug: metrics in the global registry."""
+    one, other = World(FakeEngine()), World(FakeEngine())
+    await one.text()
+    assert (await scrape(other))["nibble_prompt_tokens_total"] == 0
