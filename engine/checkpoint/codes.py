@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.errors import TensorError
-from kernels.linear.affine.layout import unpack_codes
+from kernels.linear.affine.layout import pack_codes, unpack_codes
 
 CODES_AT_ONCE = 1 << 18  # reorder_codes works on so many, one byte each, that they stay in the cache of a core
 
@@ -50,18 +50,7 @@ def reorder_codes(stream: Tensor, bits: int, order: Tensor) -> Tensor:
     rows_at_once = max(1, CODES_AT_ONCE // order.shape[0])
     return torch.cat(
         [
-            pack_rows(unpack_codes(rows, bits, order.shape[0]).index_select(1, order), bits)
+            pack_codes(unpack_codes(rows, bits, order.shape[0]).index_select(1, order), bits)
             for rows in torch.split(stream, rows_at_once)
         ]
     )
-
-
-def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """Codes [rows, n] uint8 -> little-endian stream [rows, ceil(n * bits / 8)] uint8: 8 codes make `bits` bytes."""
-    rows, num_codes = codes.shape
-    octets = torch.nn.functional.pad(codes, (0, -num_codes % 8)).view(rows, -1, 8)
-    words = octets[..., 0].long()  # [rows, n / 8]
-    for i in range(1, 8):
-        words |= octets[..., i].long() << (bits * i)
-    stream = words.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(1)  # [rows, n / 8 * bits]
-    return stream[:, : -(-num_codes * bits // 8)].contiguous()

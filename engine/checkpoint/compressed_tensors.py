@@ -9,8 +9,8 @@
     weight_shape       [2]                              int64, (out, in)
 
 q and z are signed and stored as value + 2^(bits-1), which cancels in q - z, so the unsigned codes are used as stored.
-Widths that do not divide 32 are refused: releases before 0.15 leave bits of a word unused, later ones do not, and a
-checkpoint does not say which.
+Widths that do not divide 32 are refused: some releases leave bits of a word unused, others do not (0.19 does not), and
+a checkpoint does not say which.
 """
 
 import re

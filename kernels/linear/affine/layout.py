@@ -98,9 +98,14 @@ def unpack_codes(packed: Tensor, bits: int, num_codes: int) -> Tensor:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes [N, K] uint8, each below 2**bits -> little-endian bit stream [N, ceil(K * bits / 8)] uint8."""
+    """Codes [N, K] uint8, each below 2**bits -> little-endian bit stream [N, ceil(K * bits / 8)] uint8.
+
+    Eight codes make `bits` bytes: they are joined in one 64-bit word, of which the low bytes are kept.
+    """
     num_rows, num_codes = codes.shape
-    bit_values = (codes.unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1  # [N, K, bits]
-    stream = torch.nn.functional.pad(bit_values.flatten(1), (0, -(num_codes * bits) % 8))
-    weights = 1 << torch.arange(8, device=codes.device)
-    return (stream.view(num_rows, -1, 8) * weights).sum(-1).to(torch.uint8)
+    octets = torch.nn.functional.pad(codes, (0, -num_codes % 8)).view(num_rows, -1, 8)
+    words = octets[..., 0].long()  # [N, K / 8]
+    for i in range(1, 8):
+        words |= octets[..., i].long() << (bits * i)
+    stream = words.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(1)  # [N, K / 8 * bits]
+    return stream[:, : -(-num_codes * bits // 8)].contiguous()

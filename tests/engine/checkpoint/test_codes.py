@@ -10,12 +10,18 @@ from kernels.linear.affine.layout import pack_codes, unpack_codes
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("num_codes", [1, 7, 8, 31, 33])
-def test_pack_rows_writes_the_canonical_stream(bits: int, num_codes: int) -> None:
+def test_pack_codes_writes_the_canonical_stream(bits: int, num_codes: int) -> None:
     """A stream whose last byte is cut or padded wrongly shifts or loses the last channels of every row."""
     values = (torch.arange(5 * num_codes) * 37 % (1 << bits)).to(torch.uint8).view(5, num_codes)
-    packed = codes.pack_rows(values, bits)
-    assert torch.equal(packed, pack_codes(values, bits))
+    packed = pack_codes(values, bits)
+    assert packed.tolist() == [list(stream_of(row, bits)) for row in values.tolist()]
     assert torch.equal(unpack_codes(packed, bits, num_codes), values)
+
+
+def stream_of(row: list[int], bits: int) -> bytes:
+    """The definition: one long little-endian number, code k at bit k * bits."""
+    number = sum(code << (k * bits) for k, code in enumerate(row))
+    return number.to_bytes(-(-len(row) * bits // 8), "little")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
