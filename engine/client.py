@@ -58,6 +58,10 @@ class EngineClient(Protocol):
         """Stop a request and drop its events. Unknown and finished ids are fine; safe to call twice."""
         ...
 
+    def cancel_choice(self, request_id: str, index: int) -> None:
+        """Stop one choice that has produced tokens; its Done and the other choices' events still come."""
+        ...
+
     async def stop(self) -> None:
         """End the engine at once. Requests in flight get Failed(kind="engine")."""
         ...

@@ -109,8 +109,7 @@ class EngineCore:
             if isinstance(message, Submit):
                 self._submit(message)
             elif isinstance(message, Cancel):
-                for sequence in list(self._live.get(message.id, ())):
-                    self._finish(sequence, "cancelled")
+                self._cancel(message)
 
     def _submit(self, submit: Submit) -> None:
         reason = self._why_not(submit)
@@ -123,6 +122,11 @@ class EngineCore:
         leader.num_waiting_forks = submit.n - 1
         self._live[submit.id] = [leader]
         self._scheduler.add(leader)
+
+    def _cancel(self, cancel: Cancel) -> None:
+        for sequence in list(self._live.get(cancel.id, ())):
+            if cancel.index is None or (cancel.index == sequence.index and sequence.num_generated > 0):
+                self._finish(sequence, "cancelled")
 
     def _why_not(self, submit: Submit) -> Failed | None:
         """Admission: whether this request can ever be served, decided before it takes anything."""

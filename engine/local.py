@@ -54,6 +54,9 @@ class LocalClient:
         if self._streams.discard(request_id):
             self._post(Cancel(request_id))
 
+    def cancel_choice(self, request_id: str, index: int) -> None:
+        self._post(Cancel(request_id, index))
+
     async def stop(self) -> None:
         self._state = "stopped"
         self._wake.set()

@@ -46,9 +46,13 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """Stop a request; every unfinished choice ends with Done(reason="cancelled"). Unknown ids are ignored."""
+    """Stop a request, or one choice of it; what was unfinished ends with Done(reason="cancelled").
+
+    Unknown ids are ignored, and so is a single choice that has no token yet: the others may start from it.
+    """
 
     id: str
+    index: int | None = None  # None: every choice
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):

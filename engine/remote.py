@@ -98,6 +98,10 @@ class RemoteClient:
         if self._streams.discard(request_id) and self._state == "ready":
             self._send(Cancel(request_id))
 
+    def cancel_choice(self, request_id: str, index: int) -> None:
+        if self._state == "ready":
+            self._send(Cancel(request_id, index))
+
     async def stop(self) -> None:
         if self._state == "stopped":
             return

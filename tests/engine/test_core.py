@@ -105,6 +105,20 @@ def test_cancel_frees_pages_within_one_step() -> None:
     assert not core.has_work
 
 
+def test_one_choice_can_be_cancelled_alone() -> None:
+    """Bug: a choice ended by a stop string keeps generating until its siblings end, or takes them with it."""
+    core = make_core()
+    request = submit("a", [5] * 20, n=3, max_tokens=6, temperature=1.0, seed=1)
+    whole = run(make_core(), [request])
+    events = core.step([request, Cancel("a", 0)])  # no token yet: ignored
+    events += core.step([])
+    events += core.step([Cancel("a", 0), Cancel("a", 7)])
+    events += run(core, [])
+    reasons = {e.index: e.reason for e in events if isinstance(e, Done)}
+    assert reasons == {0: "cancelled", 1: "length", 2: "length"}
+    assert [tokens_of(events, "a", i) for i in (1, 2)] == [tokens_of(whole, "a", i) for i in (1, 2)]
+
+
 def test_cancel_before_the_first_step_ends_every_choice_once() -> None:
     core = make_core()
     events = core.step([submit("a", [1], n=3), Cancel("a")])
