@@ -1,7 +1,7 @@
 """What one forward pass reads, and how it is made from ids and counts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -30,9 +30,20 @@ class Batch:
     attention: AttentionInputs
     logit_rows: Tensor  # [num_logits] int64, the rows whose next-token logits are wanted
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on `device`; itself when they are there already."""
+        if self.input_ids.device == device:
+            return self
+        attention = replace(
+            self.attention,
+            block_tables=self.attention.block_tables.to(device),
+            slots=self.attention.slots.to(device),
+        )
+        return Batch(self.input_ids.to(device), self.positions.to(device), attention, self.logit_rows.to(device))
 
-def build_batch(rows: Sequence[BatchRow], device: torch.device | str = "cpu") -> Batch:
-    """Lay the rows out one after the other; one tensor is made for each field.
+
+def build_batch(rows: Sequence[BatchRow]) -> Batch:
+    """Lay the rows out one after the other, on the CPU; one tensor is made for each field.
 
     The model's logits come in the same order: `rows[0].num_logits` of the first sequence, then the second's.
     """
@@ -51,14 +62,14 @@ def build_batch(rows: Sequence[BatchRow], device: torch.device | str = "cpu") ->
     attention = AttentionInputs(
         query_starts=tuple(accumulate((len(row.token_ids) for row in rows), initial=0)),
         context_lens=tuple(row.start + len(row.token_ids) for row in rows),
-        block_tables=torch.tensor(padded, dtype=torch.int64, device=device),
-        slots=torch.tensor(slots, dtype=torch.int64, device=device),
+        block_tables=torch.tensor(padded, dtype=torch.int64),
+        slots=torch.tensor(slots, dtype=torch.int64),
     )
     return Batch(
-        input_ids=torch.tensor(input_ids, dtype=torch.int64, device=device),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
+        input_ids=torch.tensor(input_ids, dtype=torch.int64),
+        positions=torch.tensor(positions, dtype=torch.int64),
         attention=attention,
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
     )
 
 

@@ -26,5 +26,5 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
-        """Run one step; mutates the pages. Returns [num_logits, vocab] float32, rows in the order of `logit_rows`."""
-        return self._model.forward(batch, self._pages)
+        """Run one step; mutates the pages. Returns [num_logits, vocab] float32 on the CPU, where ids are drawn."""
+        return self._model.forward(batch.to(self._pages[0].device), self._pages).cpu()

@@ -11,8 +11,6 @@ from kernels.linear.affine.reference import AffineReference
 from tests.kernels.weights import random_affine
 from tests.tolerance import assert_within, dot_bound
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NUM_TOKENS, IN_FEATURES, OUT_FEATURES = 32, 1024, 24
 
 

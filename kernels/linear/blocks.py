@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-MAX_BLOCK_ELEMENTS = 4 << 20  # of one dequantized block: 16 MB of float32
+MAX_BLOCK_ELEMENTS = 1 << 20  # of one dequantized block: 4 MB of float32, which stays in the cache between the passes
 
 
 def multiply_by_blocks(x: Tensor, shape: tuple[int, int], rows: Callable[[int, int], Tensor]) -> Tensor:

@@ -1,5 +1,7 @@
 """Rows to tensors."""
 
+import torch
+
 from engine.batch import BatchRow, build_batch
 
 
@@ -31,3 +33,12 @@ def test_a_block_table_that_lives_on_is_copied() -> None:
 def test_a_step_may_want_no_logits() -> None:
     batch = build_batch([BatchRow([1, 2], 0, [0], 4, 0)])
     assert batch.logit_rows.shape == (0,)
+
+
+def test_a_batch_moves_as_a_whole() -> None:
+    """Bug: one field stays behind on the CPU and the first step on a GPU fails."""
+    batch = build_batch([BatchRow([1, 2], 0, [0], 4, 1)])
+    assert batch.to(torch.device("cpu")) is batch
+    moved = batch.to(torch.device("meta"))
+    tensors = moved.input_ids, moved.positions, moved.logit_rows, moved.attention.block_tables, moved.attention.slots
+    assert {tensor.device.type for tensor in tensors} == {"meta"}

@@ -20,8 +20,6 @@ from tests.engine.models.oracle import Session, exact_copy, make_world, new_mode
 from tests.engine.models.variants import SIZES
 from tests.tolerance import assert_within
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 QUANTIZED = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
 

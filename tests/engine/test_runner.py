@@ -17,8 +17,6 @@ from kvcache.layout import PageLayout
 from kvcache.policy import parse_policy
 from kvcache.storage import PageStorage
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STORIES = Path(__file__).parents[3] / "shared/models/stories260K"
 PAGE_SIZE = 16
 
@@ -48,7 +46,7 @@ def sum_logprob(logits: Tensor, token_ids: list[int]) -> float:
 
 @pytest.mark.parametrize(("policy", "tolerance"), [("f32", 1e-3), ("f16", 2e-2)])
 def test_greedy_stories(policy: str, tolerance: float) -> None:
-    """All prompts decode together, their pages interleaved; every token was chosen with a margin of 0.01 or more.
+    """All prompts decode together, their pages interleaved; every token was chosen with a margin of 0.003 or more.
 
     The sums of log-probabilities are given to four decimals. Over float16 pages each of the 100 terms may move by what
     rounding keys and values by 2^-11 moves a logit, some 1e-4.

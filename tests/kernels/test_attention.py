@@ -12,8 +12,6 @@ from kernels.attention.registry import kernels_for
 from kernels.contract import AttentionInputs, AttentionKernel, AttentionSpec
 from tests.tolerance import EPS, assert_within, dot_bound
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PAGE_SIZE = 4
 HEADS = [(1, 1, 8), (4, 2, 16), (6, 1, 10), (3, 3, 24)]  # num_heads, num_kv_heads, head_dim
 

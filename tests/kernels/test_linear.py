@@ -15,8 +15,6 @@ from kernels.registry import families
 from tests.kernels.weights import affine_by_hand, random_affine, random_dense
 from tests.tolerance import EPS, assert_within, dot_bound
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPES = [  # num_tokens, in_features, out_features, group_size
     (1, 64, 48, 32),
     (17, 45, 33, 16),  # a short last group, rows that end inside a byte

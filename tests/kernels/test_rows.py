@@ -7,8 +7,6 @@ from kernels import activation, norm, rope
 from kernels.contract import ActivationKernel, NormKernel, RopeKernel
 from tests.tolerance import EPS, assert_within
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ACTIVATIONS = [torch.float32, torch.bfloat16]
 
 

@@ -18,8 +18,6 @@ from tests.engine.models.oracle import (
 from tests.engine.models.variants import variants
 from tests.tolerance import assert_within
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module", params=sorted(variants()))
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
