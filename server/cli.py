@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 from rich.console import Console
+from rich.markup import escape
 
 from engine.client import EngineUnavailable, locate_model, start_engine
 from engine.messages import Ready
@@ -28,7 +30,7 @@ def nibble(version: Annotated[bool, typer.Option("--version", help="Print the ve
         raise typer.Exit
 
 
-def serve(model: str | None, config_file: Path | None, **flags: Any) -> None:
+def serve(config_file: Path | None, **flags: Any) -> None:
     """Serve a quantized model over an OpenAI-compatible API.
 
     MODEL is a folder or a Hugging Face id; without it, the bundled demo model is served under the name "demo".
@@ -39,6 +41,7 @@ def serve(model: str | None, config_file: Path | None, **flags: Any) -> None:
     try:
         settings = config.load(flags, config_file)
         set_up_logging(settings.log_level)
+        model = settings.model
         folder = locate_model(model, settings.revision, settings.offline) if model else demo_folder()
         tokenizer = load_tokenizer(folder, settings.chat_template)
     except ValueError as error:  # SettingsError, TokenizerError, and what locate_model raises
@@ -98,32 +101,17 @@ def address(host: str, port: int) -> str:
 
 def fail(message: str, code: int) -> NoReturn:
     """Say what is wrong, without a traceback, and exit."""
-    Console(stderr=True, highlight=False).print(f"[bold red]nibble:[/bold red] {message}", soft_wrap=True)
+    Console(stderr=True, highlight=False).print(f"[bold red]nibble:[/bold red] {escape(message)}", soft_wrap=True)
     raise typer.Exit(code)
 
 
 def with_settings(command: Any) -> Any:
     """Give `command` one option for each setting, so that help, file and environment can never disagree."""
-    model = Annotated[
-        str | None,
-        typer.Argument(help="Folder or hub id. Default: the bundled demo.", show_default=False, metavar="MODEL"),
-    ]
     file = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.", metavar="FILE")]
-    parameters = [_parameter("model", model), _parameter("config_file", file)]
+    parameters = [_parameter("config_file", file)]
     for name, field in config.ServerConfig.model_fields.items():
-        option = config.flag_name(name)
-        names = (f"{option}/--no-{option[2:]}",) if field.annotation is bool else (option,)
-        extra = field.json_schema_extra
-        assert isinstance(extra, dict)
-        default = "" if field.default in (None, True, False) else f" Default: {field.default}."
-        info = typer.Option(
-            *names,
-            help=f"{field.description}{default}",
-            rich_help_panel=str(extra["panel"]),
-            metavar=_metavar(field.annotation),
-            show_default=False,
-        )
-        parameters.append(_parameter(name, Annotated[_flag_type(field.annotation), info]))
+        kind = bool if field.annotation is bool else str  # pydantic parses and checks the rest
+        parameters.append(_parameter(name, Annotated[kind | None, _option(name, field)]))
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
@@ -133,6 +121,23 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
+def _option(name: str, field: FieldInfo) -> Any:
+    """The option of a setting; the model is the one argument."""
+    if name == "model":
+        return typer.Argument(help=field.description, show_default=False, metavar="MODEL")
+    flag = config.flag_name(name)
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict)
+    default = "" if field.default in (None, True, False) else f" Default: {field.default}."
+    return typer.Option(
+        f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag,
+        help=f"{field.description}{default}",
+        rich_help_panel=str(extra["panel"]),
+        metavar=_metavar(field.annotation),
+        show_default=False,
+    )
+
+
 def _metavar(annotation: Any) -> str:
     """What --help shows for a value: the choices, or N, or text."""
     if get_origin(annotation) is Literal:
@@ -140,12 +145,9 @@ def _metavar(annotation: Any) -> str:
     if annotation is bool:
         return ""
     kinds = {*get_args(annotation), annotation}
+    if config.Size in kinds:
+        return "SIZE"
     return "N" if kinds & {int, float} else "FILE" if Path in kinds else "TEXT"
-
-
-def _flag_type(annotation: Any) -> Any:
-    """What typer should read; pydantic parses and checks the rest."""
-    return (bool if annotation is bool else str) | None
 
 
 cli.command()(with_settings(serve))

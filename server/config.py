@@ -52,6 +52,7 @@ class ServerConfig(BaseSettings):
         env_prefix="NIBBLE_", frozen=True, extra="forbid", env_ignore_empty=True, protected_namespaces=()
     )
 
+    model: str | None = setting(None, "Model", "Folder or Hugging Face id. Default: the bundled demo model.")
     revision: str | None = setting(None, "Model", "Branch, tag or commit of a hub model.")
     offline: bool = setting(False, "Model", "Use only what is already on this machine.")
     served_name: str | None = setting(None, "Model", "Name clients give as `model`. Default: hub id or folder name.")

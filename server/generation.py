@@ -134,7 +134,7 @@ class Generation:
 
     async def __aenter__(self) -> "Generation":
         """Raises Unavailable or EngineUnavailable; nothing is left running then."""
-        self._admission.enter_context(self._service.admitted())
+        self._admission.enter_context(self._service.admitted(len(self._jobs)))
         first_index = 0
         try:
             for job in self._jobs:
@@ -203,6 +203,7 @@ class _Run:
         self._job = job
         self._last_token_at: list[float | None] = [None] * job.submit.n
         self.choices = [Choice(job, first_index + i, service.tokenizer) for i in range(job.submit.n)]
+        self._open = set(range(job.submit.n))  # choices the engine may still work on
         self.num_cached_tokens: int | None = None
         self.prompt_logprobs: list[Logprobs] = []
         self.ended = False
@@ -220,6 +221,8 @@ class _Run:
                 self._service.metrics.finished(choice.finish_reason, choice.num_tokens, seconds)
         if all(choice.finish_reason is not None for choice in self.choices):
             self.cancel()
+        else:
+            self._cancel_choices()
         return [delta for choice in running if (delta := choice.take()) is not None]
 
     def cancel(self) -> None:
@@ -227,6 +230,13 @@ class _Run:
         if not self.ended:
             self.ended = True
             self._service.engine.cancel(self._job.submit.id)
+
+    def _cancel_choices(self) -> None:
+        """Stop the choices that met a stop string while others go on."""
+        for number, choice in enumerate(self.choices):
+            if choice.finish_reason is not None and number in self._open:
+                self._open.remove(number)
+                self._service.engine.cancel_choice(self._job.submit.id, number)
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Token):
@@ -237,6 +247,7 @@ class _Run:
         elif isinstance(event, Done):
             self.num_cached_tokens = max(self.num_cached_tokens or 0, event.num_cached_tokens)
             self._service.metrics.stages(event)
+            self._open.discard(event.index)
             self.choices[event.index].done(event)
         elif isinstance(event, Failed):
             self.ended = True

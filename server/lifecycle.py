@@ -22,6 +22,7 @@ from engine.messages import Ready
 from server.service import Service
 
 GRACE_S = 2  # for the last bytes of answers that were cut off
+KEEP_ALIVE_S = 75  # longer than proxies keep idle connections, so that they close first and no request is lost
 log = logging.getLogger(__name__)
 
 
@@ -43,6 +44,7 @@ class DrainingServer(uvicorn.Server):
                 access_log=access_log,
                 server_header=False,
                 timeout_graceful_shutdown=GRACE_S,
+                timeout_keep_alive=KEEP_ALIVE_S,
             )
         )
         self._service: Service = app.state.service
@@ -65,7 +67,7 @@ class DrainingServer(uvicorn.Server):
             return True
         if time.monotonic() < self._deadline:
             return False
-        log.warning("%d requests did not finish in time and are cut off", self._service.in_flight)
+        log.warning("%d answers did not finish in time and are cut off", self._service.in_flight)
         await self._service.engine.stop()
         return True
 

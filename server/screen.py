@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from engine.messages import Loading, PlanSummary
 
@@ -41,9 +42,9 @@ def print_start(console: Console, plan: PlanSummary, name: str, url: str, chat: 
     """The facts of a server that is ready. `chat`: whether the model has a chat template."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold cyan", no_wrap=True)
-    table.add_column(overflow="fold")
+    table.add_column()
     for title, fact in _facts(plan, name, url):
-        table.add_row(title, fact)
+        table.add_row(title, Text(fact, overflow="fold"))
     console.print(f"\n[bold]Nibble {nibble_version()}[/bold]\n")
     console.print(table)
     console.print("\nTry it:\n")

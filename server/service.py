@@ -26,7 +26,7 @@ class Service:
         self.metrics = Metrics(engine)
         self.started = int(time.time())
         self.draining = False
-        self.in_flight = 0  # requests between admission and their last byte
+        self.in_flight = 0  # prompts between admission and the last byte of their answers
 
     def check_model(self, name: str | None) -> None:
         """Raises ModelNotFound unless `name` is served here."""
@@ -42,16 +42,18 @@ class Service:
         return self.engine.ready.plan
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Hold one place. Raises Unavailable when as many requests wait as may."""
+    def admitted(self, num_prompts: int) -> Iterator[None]:
+        """Hold a place for each prompt. Raises Unavailable when that is more than there are."""
         limit = self.plan().max_num_seqs + self.config.max_queued_requests
-        if self.in_flight >= limit:
+        if self.in_flight + num_prompts > limit:
             self.metrics.refused("queue_full")
             raise Unavailable(
-                f"{self.in_flight} requests are in flight, as many as this server allows", RETRY_AFTER_S, "queue_full"
+                f"{self.in_flight} prompts are in flight and {num_prompts} more exceed the {limit} this server allows",
+                RETRY_AFTER_S,
+                "queue_full",
             )
-        self.in_flight += 1
+        self.in_flight += num_prompts
         try:
             yield
         finally:
-            self.in_flight -= 1
+            self.in_flight -= num_prompts

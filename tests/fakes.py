@@ -89,6 +89,7 @@ class Script:
     delay_s: float = 0.0  # before each token
     failure: Failed | None = None  # sent after the tokens, in place of Done
     hang: bool = False  # after the tokens, nothing more
+    vary: Callable[[int, int], int] = lambda index, token: token  # what a choice says in place of a token
 
 
 def say(text: str, **options: Any) -> Script:
@@ -119,6 +120,7 @@ class FakeEngine:
     stats: Stats = field(default_factory=Stats)
     submitted: list[Submit] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    cancelled_choices: list[tuple[str, int]] = field(default_factory=list)
     stopped: bool = False
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     streams: dict[str, FakeStream] = field(default_factory=dict)
@@ -151,6 +153,11 @@ class FakeEngine:
                 self.cancelled.append(request_id)
                 task.cancel()
 
+    def cancel_choice(self, request_id: str, index: int) -> None:
+        self.cancelled_choices.append((request_id, index))
+        if request_id in self.streams:
+            self.streams[request_id].queue.put_nowait(Done(request_id, index, "cancelled"))
+
     async def stop(self) -> None:
         self.state, self.stopped = "stopped", True
         for request_id, stream in self.streams.items():
@@ -167,8 +174,8 @@ class FakeEngine:
         for token in script.tokens[: sampling.max_tokens]:
             await asyncio.sleep(script.delay_s)
             scored = None if sampling.num_logprobs is None else _score(token, sampling.num_logprobs)
-            for index in range(submit.n):
-                queue.put_nowait(Token(submit.id, index, token, scored))
+            for index in self._running(submit):
+                queue.put_nowait(Token(submit.id, index, script.vary(index, token), scored))
             if token in ends:
                 stop_token = token
                 break
@@ -178,8 +185,12 @@ class FakeEngine:
             queue.put_nowait(script.failure)
             return
         reason: FinishReason = "length" if stop_token is None else "stop"
-        for index in range(submit.n):
+        for index in self._running(submit):
             queue.put_nowait(Done(submit.id, index, reason, stop_token, num_cached_tokens=1, queued_s=0.01))
+
+    def _running(self, submit: Submit) -> list[int]:
+        """Choices that were not cancelled alone."""
+        return [index for index in range(submit.n) if (submit.id, index) not in self.cancelled_choices]
 
 
 def _score(token: int, num_top: int) -> Logprobs:

@@ -24,7 +24,7 @@ def test_help_lists_every_setting_in_its_panel() -> None:
     code, text = run("serve", "--help")
     assert code == 0
     for name in ServerConfig.model_fields:
-        assert flag_name(name) in text
+        assert (flag_name(name) if name != "model" else "MODEL") in text
     for panel in ("Model", "Server", "Engine", "KV cache"):
         assert panel in text
     assert "--no-prefix-caching" in text
@@ -43,6 +43,7 @@ def test_version() -> None:
         (["--kv-memory", "lots"], "'lots' is not a size"),
         (["--config", "missing.toml"], "missing.toml"),
         (["/no/such/folder"], "/no/such/folder"),
+        (["--host", "[b]", "--port", "x[/b]"], "x[/b]"),
     ],
 )
 def test_mistakes_end_with_a_sentence_and_code_2(arguments: list[str], sentence: str) -> None:
@@ -104,6 +105,16 @@ def test_serve_shows_the_screen_and_exits_0(wired: FakeEngine, tmp_path: Path) -
     assert "mine: FakeForCausalLM" in text
     assert "curl -N http://127.0.0.1:" in text
     assert wired.stopped
+
+
+def test_model_may_come_from_the_environment(
+    wired: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a container image cannot name its model without a command line."""
+    monkeypatch.setenv("NIBBLE_MODEL", str(tmp_path))
+    code, text = run("serve", "--port", "0")
+    assert code == 0
+    assert f"{tmp_path.name}: FakeForCausalLM" in text
 
 
 def test_taken_port_says_so(wired: FakeEngine, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def test_sizes(text: str, num_bytes: int) -> None:
         ({"port": "70000"}, "--port"),
         ({"kv_memory": "4 potatoes"}, "--kv-memory: '4 potatoes' is not a size"),
         ({"device": "tpu"}, "--device"),
+        ({"max_model_len": "0"}, "--max-model-len"),
         ({"max_num_seqs": "many"}, "--max-num-seqs"),
     ],
 )

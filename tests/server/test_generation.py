@@ -147,13 +147,23 @@ async def test_stop_string_cancels_the_rest() -> None:
     assert (text_of(deltas), deltas[-1].finish_reason, engine.cancelled) == ("a", "stop", ["a"])
 
 
+async def test_choice_that_met_a_stop_string_is_cancelled_alone() -> None:
+    """Bug: a finished choice goes on to max_tokens because its siblings are not done; or they end with it."""
+    script = Script(list(b"abc"), delay_s=0.001, vary=lambda index, token: ord(".") if index == 1 else token)
+    engine = FakeEngine(lambda submit: script)
+    deltas = await run(Generation(service(engine), [job(stop=(".",), n=3)]))
+    assert [text_of(deltas, index) for index in range(3)] == ["abc", "", "abc"]
+    assert engine.cancelled_choices == [("a", 1)]
+    assert [delta.finish_reason for delta in deltas if delta.finish_reason] == ["stop", "length", "length"]
+
+
 async def test_leaving_early_cancels_everything() -> None:
     engine = FakeEngine(lambda submit: Script([97], hang=True))
     hall = service(engine)
     async with Generation(hall, [job(id="p"), job(id="q")]) as generation:
         async for _ in generation:
             break
-        assert hall.in_flight == 1
+        assert hall.in_flight == 2
     assert sorted(engine.cancelled) == ["p", "q"]
     assert hall.in_flight == 0
     assert hall.metrics.registry.get_sample_value("nibble_request_failure_total", {"kind": "disconnected"}) == 1
@@ -196,6 +206,8 @@ async def test_full_house_is_refused_and_a_place_is_given_back() -> None:
         await run(Generation(hall, [job(id="late")]))
     assert error.value.headers["Retry-After"] == "1"
     await inside[0].__aexit__(None, None, None)
+    with pytest.raises(Unavailable):  # a batch takes a place for each prompt
+        await run(Generation(hall, [job(id="later"), job(id="too many")]))
     async with Generation(hall, [job(id="later")]):
         pass
     for generation in inside[1:]:
