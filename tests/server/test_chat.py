@@ -146,3 +146,16 @@ async def test_long_prompts_are_tokenized_too() -> None:
     engine = FakeEngine()
     response = await World(engine).chat(messages=[{"role": "user", "content": "x" * 5000}])
     assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+async def test_names_of_speakers_reach_the_template() -> None:
+    """Bug: message.name accepted and ignored."""
+    seen = []
+
+    class Curious(ByteTokenizer):
+        def render(self, messages: Any, **options: Any) -> str:
+            seen.extend(messages)
+            return "x"
+
+    await World(FakeEngine(), Curious()).chat(messages=[{"role": "user", "name": "Ann", "content": "hi"}])
+    assert seen == [{"role": "user", "name": "Ann", "content": "hi"}]

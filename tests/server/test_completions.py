@@ -9,7 +9,7 @@ import pytest
 from engine.messages import Logprobs
 from server.routes.chat import finite
 from server.routes.completions import token_text
-from tests.fakes import BOS, PLAN, ByteTokenizer, FakeEngine, say
+from tests.fakes import BOS, PLAN, ByteTokenizer, FakeEngine, Script, say
 from tests.server.conftest import TEXT, World, events
 
 pytestmark = pytest.mark.anyio
@@ -146,3 +146,26 @@ async def test_too_long_gives_openais_code() -> None:
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "max_tokens")
     assert "--max-model-len" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "ab."),
+        ({"skip_special_tokens": False}, "a<s>b."),
+        ({"stop": "b", "include_stop_str_in_output": True}, "ab"),
+        ({"stop_token_ids": [98]}, "a"),
+        ({"stop_token_ids": [98], "include_stop_str_in_output": True}, "ab"),
+    ],
+    ids=str,
+)
+async def test_what_belongs_to_the_answer(fields: dict[str, Any], text: str) -> None:
+    """Bug: a field about the end of the answer is accepted and ignored."""
+    world = World(FakeEngine(lambda submit: Script([97, BOS, 98, 46, 257])))
+    assert (await world.text(**fields)).json()["choices"][0]["text"] == text
+
+
+async def test_end_token_may_be_shown() -> None:
+    world = World(FakeEngine(lambda submit: say("a")))
+    answer = await world.text(skip_special_tokens=False, include_stop_str_in_output=True)
+    assert answer.json()["choices"][0]["text"] == "a</s>"
