@@ -245,7 +245,8 @@ class _Run:
         elif isinstance(event, PromptLogprobs):
             self.prompt_logprobs = event.entries
         elif isinstance(event, Done):
-            self.num_cached_tokens = max(self.num_cached_tokens or 0, event.num_cached_tokens)
+            if event.index == 0:  # the others find the prompt that this one has just computed
+                self.num_cached_tokens = event.num_cached_tokens
             self._service.metrics.stages(event)
             self._open.discard(event.index)
             self.choices[event.index].done(event)

@@ -186,7 +186,8 @@ class FakeEngine:
             return
         reason: FinishReason = "length" if stop_token is None else "stop"
         for index in self._running(submit):
-            queue.put_nowait(Done(submit.id, index, reason, stop_token, num_cached_tokens=1, queued_s=0.01))
+            cached = 1 if index == 0 else len(submit.prompt)
+            queue.put_nowait(Done(submit.id, index, reason, stop_token, num_cached_tokens=cached, queued_s=0.01))
 
     def _running(self, submit: Submit) -> list[int]:
         """Choices that were not cancelled alone."""

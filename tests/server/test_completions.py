@@ -67,6 +67,8 @@ async def test_choices_of_a_batch_are_numbered_prompt_by_prompt() -> None:
     ]
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (4, 20)
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == 2  # choices share a prompt; that is no cache hit
 
 
 @pytest.mark.parametrize(
