@@ -23,7 +23,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     """The user's wishes. None and "auto" are decided by `resolve`."""
 
     model: str  # a folder
-    device: Device = "auto"
+    device: Device = "auto"  # the CPU, until GPU kernels exist; "cuda" runs the reference kernels there
     kernel: str = "auto"  # or the name of one back end every layer must use
     kv_policy: str = "f16"
     kv_memory: int | None = None  # bytes
@@ -76,9 +76,8 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Plan:
             f"max_model_len {config.max_model_len} needs {config.max_model_len * facts.kv_bytes_per_token:,} bytes of "
             f"KV cache, but it holds {capacity} tokens: raise --kv-memory or lower --max-model-len"
         )
-    device = ("cuda" if facts.has_cuda else "cpu") if config.device == "auto" else config.device
     return Plan(
-        device=device,
+        device="cpu" if config.device == "auto" else config.device,
         kernel=None if config.kernel == "auto" else config.kernel,
         kv_policy=config.kv_policy,
         page_size=config.page_size,
