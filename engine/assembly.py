@@ -10,7 +10,7 @@ from engine.checkpoint.errors import CheckpointError
 from engine.config import ConfigError, EngineConfig, Plan, resolve
 from engine.core import EngineCore, Parts
 from engine.loading import Checkpoint, LoadedModel, load_model, model_facts, open_checkpoint
-from engine.messages import Done, Event, Loading, PlanSummary, Sampling, Submit, Token
+from engine.messages import Cancel, Inbound, Loading, PlanSummary, Sampling, Submit
 from engine.models.config import UnsupportedModel
 from engine.runner import Runner
 from kernels.contract import KernelRefused
@@ -19,7 +19,8 @@ from kvcache.manager import KVCacheManager
 from kvcache.policy import PolicyError, parse_policy
 from kvcache.storage import PageStorage
 
-MEASURED_TOKENS = 8  # decode steps timed at start: enough for a median, a second or two on a large model
+MEASURED_TOKENS = 8  # decode steps timed at start: enough for a median
+MEASURED_SECONDS = 1.0  # unless the model is so slow that this is over before
 
 OnLoading = Callable[[Loading], None]
 
@@ -55,19 +56,27 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
 
 
 def measure_decode(core: EngineCore, plan: Plan) -> float:
-    """Tokens per second of one sequence at the shortest context: the median of a few steps after a first one."""
-    num_tokens = min(MEASURED_TOKENS + 2, plan.max_model_len - 1)
+    """Tokens per second of one sequence at the shortest context: the median of a few steps, or of what time allows.
+
+    The first step also warms caches and threads, so it counts only when it has used up the time by itself.
+    """
+    num_tokens = min(MEASURED_TOKENS + 1, plan.max_model_len - 1)
     if num_tokens < 1:
         return 0.0
     sampling = Sampling(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    inbox: list[Inbound] = [Submit("measurement", [0], sampling, time.monotonic())]
+    started = time.monotonic()
     seconds: list[float] = []
-    events: list[Event] = core.step([Submit("measurement", [0], sampling, time.monotonic())])
-    while core.has_work and not any(isinstance(event, Done) for event in events):
-        started = time.monotonic()
-        events = core.step([])
-        if any(isinstance(event, Token) for event in events):
-            seconds.append(time.monotonic() - started)
-    return 1.0 / sorted(seconds)[len(seconds) // 2] if seconds else 0.0
+    while inbox or core.has_work:
+        before = time.monotonic()
+        core.step(inbox)
+        now = time.monotonic()
+        seconds.append(now - before)
+        inbox = []
+        if now - started > MEASURED_SECONDS:
+            core.step([Cancel("measurement")])
+    timed = seconds[1:] or seconds
+    return 1.0 / sorted(timed)[len(timed) // 2]
 
 
 def _progress(on_loading: OnLoading | None) -> Callable[[int, int], None] | None:

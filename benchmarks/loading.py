@@ -1,0 +1,70 @@
+"""How long a checkpoint takes to load, and how much memory:  python -m benchmarks.loading [--shape llama-3.2-1b]
+
+Writes a 4-bit checkpoint of the shape with random weights, starts the engine in a process of its own, and compares the
+process's peak memory with what it must hold: the packed weights and the KV cache pages it has written.
+"""
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.checkpoints import SHAPES, SMALLEST, write_checkpoint
+from engine.config import EngineConfig
+from engine.messages import Done, Sampling, Submit
+from engine.remote import RemoteClient
+
+KV_MEMORY = 64 << 20  # bytes; small, so that the figure is about weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        num_bytes = write_checkpoint(Path(folder), SHAPES[args.shape])
+        empty = asyncio.run(measure(None))
+        loaded = asyncio.run(measure(Path(folder)))
+    result = {
+        "benchmark": "loading",
+        "shape": args.shape,
+        "weight_mib": num_bytes / 2**20,
+        "seconds_to_first_token": loaded["seconds"],
+        "peak_rss_mib": loaded["peak_mib"],
+        "empty_engine_rss_mib": empty["peak_mib"],
+        "peak_over_weights": (loaded["peak_mib"] - empty["peak_mib"]) / (num_bytes / 2**20),
+    }
+    for name, value in result.items():
+        print(f"{name:>24}: {value:.2f}" if isinstance(value, float) else f"{name:>24}: {value}")
+    print(json.dumps(result))
+
+
+async def measure(folder: Path | None) -> dict[str, float]:
+    """Seconds from start to the first answer, and the engine's peak resident memory; None: a model of no size."""
+    with tempfile.TemporaryDirectory() as tiny:
+        if folder is None:
+            folder = Path(tiny)
+            write_checkpoint(folder, SMALLEST)
+        started = time.monotonic()
+        client = RemoteClient(EngineConfig(str(folder), kv_memory=KV_MEMORY))
+        await client.start()
+        await client.wait_ready()
+        stream = client.submit(Submit("a", [1, 2, 3], Sampling(max_tokens=1, temperature=0.0), time.monotonic()))
+        while not any(isinstance(event, Done) for event in await stream.next()):
+            pass
+        seconds = time.monotonic() - started
+        peak = peak_mib(client.process_id)
+        await client.stop()
+    return {"seconds": seconds, "peak_mib": peak}
+
+
+def peak_mib(process_id: int | None) -> float:
+    """The most memory the process has had resident, shared file pages included."""
+    status = Path(f"/proc/{process_id}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) / 1024
+
+
+if __name__ == "__main__":
+    main()
