@@ -57,7 +57,7 @@ def _job(request: SamplingFields, prompt: list[int], limits: Limits, plan: PlanS
     )
     return Job(
         submit=submit,
-        stop=request.stop_strings,
+        stop=tuple(request.stop or ()),
         keep_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,
         end_tokens=frozenset(plan.eos_token_ids) | frozenset(request.stop_token_ids or ()),

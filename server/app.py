@@ -4,6 +4,7 @@ from fastapi import FastAPI
 
 from engine.client import EngineClient
 from server import errors
+from server.body import StrictRoute
 from server.config import ServerConfig
 from server.routes import chat, completions, health, models, tokens
 from server.service import Service
@@ -17,6 +18,7 @@ def create_app(engine: EngineClient, tokenizer: Tokenizer, config: ServerConfig,
     app = FastAPI(title="Nibble", description=DESCRIPTION, redoc_url=None)
     app.state.service = Service(engine, tokenizer, config, served_name)
     errors.install(app)
+    app.router.route_class = StrictRoute
     add = app.add_api_route
     add("/v1/chat/completions", chat.create_chat_completion, methods=["POST"], tags=["OpenAI"])
     add("/v1/completions", completions.create_completion, methods=["POST"], tags=["OpenAI"])

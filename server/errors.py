@@ -133,12 +133,15 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return InvalidRequest(f"The body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
     path = field_path(first["loc"][1:])  # loc begins with "body", "query" or "path"
+    complaint = first["msg"].removeprefix("Value error, ")
+    if not path and first["type"] == "value_error":
+        return InvalidRequest(complaint)
     if not path:
         return InvalidRequest(f"The body must be a JSON object with Content-Type: application/json ({first['msg']})")
     if first["type"] == "extra_forbidden":
         return InvalidRequest(f"{path}: there is no such field here", param=path, code="unknown_field")
     code = {"missing": "missing_field", "unsupported": "unsupported_field"}.get(first["type"])
-    return InvalidRequest(f"{path}: {first['msg'].removeprefix('Value error, ')}", param=path, code=code)
+    return InvalidRequest(f"{path}: {complaint}", param=path, code=code)
 
 
 async def _respond(request: Request, error: Exception) -> JSONResponse:

@@ -1,5 +1,6 @@
 """POST /tokenize and POST /detokenize. Both work while the model still loads."""
 
+from server.admission import check_ids
 from server.chat import template_ids
 from server.routes.common import ServiceDep, off_loop
 from server.routes.completions import token_text
@@ -24,6 +25,8 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> TokenizeRespon
 async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> DetokenizeResponse:
     """The text of token ids."""
     service.check_model(body.model)
+    if service.engine.ready is not None:
+        check_ids(body.tokens, service.engine.ready.plan.vocab_size, "tokens")
     text = await off_loop(len(body.tokens), lambda: service.tokenizer.decode(body.tokens, body.skip_special_tokens))
     return DetokenizeResponse(prompt=text)
 

@@ -1,8 +1,8 @@
 """POST /v1/chat/completions."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 
 from server.schemas.common import SamplingFields, Strict, Usage, refused
 
@@ -16,11 +16,24 @@ class TextPart(Strict):
     text: str
 
 
+def _as_parts(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise ValueError("must be a string or a list of text parts")
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+Content = Annotated[
+    list[TextPart],
+    BeforeValidator(_as_parts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
+]
+
+
 class Message(Strict):
     """One turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is the same as system.")
-    content: str | list[TextPart] = Field(description="A string, or text parts, which are joined by newlines.")
+    content: Content = Field(description="A string, or text parts, which are joined by newlines.")
     name: str | None = Field(None, description="Handed to the chat template.")
     refusal: Any = refused("an answer is never split into text and refusal.")
     annotations: Any = refused("there are no tools to annotate from.", [])
@@ -30,7 +43,7 @@ class Message(Strict):
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return "\n".join(part.text for part in self.content)
 
 
 class ChatRequest(SamplingFields):

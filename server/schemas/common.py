@@ -9,13 +9,26 @@ A field is one of three things, and says which (docs/api.md lists them, and a te
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 512  # characters
 INT64 = 2**63
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _as_list(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise ValueError("must be a string or a list of strings")
+    return [value] if isinstance(value, str) else value
+
+
+StopStrings = Annotated[
+    list[str],
+    BeforeValidator(_as_list),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
 
 
 def refused(why: str, *neutral: object) -> Any:
@@ -60,15 +73,19 @@ class SamplingFields(Strict):
 
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy. Default 1.")
     top_p: float | None = Field(None, ge=0, le=1, description="Keep the likeliest tokens up to this mass. Default 1.")
-    top_k: int | None = Field(None, ge=-1, description="Keep this many likeliest tokens; -1 and 0 keep all. Default 0.")
+    top_k: int | None = Field(
+        None, ge=-1, lt=INT64, description="Keep this many likeliest tokens; -1 and 0 keep all. Default 0."
+    )
     min_p: float | None = Field(None, ge=0, le=1, description="Drop tokens below this share of the likeliest one's.")
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="Off the logit of every token used.")
     frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Off the logit, for each use of a token.")
-    repetition_penalty: float | None = Field(None, gt=0, description="Divides the logit of tokens seen. Default 1.")
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100, description="Divides the logits of tokens seen. Default 1."
+    )
     logit_bias: dict[str, float] | None = Field(None, description="Token id to a bias from -100 to 100.")
     seed: int | None = Field(None, ge=-INT64, lt=INT64, description="The same seed draws the same answer.")
 
-    stop: str | list[str] | None = Field(None, description="Up to 16 strings; the answer ends before the first.")
+    stop: StopStrings | None = Field(None, description="Up to 16 strings; the answer ends before the first.")
     stop_token_ids: list[TokenId] | None = Field(None, description="Tokens that end the answer, besides the model's.")
     min_tokens: int | None = Field(None, ge=0, description="Nothing ends the answer before this many tokens.")
     ignore_eos: bool | None = Field(None, description="Go on after the model's own end token.")
@@ -99,8 +116,8 @@ class SamplingFields(Strict):
 
     @field_validator("stop")
     @classmethod
-    def _check_stop(cls, value: str | list[str] | None) -> str | list[str] | None:
-        stops = [value] if isinstance(value, str) else value or []
+    def _check_stop(cls, value: list[str] | None) -> list[str] | None:
+        stops = value or []
         if len(stops) > MAX_STOP_STRINGS:
             raise ValueError(f"at most {MAX_STOP_STRINGS} stop strings are allowed, found {len(stops)}")
         if any(not 1 <= len(stop) <= MAX_STOP_LENGTH for stop in stops):
@@ -123,10 +140,6 @@ class SamplingFields(Strict):
         if value is not None and not info.data.get("stream"):
             raise ValueError("only allowed when stream is true")
         return value
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def include_usage(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.client import EngineState
-from tests.fakes import BOS, PLAN, ByteTokenizer, FakeEngine
+from tests.fakes import BOS, PLAN, VOCAB_SIZE, ByteTokenizer, FakeEngine
 from tests.server.conftest import World
 
 pytestmark = pytest.mark.anyio
@@ -80,6 +80,8 @@ async def test_conversation_is_tokenized_as_chat_would() -> None:
         ("/tokenize", {"prompt": "x", "nope": 1}),
         ("/detokenize", {"tokens": ["x"]}),
         ("/detokenize", {"tokens": [-1]}),
+        ("/detokenize", {"tokens": [VOCAB_SIZE]}),
+        ("/detokenize", {"tokens": [10**30]}),
     ],
 )
 async def test_bad_token_requests(path: str, body: dict[str, Any]) -> None:

@@ -59,7 +59,16 @@ async def test_openai_client_raises_its_own_exceptions() -> None:
 
 @pytest.mark.parametrize(
     ("content", "code"),
-    [(b"{nope", "invalid_json"), (b"[]", "invalid_value"), (b"", "invalid_value"), (b"{}", "missing_field")],
+    [
+        (b"{nope", "invalid_json"),
+        (b"[" * 100_000, "invalid_json"),
+        (b'{"model": "demo", "prompt": "\\ud800"}', "invalid_json"),
+        (b'{"model": "demo", "prompt": "\xff"}', "invalid_json"),
+        (b'{"model": "demo", "prompt": "x", "temperature": NaN}', "invalid_json"),
+        (b"[]", "invalid_value"),
+        (b"", "invalid_value"),
+        (b"{}", "missing_field"),
+    ],
 )
 async def test_broken_bodies(content: bytes, code: str) -> None:
     world = World(FakeEngine())
