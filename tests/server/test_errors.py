@@ -57,27 +57,6 @@ async def test_openai_client_raises_its_own_exceptions() -> None:
     assert nested.value.param.startswith("messages[0].")
 
 
-@pytest.mark.parametrize(
-    ("content", "code"),
-    [
-        (b"{nope", "invalid_json"),
-        (b"[" * 100_000, "invalid_json"),
-        (b'{"model": "demo", "prompt": "\\ud800"}', "invalid_json"),
-        (b'{"model": "demo", "prompt": "\xff"}', "invalid_json"),
-        (b'{"model": "demo", "prompt": "x", "temperature": NaN}', "invalid_json"),
-        (b"[]", "invalid_value"),
-        (b"", "invalid_value"),
-        (b"{}", "missing_field"),
-    ],
-)
-async def test_broken_bodies(content: bytes, code: str) -> None:
-    world = World(FakeEngine())
-    headers = {"content-type": "application/json"}
-    response = await world.http.post("/v1/completions", content=content, headers=headers)
-    assert response.status_code == 400
-    assert error_of(response)["code"] == code
-
-
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nope", 404), ("GET", "/v1/completions", 405)])
 async def test_routers_own_errors_have_the_same_shape(method: str, path: str, status: int) -> None:
     response = await World(FakeEngine()).http.request(method, path)

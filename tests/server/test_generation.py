@@ -9,7 +9,7 @@ import pytest
 from engine.messages import Done, Event, Failed, Logprobs, Sampling, Submit, Token
 from server.admission import Job
 from server.config import ServerConfig
-from server.errors import ApiError, EngineFailure, Unavailable
+from server.errors import ApiError, EngineFailure
 from server.generation import Choice, Delta, Generation
 from server.service import Service
 from tests.fakes import BOS, END_TURN, EOS, ByteTokenizer, FakeEngine, Script, say
@@ -194,22 +194,3 @@ async def test_end_that_nobody_asked_for_is_an_error() -> None:
     """Bug: an answer cut short by the engine looks complete."""
     with pytest.raises(ApiError):
         Choice(job(), 0, ByteTokenizer()).done(done("cancelled"))
-
-
-async def test_full_house_is_refused_and_a_place_is_given_back() -> None:
-    """Bug: an unbounded queue; or places that are never returned, and a server that refuses for ever."""
-    hall = service(FakeEngine(lambda submit: Script(hang=True)), max_queued_requests=1)
-    inside = [Generation(hall, [job(id=str(i))]) for i in range(5)]  # the plan runs 4, and 1 may wait
-    for generation in inside:
-        await generation.__aenter__()
-    with pytest.raises(Unavailable) as error:
-        await run(Generation(hall, [job(id="late")]))
-    assert error.value.headers["Retry-After"] == "1"
-    await inside[0].__aexit__(None, None, None)
-    with pytest.raises(Unavailable):  # a batch takes a place for each prompt
-        await run(Generation(hall, [job(id="later"), job(id="too many")]))
-    async with Generation(hall, [job(id="later")]):
-        pass
-    for generation in inside[1:]:
-        await generation.__aexit__(None, None, None)
-    assert hall.in_flight == 0
