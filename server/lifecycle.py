@@ -1,10 +1,10 @@
 """From open port to exit code.
 
     listen -> load (503 + Retry-After) -> serve -> SIGTERM or SIGINT: drain -> exit 0
-                                                                       a second signal: exit at once
+                                                                       a second signal: cut answers off
 
-While draining, /ready and new work get 503 with Retry-After; running answers finish within --drain-seconds, and the
-ones that do not end with an error event.
+While draining, /ready and new work get 503 with Retry-After; running answers finish within --drain-seconds. The ones
+that do not, and all of them after a second signal, end with an error event.
 """
 
 import asyncio
@@ -52,11 +52,9 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal arrived. uvicorn would raise it again at the end, which would spoil the exit code."""
-        if self._service.draining:
-            self.should_exit = self.force_exit = True
-            return
+        now = time.monotonic()
+        self._deadline = now if self._service.draining else now + self._service.config.drain_seconds
         self._service.draining = True
-        self._deadline = time.monotonic() + self._service.config.drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; true ends the server."""
@@ -67,7 +65,7 @@ class DrainingServer(uvicorn.Server):
             return True
         if time.monotonic() < self._deadline:
             return False
-        log.warning("%d answers did not finish in time and are cut off", self._service.in_flight)
+        log.warning("%d answers did not finish and are cut off", self._service.in_flight)
         await self._service.engine.stop()
         return True
 
