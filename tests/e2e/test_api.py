@@ -135,12 +135,14 @@ def test_engine_death_is_survived(checkpoint: Path, tmp_path: Path) -> None:
 def test_sigterm_drains_and_exits_zero(checkpoint: Path, tmp_path: Path) -> None:
     """Bug: a deploy that cuts running streams, or a process that never ends."""
     with ServerProcess(checkpoint, tmp_path / "log", ["--drain-seconds", "30"]).wait_ready() as server:
-        body = {"model": checkpoint.name, "prompt": "a", "max_tokens": 300, "ignore_eos": True, "stream": True}
+        body = {"model": checkpoint.name, "prompt": "a", "max_tokens": 1900, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
+            deadline = time.monotonic() + 5
+            while httpx.get(f"{server.url}/ready").status_code == 200 and time.monotonic() < deadline:
+                time.sleep(0.01)  # until the signal has arrived
             refused = httpx.post(f"{server.url}/v1/completions", json={**body, "stream": False}, timeout=10)
             assert refused.status_code == 503
             assert "retry-after" in refused.headers
