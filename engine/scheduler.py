@@ -77,13 +77,12 @@ class Scheduler:
         slices: dict[int, Slice] = {}
         decoding = [s for s in self._running if s.is_decoding]
         prefilling = [s for s in self._running if not s.is_decoding]
-        preempted = self._run(decoding + prefilling, slices)
-        if not preempted:
-            self._admit(slices)
+        self._run(decoding + prefilling, slices)
+        self._admit(slices)
         return list(slices.values())
 
-    def _run(self, sequences: Iterable[Sequence], slices: dict[int, Slice]) -> bool:
-        """Give running sequences their share. Returns whether anyone lost its pages."""
+    def _run(self, sequences: Iterable[Sequence], slices: dict[int, Slice]) -> None:
+        """Give running sequences their share, taking pages from the lowest-ranked when there are none left."""
         budget = self._max_batch_tokens
         preempted: set[int] = set()
         for sequence in sequences:
@@ -96,14 +95,12 @@ class Scheduler:
                 victim = self._running[-1]
                 preempted.add(victim.id)
                 self._preempt(victim)
-                lost = slices.pop(victim.id, None)
-                budget += lost.num_tokens if lost else 0
+                slices.pop(victim.id, None)
                 if victim is sequence:
                     break
             if block_table is not None:
                 slices[sequence.id] = Slice(sequence, sequence.num_computed, num_tokens, block_table)
                 budget -= num_tokens
-        return bool(preempted)
 
     def _admit(self, slices: dict[int, Slice]) -> None:
         """Start waiting sequences, best rank first, while the step has budget and the cache has room."""

@@ -156,6 +156,18 @@ def test_prompt_logprobs_cover_every_prompt_token_in_any_chunking() -> None:
     assert tokens_of(events, "a") == []
 
 
+def test_prompt_logprobs_of_requests_that_share_a_step() -> None:
+    """Bug: counting one row of logits for each sequence reads the neighbour's rows."""
+    prompts = {"a": [1, 2, 3], "b": [4, 5, 6, 7], "c": [8, 9]}
+    events = run(make_core(), [submit(key, prompt, num_prompt_logprobs=0) for key, prompt in prompts.items()])
+    for message in [e for e in events if isinstance(e, PromptLogprobs)]:
+        prompt = prompts[message.id]
+        scores = [torch.log_softmax(hash_logits(prompt[:i]), -1)[prompt[i]] for i in range(1, len(prompt))]
+        assert [entry.logprob for entry in message.entries] == pytest.approx(torch.stack(scores).tolist(), abs=1e-5)
+    for key, prompt in prompts.items():
+        assert tokens_of(events, key) == continuation(prompt, 8)
+
+
 def test_logprobs_are_the_models_own_whatever_the_sampling() -> None:
     events = run(make_core(), [submit("a", [1, 2], temperature=0.7, seed=3, num_logprobs=3, presence_penalty=1.5)])
     tokens = [e for e in events if isinstance(e, Token)]

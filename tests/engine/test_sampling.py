@@ -66,7 +66,7 @@ def test_filters_keep_exactly_these(rules: dict[str, Any], kept: set[int]) -> No
 
 def test_presence_and_frequency_count_the_answer_only() -> None:
     """Bug: penalising the prompt's tokens, which is repetition_penalty's work."""
-    history = draw_of([3, 1, 1, 1], num_prompt=1, temperature=0.0, presence_penalty=0.5, frequency_penalty=0.4)
+    history = draw_of([3, 3, 3], num_prompt=3, temperature=0.0, presence_penalty=0.5, frequency_penalty=0.4)
     assert choose(LOGITS, history) == 3
     repeated = draw_of([3, 3, 3, 3], num_prompt=1, temperature=0.0, presence_penalty=0.5, frequency_penalty=0.4)
     assert choose(LOGITS, repeated) == 1  # 3.0 - 0.5 - 3 * 0.4 = 1.3 < 2.0
@@ -88,6 +88,13 @@ def test_min_tokens_bans_every_ending_until_then() -> None:
     assert choose(logits, draw_of([5], num_prompt=1, **rules)) == 2
     assert choose(logits, draw_of([5, 2], num_prompt=1, **rules)) == 0
     assert choose(logits, draw_of([5], num_prompt=1, ignore_eos=True, **rules)) == 0
+
+
+def test_every_position_draws_anew() -> None:
+    """Bug: one number for the whole answer repeats the same choice at every position."""
+    flat = torch.zeros(50)
+    tokens = [choose(flat, draw_of([1] * num_generated, seed=3)) for num_generated in range(20)]
+    assert len(set(tokens)) > 10
 
 
 def test_the_input_row_is_left_alone() -> None:

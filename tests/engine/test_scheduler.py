@@ -97,6 +97,7 @@ def test_preempted_sequence_finds_its_own_pages_again() -> None:
     sequence = world.add(list(range(12)))
     world.step()
     world.scheduler._preempt(sequence)
+    assert sequence.num_computed == 0
     assert world.step() == {0: 1}  # 12 of 13 tokens were on published pages
     assert sequence.num_cached_tokens == 0  # the caller's prompt was not cached when it came
 
