@@ -26,6 +26,7 @@ from demo.model import DemoModel, ModelConfig
 PROBES = (16, 64, 256, 512, 1024, 2048, 4000)  # tokens
 MICRO_TOKENS = 2048  # tokens per forward pass on a CPU: activations stay near the caches
 Z_WEIGHT = 1e-4
+DECAY = 0.45  # share of the run over which the learning rates fall to zero
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Progress:
 
 
 def rate(share: float) -> float:
-    """Learning rate as a share of its peak: constant, then a linear decay to zero over the last half."""
-    return min(1.0, max(0.0, (1.0 - share) / 0.5))
+    """Learning rate as a share of its peak: constant, then a linear decay to zero."""
+    return min(1.0, max(0.0, (1.0 - share) / DECAY))
 
 
 def prepare_tokenizer(options: Options) -> None:
@@ -74,7 +75,7 @@ class Run:
         self.model = DemoModel(ModelConfig())
         circuits.plant(self.model, options.seed)
         self.model.to(options.device)
-        self.optimizers = muon.build(self.model, muon_lr=0.02, adam_lr=0.004)
+        self.optimizers = muon.build(self.model, muon_lr=0.01, adam_lr=0.0015)
         self.peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.progress = Progress()
         self.tokenizer = Tokenizer.from_file(str(options.out / "tokenizer.json"))
