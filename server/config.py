@@ -4,11 +4,13 @@ Flags win over the file, the file over the environment, the environment over the
 that reads os.environ (through pydantic-settings). What comes out is frozen.
 """
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -16,6 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from engine.config import PAGE_SIZES, Device, EngineConfig
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+PREFIX = "NIBBLE_"
 UNITS = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("kmgt", start=1)
@@ -38,6 +41,7 @@ def parse_size(value: object) -> object:
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]  # bytes
+Text = Annotated[str, Field(min_length=1)]
 
 
 def setting(default: Any, panel: str, help: str, **limits: Any) -> Any:
@@ -49,33 +53,34 @@ class ServerConfig(BaseSettings):
     """What `nibble serve` was told."""
 
     model_config = SettingsConfigDict(
-        env_prefix="NIBBLE_", frozen=True, extra="forbid", env_ignore_empty=True, protected_namespaces=()
+        env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, protected_namespaces=()
     )
 
-    model: str | None = setting(None, "Model", "Folder or Hugging Face id. Default: the bundled demo model.")
-    revision: str | None = setting(None, "Model", "Branch, tag or commit of a hub model.")
+    model: Text | None = setting(None, "Model", "Folder or Hugging Face id. Default: the bundled demo model.")
+    revision: Text | None = setting(None, "Model", "Branch, tag or commit of a hub model.")
     offline: bool = setting(False, "Model", "Use only what is already on this machine.")
-    served_name: str | None = setting(None, "Model", "Name clients give as `model`. Default: hub id or folder name.")
+    served_name: Text | None = setting(None, "Model", "Name clients give as `model`. Default: hub id or folder name.")
     chat_template: Path | None = setting(None, "Model", "Jinja file to use instead of the checkpoint's chat template.")
     max_model_len: int | None = setting(None, "Model", "Most tokens of one request, prompt and answer.", ge=1)
 
-    host: str = setting("127.0.0.1", "Server", "Address to listen on; 0.0.0.0 for all.")
+    host: Text = setting("127.0.0.1", "Server", "Address to listen on; 0.0.0.0 for all.")
     port: int = setting(8000, "Server", "Port to listen on; 0 picks a free one.", ge=0, le=65535)
     max_queued_requests: int = setting(
         256, "Server", "Requests that may wait beyond --max-num-seqs; more get 503 with Retry-After.", ge=0
     )
+    max_body_size: Size = setting(16 << 20, "Server", "Largest request body, like 16MiB; larger ones get 413.", ge=1)
     drain_seconds: float = setting(30, "Server", "How long running requests may finish after SIGTERM.", ge=0)
     log_level: LogLevel = setting("info", "Server", "How much to log.")
 
     device: Device = setting("auto", "Engine", "Where to compute.")
-    kernel: str = setting(
-        "auto", "Engine", "Insist on one back end (reference, native, triton); fail where it refuses."
+    kernel: Text = setting("auto", "Engine", "Insist on one back end, such as reference; fail where it refuses.")
+    threads: int | None = setting(
+        None, "Engine", "CPU threads. Default: one per core; one for models below 16 MiB, which run faster so.", ge=1
     )
-    threads: int | None = setting(None, "Engine", "CPU threads. Default: one per core.", ge=1)
     max_num_seqs: int = setting(64, "Engine", "Most sequences in one step.", ge=1)
     max_batch_tokens: int = setting(512, "Engine", "Most tokens in one step; long prompts are split.", ge=1)
 
-    kv: str = setting("f16", "KV cache", "Cache policy, for example f16 or k4v4:g64.")
+    kv: Text = setting("f16", "KV cache", "Precision of the cache: f16 or f32.")
     kv_memory: Size | None = setting(
         None, "KV cache", "Memory of the cache, like 4GiB. Default: half of what is free.", ge=1
     )
@@ -101,6 +106,7 @@ class ServerConfig(BaseSettings):
 
 def load(flags: Mapping[str, Any], file: Path | None = None) -> ServerConfig:
     """The settings from the flags given, the file and the environment. Raises SettingsError naming the bad one."""
+    check_environment(os.environ)
     values = (read_file(file) if file else {}) | {name: value for name, value in flags.items() if value is not None}
     try:
         return ServerConfig(**values)
@@ -113,17 +119,55 @@ def load(flags: Mapping[str, Any], file: Path | None = None) -> ServerConfig:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The keys of a TOML file. Raises SettingsError for a file that cannot be read and for a key that is no setting."""
+    """The settings in a TOML file. Raises SettingsError for what cannot be read, is no setting, or of another type."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"--config {path}: {error}") from None
-    values = {key.replace("-", "_"): value for key, value in table.items()}
-    for key, name in zip(table, values, strict=True):
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
         if name not in ServerConfig.model_fields:
-            raise SettingsError(f"--config {path}: '{key}' is not a setting; see nibble serve --help")
+            hint = nearest(name, {name: name.replace("_", "-") for name in ServerConfig.model_fields})
+            raise SettingsError(f"--config {path}: '{key}' is not a setting{hint}; see nibble serve --help")
+        if name in values:
+            raise SettingsError(f"--config {path}: {name} is set twice, with hyphens and with underscores")
+        allowed = file_types(ServerConfig.model_fields[name].annotation)
+        if type(value) not in allowed:  # not isinstance: true is no 1
+            kinds = " or ".join(FILE_TYPES[kind] for kind in allowed)
+            raise SettingsError(f"--config {path}: {key} must be {kinds} (found {value!r})")
+        values[name] = value
     return values
 
 
+FILE_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+
+
+def file_types(annotation: Any) -> tuple[type, ...]:
+    """What TOML must give for a setting of this type."""
+    kinds = {annotation, *get_args(annotation)}
+    if Size in kinds:
+        return (int, str)
+    if float in kinds:
+        return (int, float)
+    return next(((kind,) for kind in (bool, int) if kind in kinds), (str,))
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Raises SettingsError for a variable that looks like a setting and is none."""
+    known = {name: f"{PREFIX}{name.upper()}" for name in ServerConfig.model_fields}
+    for variable in environment:
+        if variable.upper().startswith(PREFIX) and variable[len(PREFIX) :].lower() not in known:
+            hint = nearest(variable[len(PREFIX) :].lower(), known)
+            raise SettingsError(f"The variable {variable} is not a setting{hint}; see nibble serve --help")
+
+
+def nearest(name: str, known: Mapping[str, str]) -> str:
+    """A hint at what was probably meant, spelt as its place wants it."""
+    matches = get_close_matches(name, known, n=1)
+    return f", did you mean {known[matches[0]]}?" if matches else ""
+
+
 def flag_name(field: str) -> str:
-    return "--" + field.replace("_", "-")
+    """How the command line names a setting."""
+    return "MODEL" if field == "model" else "--" + field.replace("_", "-")

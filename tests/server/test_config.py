@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from engine.config import EngineConfig
-from server.config import ServerConfig, SettingsError, load, parse_size
+from engine.loading import CODECS
+from server.config import ServerConfig, SettingsError, flag_name, load, parse_size
 
 
 def test_flags_win_over_file_over_environment_over_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +79,55 @@ def test_engine_gets_every_wish(tmp_path: Path) -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         ServerConfig().port = 3
+
+
+@pytest.mark.parametrize("line", ["port = true", "threads = 1.0", "max-num-seqs = true", 'port = "80"', "model = 7"])
+def test_file_values_have_the_type_of_the_setting(tmp_path: Path, line: str) -> None:
+    """Bug: `port = true` listens on port 1."""
+    file = tmp_path / "nibble.toml"
+    file.write_text(line)
+    with pytest.raises(SettingsError, match=rf"nibble.toml: {line.split(maxsplit=1)[0]} must be "):
+        load({}, file)
+
+
+def test_file_values_of_every_type(tmp_path: Path) -> None:
+    file = tmp_path / "nibble.toml"
+    file.write_text(
+        'offline = true\nchat-template = "x.jinja"\ndrain-seconds = 1\nkv-memory = 77\ndevice = "cpu"\nthreads = 2'
+    )
+    settings = load({}, file)
+    assert (settings.offline, settings.chat_template, settings.drain_seconds) == (True, Path("x.jinja"), 1.0)
+    assert (settings.kv_memory, settings.device, settings.threads) == (77, "cpu", 2)
+
+
+def test_one_setting_spelt_twice_in_the_file_is_an_error(tmp_path: Path) -> None:
+    """Bug: an internal error of zip(), or one of the two wins and nobody knows which."""
+    file = tmp_path / "nibble.toml"
+    file.write_text('kv-memory = "1GiB"\nkv_memory = "2GiB"\n')
+    with pytest.raises(SettingsError, match="kv_memory is set twice"):
+        load({}, file)
+
+
+@pytest.mark.parametrize(
+    ("variable", "hint"),
+    [("NIBBLE_PROT", "did you mean NIBBLE_PORT?"), ("NIBBLE_KV_MEM", "NIBBLE_KV_MEMORY"), ("nibble_xyzzy", "--help")],
+)
+def test_unknown_variables_are_errors(variable: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a misspelt variable is ignored and the server runs with a default nobody chose."""
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(SettingsError, match=f"{variable} is not a setting") as error:
+        load({})
+    assert hint in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model", "host", "served_name"])
+def test_empty_texts_are_errors(name: str) -> None:
+    """Bug: `nibble serve ""`, of a script whose variable is empty, serves the current folder."""
+    with pytest.raises(SettingsError, match=flag_name(name)):
+        load({name: ""})
+
+
+def test_help_offers_only_precisions_the_engine_has() -> None:
+    """Bug: --help names a cache policy that is an error."""
+    offered = str(ServerConfig.model_fields["kv"].description).removesuffix(".").split(": ")[1].split(" or ")
+    assert set(offered) == set(CODECS)
