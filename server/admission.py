@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from engine.messages import PlanSummary, Sampling, Submit
 from server.errors import ContextTooLong, InvalidRequest
 from server.schemas.common import SamplingFields
+from server.tokenizer import Tokenizer
 
 SMALLEST_TOP_P = 1e-9  # 0 means "the likeliest token only", and so does this
 
@@ -20,6 +21,7 @@ class Limits:
     default_max_tokens: int | None  # None: what is left of the context
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    prompt_field: str = "prompt"  # what errors about the prompt name
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ def jobs(request: SamplingFields, prompts: Sequence[list[int]], limits: Limits, 
 
 
 def _job(request: SamplingFields, prompt: list[int], limits: Limits, plan: PlanSummary, arrival: float) -> Job:
-    check_ids(prompt, plan.vocab_size, "prompt")
+    check_ids(prompt, plan.vocab_size, limits.prompt_field)
     if not prompt:
-        raise InvalidRequest("The prompt is empty: this model needs at least one token", param="prompt")
+        raise InvalidRequest("The prompt is empty: this model needs at least one token", param=limits.prompt_field)
     max_tokens = _max_tokens(len(prompt), limits, plan)
     if (request.min_tokens or 0) > max_tokens:
         raise InvalidRequest(f"min_tokens: {request.min_tokens} exceeds the {max_tokens} allowed", param="min_tokens")
@@ -75,15 +77,33 @@ def _max_tokens(num_prompt: int, limits: Limits, plan: PlanSummary) -> int:
     if wanted <= room:
         return wanted
     if num_prompt + wanted > plan.max_model_len:
-        limit = f"this server allows {plan.max_model_len} tokens (--max-model-len)"
+        limit = context_limit(plan)
     else:
         limit = f"its KV cache holds {capacity} tokens (--kv-memory)"
     advice = "Lower max_tokens or shorten the prompt" if room > 0 else "Shorten the prompt"
     raise ContextTooLong(
         f"The prompt has {num_prompt} tokens and the answer may have {wanted}: {num_prompt + wanted} together, "
         f"but {limit}. {advice}.",
-        param="max_tokens" if room > 0 else "prompt",
+        param="max_tokens" if room > 0 else limits.prompt_field,
     )
+
+
+def context_limit(plan: PlanSummary) -> str:
+    """The longest request, and the settings that decide it."""
+    by_cache = plan.max_model_len == plan.num_pages * plan.page_size  # the engine lowers it to what the cache holds
+    settings = "--max-model-len, and --kv-memory, whose cache holds no more" if by_cache else "--max-model-len"
+    return f"this server allows {plan.max_model_len} tokens ({settings})"
+
+
+def check_length(text: str, tokenizer: Tokenizer, plan: PlanSummary, param: str) -> None:
+    """Raises ContextTooLong for a text that no tokenizing could make fit, which would take its time to find out."""
+    at_least = len(text) // tokenizer.max_token_bytes
+    if at_least > plan.max_model_len:
+        raise ContextTooLong(
+            f"The prompt has {len(text)} characters, which are more than {at_least} tokens, "
+            f"but {context_limit(plan)}. Shorten the prompt.",
+            param=param,
+        )
 
 
 def _sampling(request: SamplingFields, max_tokens: int, limits: Limits) -> Sampling:

@@ -8,19 +8,19 @@ from server.schemas.chat import ChatRequest, Message
 from server.tokenizer import TemplateError, Tokenizer
 
 
-def chat_prompt(request: ChatRequest, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of the conversation to answer or continue. Raises InvalidRequest."""
+def chat_prompt(request: ChatRequest, tokenizer: Tokenizer) -> str:
+    """The prompt of the conversation to answer or continue. Raises InvalidRequest."""
     continues = bool(request.continue_final_message)
     opens = request.add_generation_prompt if request.add_generation_prompt is not None else not continues
     options = dict(request.chat_template_kwargs or {})
     options |= {"continue_final_message": continues, "add_generation_prompt": opens}
-    return template_ids(request.messages, tokenizer, **options)
+    return template_text(request.messages, tokenizer, **options)
 
 
-def template_ids(messages: Sequence[Message], tokenizer: Tokenizer, **options: Any) -> list[int]:
-    """Token ids the template makes of `messages`. Raises InvalidRequest with the template's own words.
+def template_text(messages: Sequence[Message], tokenizer: Tokenizer, **options: Any) -> str:
+    """What the template makes of `messages`. Raises InvalidRequest with the template's own words.
 
-    The template writes the special tokens itself, so none are added when its text is encoded.
+    The template writes the special tokens itself, so none may be added when its text is encoded.
     """
     if not tokenizer.has_chat_template:
         raise InvalidRequest(
@@ -29,10 +29,9 @@ def template_ids(messages: Sequence[Message], tokenizer: Tokenizer, **options: A
             code="no_chat_template",
         )
     try:
-        text = tokenizer.render(template_messages(messages), **options)
+        return tokenizer.render(template_messages(messages), **options)
     except TemplateError as error:
         raise InvalidRequest(str(error), param="messages", code="chat_template_error") from error
-    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def template_messages(messages: Sequence[Message]) -> list[Mapping[str, Any]]:

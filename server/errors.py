@@ -2,8 +2,9 @@
 
     ApiError
     ├─ InvalidRequest          400  invalid_request_error   the caller's fault; `param` names the field
-    │  └─ ContextTooLong       400  context_length_exceeded
-    ├─ ModelNotFound           404  model_not_found
+    │  ├─ ContextTooLong       400  context_length_exceeded
+    │  ├─ BodyTooLarge         413  body_too_large
+    │  └─ ModelNotFound        404  model_not_found
     ├─ Unavailable             503  server_unavailable      + Retry-After: loading, restarting, draining, queue full
     └─ EngineFailure           500  engine_error            the engine gave up on a request it had accepted
 
@@ -64,6 +65,16 @@ class ContextTooLong(InvalidRequest):
     """Prompt and answer do not fit the context or the KV cache."""
 
     code = "context_length_exceeded"
+
+
+class BodyTooLarge(InvalidRequest):
+    """The body exceeds --max-body-size."""
+
+    status = 413
+    code = "body_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The body is larger than the {limit:,} bytes this server takes (--max-body-size)")
 
 
 class ModelNotFound(InvalidRequest):

@@ -41,6 +41,11 @@ class Tokenizer(Protocol):
         """Ids of a text; special tokens (BOS) as the checkpoint says, and BOS never twice."""
         ...
 
+    @property
+    def max_token_bytes(self) -> int:
+        """Bytes of the longest token: a text of more than that times n is more than n tokens."""
+        ...
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The whole text of `ids`. Incomplete characters become U+FFFD."""
         ...
@@ -113,6 +118,7 @@ class HubTokenizer:
         self._special = frozenset(token for token, info in added.items() if info.special)
         self._bos: int | None = backend.bos_token_id
         self._bytes: dict[int, bytes] = {}  # filled as tokens are seen
+        self._max_token_bytes = max((len(piece.encode()) for piece in core.get_vocab()), default=1)
 
     @property
     def has_chat_template(self) -> bool:
@@ -122,8 +128,13 @@ class HubTokenizer:
     def drops_first_space(self) -> bool:
         return self._drops_first_space
 
+    @property
+    def max_token_bytes(self) -> int:
+        return self._max_token_bytes
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._core.encode(text, add_special_tokens=add_special_tokens).ids
+        # The batch call, because only it lets other threads run meanwhile.
+        ids: list[int] = self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         if self._bos is not None and ids[:2] == [self._bos, self._bos] and add_special_tokens:
             return ids[1:]
         return ids

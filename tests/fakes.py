@@ -60,6 +60,10 @@ class ByteTokenizer(Tokenizer):
         return False
 
     @property
+    def max_token_bytes(self) -> int:
+        return 1
+
+    @property
     def has_chat_template(self) -> bool:
         return self._has_chat_template
 

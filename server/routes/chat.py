@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from fastapi import Request, Response
 
-from engine.messages import Logprobs
-from server.admission import Limits, jobs
+from engine.messages import Logprobs, PlanSummary
+from server.admission import Limits, check_length, jobs
 from server.chat import chat_prompt
 from server.generation import Delta, Generation, ScoredToken
 from server.routes.common import ServiceDep, off_loop, unless_disconnected, usage
@@ -26,11 +26,12 @@ async def create_chat_completion(body: wire.ChatRequest, request: Request, servi
     service.check_model(body.model)
     plan = service.plan()
     num_chars = sum(len(message.text) for message in body.messages)
-    prompt = await off_loop(num_chars, lambda: chat_prompt(body, service.tokenizer))
+    prompt = await off_loop(num_chars, lambda: _prompt_ids(body, service.tokenizer, plan))
     limits = Limits(
         max_tokens=body.max_completion_tokens or body.max_tokens,
         default_max_tokens=None,
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_field="messages",
     )
     generation = Generation(service, jobs(body, [prompt], limits, plan))
     writer = _Writer(body, service)
@@ -39,6 +40,12 @@ async def create_chat_completion(body: wire.ChatRequest, request: Request, servi
         return EventStream(generation, writer.first_chunks, writer.chunks, last)
     answer = await unless_disconnected(request, writer.answer(generation))
     return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _prompt_ids(body: wire.ChatRequest, tokenizer: Tokenizer, plan: PlanSummary) -> list[int]:
+    text = chat_prompt(body, tokenizer)
+    check_length(text, tokenizer, plan, "messages")
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 class _Writer:

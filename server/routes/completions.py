@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from fastapi import Request, Response
 
-from engine.messages import Logprobs
-from server.admission import Limits, jobs
+from engine.messages import Logprobs, PlanSummary
+from server.admission import Limits, check_length, jobs
 from server.generation import Delta, Generation, ScoredToken
 from server.routes.chat import finite
 from server.routes.common import ServiceDep, off_loop, unless_disconnected, usage
@@ -27,7 +27,7 @@ async def create_completion(body: wire.CompletionRequest, request: Request, serv
     """
     service.check_model(body.model)
     plan = service.plan()
-    prompts = await off_loop(sum(map(len, body.prompts)), lambda: _prompt_ids(body, service.tokenizer))
+    prompts = await off_loop(sum(map(len, body.prompts)), lambda: _prompt_ids(body, service.tokenizer, plan))
     limits = Limits(
         max_tokens=body.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
@@ -43,8 +43,11 @@ async def create_completion(body: wire.CompletionRequest, request: Request, serv
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
-def _prompt_ids(body: wire.CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
+def _prompt_ids(body: wire.CompletionRequest, tokenizer: Tokenizer, plan: PlanSummary) -> list[list[int]]:
     add_special = body.add_special_tokens is not False
+    for prompt in body.prompts:
+        if isinstance(prompt, str):
+            check_length(prompt, tokenizer, plan, "prompt")
     return [tokenizer.encode(p, add_special) if isinstance(p, str) else list(p) for p in body.prompts]
 
 

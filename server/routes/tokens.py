@@ -1,7 +1,7 @@
 """POST /tokenize and POST /detokenize. Both work while the model still loads."""
 
 from server.admission import check_ids
-from server.chat import template_ids
+from server.chat import template_text
 from server.routes.common import ServiceDep, off_loop
 from server.routes.completions import token_text
 from server.schemas.models import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
@@ -34,4 +34,5 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Detokenize
 def _ids(body: TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
     if body.prompt is not None:
         return tokenizer.encode(body.prompt, body.add_special_tokens)
-    return template_ids(body.messages or [], tokenizer, add_generation_prompt=body.add_generation_prompt)
+    text = template_text(body.messages or [], tokenizer, add_generation_prompt=body.add_generation_prompt)
+    return tokenizer.encode(text, add_special_tokens=False)

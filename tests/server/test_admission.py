@@ -6,10 +6,10 @@ import msgspec
 import pytest
 
 from engine.messages import PlanSummary, Sampling
-from server.admission import Job, Limits, jobs
+from server.admission import Job, Limits, check_length, jobs
 from server.errors import ContextTooLong, InvalidRequest
 from server.schemas.completions import CompletionRequest
-from tests.fakes import EOS, PLAN, VOCAB_SIZE
+from tests.fakes import EOS, PLAN, VOCAB_SIZE, ByteTokenizer
 
 REST = Limits(max_tokens=None, default_max_tokens=None)
 
@@ -70,6 +70,21 @@ def test_too_long_names_the_numbers_and_what_to_lower(num_prompt: int, max_token
     with pytest.raises(ContextTooLong, match=rf"{num_prompt} tokens.*512 tokens") as error:
         admit([1] * num_prompt, Limits(max_tokens, None))
     assert (error.value.param, error.value.code) == (param, "context_length_exceeded")
+
+
+def test_texts_that_cannot_fit_are_refused_without_tokenizing() -> None:
+    """Bug: minutes of tokenizing for a prompt whose length alone says that it is too long."""
+    check_length("x" * PLAN.max_model_len, ByteTokenizer(), PLAN, "messages")
+    with pytest.raises(ContextTooLong, match=r"5120 characters.*512 tokens \(--max-model-len\)") as error:
+        check_length("x" * 5120, ByteTokenizer(), PLAN, "messages")
+    assert (error.value.param, error.value.code) == ("messages", "context_length_exceeded")
+
+
+def test_context_that_the_cache_limits_blames_the_cache_too() -> None:
+    """Bug: a user raises --max-model-len, which was never what limited them."""
+    plan = msgspec.structs.replace(PLAN, num_pages=PLAN.max_model_len // PLAN.page_size)
+    with pytest.raises(ContextTooLong, match="--kv-memory"):
+        admit([1] * 600, plan=plan)
 
 
 def test_more_than_the_cache_holds_is_refused() -> None:

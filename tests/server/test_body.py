@@ -1,5 +1,8 @@
 """Bodies that are not what they should be."""
 
+from collections.abc import AsyncIterator
+from typing import Any
+
 import pytest
 
 from tests.fakes import FakeEngine
@@ -28,3 +31,32 @@ async def test_broken_bodies_are_the_callers_fault(content: bytes, code: str) ->
     response = await world.http.post("/v1/completions", content=content, headers=headers)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == code
+
+
+async def test_bodies_over_the_limit_are_refused_before_they_are_kept() -> None:
+    """Bug: one request of 100 MB takes the memory and the time of all others."""
+    taken = 0
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal taken
+        for _ in range(1000):
+            taken += 1
+            yield b" " * 100
+
+    world = World(FakeEngine(), max_body_size=250)
+    bodies: list[Any] = [b" " * 251, chunks()]  # with a content-length, and without
+    for body in bodies:
+        response = await world.http.post("/v1/completions", content=body)
+        assert response.status_code == 413
+        error = response.json()["error"]
+        assert (error["type"], error["code"]) == ("invalid_request_error", "body_too_large")
+        assert "250 bytes" in error["message"]
+        assert "--max-body-size" in error["message"]
+    assert taken == 3
+
+
+async def test_bodies_of_just_the_limit_are_taken() -> None:
+    world = World(FakeEngine(), max_body_size=250)
+    content = b'{"model": "demo", "prompt": "x"}'.ljust(250)
+    response = await world.http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 200

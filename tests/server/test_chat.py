@@ -142,10 +142,12 @@ async def test_empty_answer_is_an_empty_string() -> None:
     assert answer.choices[0].message.content == ""
 
 
-async def test_long_prompts_are_tokenized_too() -> None:
-    engine = FakeEngine()
-    response = await World(engine).chat(messages=[{"role": "user", "content": "x" * 5000}])
-    assert response.json()["error"]["code"] == "context_length_exceeded"
+@pytest.mark.parametrize("text", ["é" * 300, "x" * 5000], ids=["once tokenized", "before"])
+async def test_long_conversations_are_refused_by_the_name_of_their_field(text: str) -> None:
+    """Bug: an error about `prompt`, which a chat request does not have."""
+    response = await World(FakeEngine()).chat(messages=[{"role": "user", "content": text}])
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
 
 
 async def test_names_of_speakers_reach_the_template() -> None:

@@ -1,6 +1,8 @@
 """Ids to text, one token at a time, for the two ways checkpoints write bytes."""
 
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -147,6 +149,30 @@ def test_bos_is_added_once() -> None:
     assert tokenizer.encode("the fox").count(bos) == 1
     assert tokenizer.encode("<s>the fox").count(bos) == 1
     assert bos not in tokenizer.encode("the fox", add_special_tokens=False)
+
+
+@pytest.mark.parametrize("make", [byte_level, llama_like])
+def test_no_token_is_longer_than_the_longest(make: Callable[[], HubTokenizer]) -> None:
+    """Bug: a prompt that fits is refused, because its tokens are longer than was thought."""
+    tokenizer = make()
+    ids = range(len(tokenizer._hub))
+    assert max(len(tokenizer.token_bytes(token)) for token in ids) <= tokenizer.max_token_bytes
+
+
+def test_other_threads_run_while_a_long_text_is_tokenized() -> None:
+    """Bug: the tokenizers library holds the interpreter lock in `encode`, and every other answer stands still."""
+    tokenizer, ticks, done = byte_level(), 0, threading.Event()
+
+    def work() -> None:
+        tokenizer.encode("the quick brown fox " * 50_000)
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not done.wait(0.001):
+        ticks += 1
+    thread.join()
+    assert ticks >= 20  # with the lock held it is one or two
 
 
 def test_unknown_decoders_are_refused_by_name(tmp_path: Path) -> None:
