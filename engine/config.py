@@ -113,12 +113,17 @@ def _check(config: EngineConfig, facts: ModelFacts) -> None:
 def _num_pages(config: EngineConfig, facts: ModelFacts, max_model_len: int) -> int:
     """Pages of the cache: the byte budget, or a share of free memory, no more than max_num_seqs full contexts."""
     page_bytes = facts.kv_bytes_per_token * config.page_size
+    free = facts.free_memory - facts.weight_bytes - ACTIVATION_RESERVE_BYTES
     if config.kv_memory is not None:
+        if config.kv_memory > max(free, 0):
+            raise ConfigError(
+                f"kv_memory {config.kv_memory:,} bytes is more than the {max(free, 0):,} that are free beside the "
+                "weights: lower --kv-memory"
+            )
         num_pages = config.kv_memory // page_bytes
         if num_pages < 1:
             raise ConfigError(f"kv_memory {config.kv_memory:,} bytes holds no page of {page_bytes:,} bytes")
         return num_pages
-    free = facts.free_memory - facts.weight_bytes - ACTIVATION_RESERVE_BYTES
     num_pages = int(max(free, 0) * KV_SHARE_OF_FREE_MEMORY) // page_bytes
     if num_pages < 1:
         raise ConfigError(

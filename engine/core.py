@@ -28,7 +28,7 @@ from engine.messages import (
 )
 from engine.request import Request, Sequence
 from engine.runner import Runner
-from engine.sampling import BadLogits, Draw, choose, logprobs_of
+from engine.sampling import BadLogits, Draw, choose, fault_in, logprobs_of
 from engine.scheduler import Scheduler, Slice
 from kvcache.manager import KVCacheManager
 from kvcache.storage import PageStorage
@@ -142,8 +142,10 @@ class EngineCore:
         ]
         if outside:
             return Failed(submit.id, "invalid", f"token id {outside[0]} is outside the vocabulary of {vocab_size}")
-        if sampling.max_tokens < 0 or submit.n < 1:
-            return Failed(submit.id, "invalid", "max_tokens must not be negative and n must be at least 1")
+        if submit.n < 1:
+            return Failed(submit.id, "invalid", f"n must be at least 1, found {submit.n}")
+        if (fault := fault_in(sampling)) is not None:
+            return Failed(submit.id, "invalid", fault)
         if total > plan.max_model_len:
             return Failed(
                 submit.id,

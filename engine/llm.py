@@ -47,8 +47,11 @@ class LLM:
     def generate(self, prompts: Sequence[str | list[int]], sampling: Sampling | None = None) -> list[Completion]:
         """Complete all prompts in one running batch; answers come in the order of the prompts.
 
-        Raises GenerationError when one of them can never fit; the others are dropped with it.
+        A prompt is text or token ids. Raises TypeError for a single text in place of a list of them, and
+        GenerationError when one can never fit or the sampling makes no sense; the others are dropped with it.
         """
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a list: write generate([text])")
         requests: list[Submit] = []
         for prompt in prompts:
             ids = self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)

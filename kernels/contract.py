@@ -27,6 +27,9 @@ class LinearSpec:
     dtype: torch.dtype  # of the activations
     detail: str = ""  # what the weights are, for logs and refusals: "4-bit g64"
 
+    def __str__(self) -> str:
+        return f"a {self.detail} linear layer of {self.out_features} x {self.in_features} on {self.device.type}"
+
 
 @dataclass(frozen=True)
 class AttentionSpec:
@@ -39,6 +42,9 @@ class AttentionSpec:
     device: torch.device
     dtype: torch.dtype  # of the activations
     cache_dtype: torch.dtype  # of the pages
+
+    def __str__(self) -> str:
+        return f"attention with {self.num_heads}/{self.num_kv_heads} heads of {self.head_dim} on {self.device.type}"
 
 
 @dataclass(frozen=True)
@@ -144,10 +150,13 @@ def select(kernels: Sequence[KernelT], spec: object, only: str | None = None) ->
 
     `only` names the one back end the user insists on. Raises KernelRefused, with every reason, when none is left.
     """
+    names = [kernel.name for kernel in kernels]
+    if only is not None and only not in names:
+        raise KernelRefused(f"there is no kernel {only!r} for {spec}; there is: {', '.join(names) or 'none'}")
     refusals: list[str] = []
     for kernel in kernels:
         reason = f"not the requested {only!r}" if only not in (None, kernel.name) else kernel.refuses(spec)
         if reason is None:
             return Choice(kernel, tuple(refusals))
         refusals.append(f"{kernel.name}: {reason}")
-    raise KernelRefused(f"no kernel serves {spec}: " + "; ".join(refusals or ["none is registered"]))
+    raise KernelRefused(f"no kernel serves {spec}: " + "; ".join(refusals))

@@ -1,8 +1,10 @@
-"""The name of a model -> a folder: an existing folder as it is, anything else a snapshot from the Hugging Face hub.
+"""The name of a model -> a folder: an existing folder as it is, what cannot be a path a snapshot from the Hugging Face
+hub.
 
 Nothing here imports torch: the server asks for the folder before the engine starts.
 """
 
+from difflib import get_close_matches
 from pathlib import Path
 
 import huggingface_hub
@@ -27,8 +29,8 @@ def resolve(model: str, revision: str | None = None, offline: bool = False, cach
         return folder
     if folder.exists():
         raise HubError(f"{model} is a file: give the folder that holds it")
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1 or "\\" in model:
-        raise HubError(f"there is no folder {model}")
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1 or "\\" in model or _is_beside_others(folder):
+        raise HubError(f"there is no folder {model}{_neighbour(folder)}")
     try:
         return Path(
             huggingface_hub.snapshot_download(
@@ -41,7 +43,22 @@ def resolve(model: str, revision: str | None = None, offline: bool = False, cach
             )
         )
     except Exception as error:  # the hub's own, and those of whichever HTTP library its release uses
-        raise HubError(_explanation(error, model, revision, offline)) from error
+        raise HubError(_explanation(error, model, revision, offline)) from None
+
+
+def _is_beside_others(folder: Path) -> bool:
+    """Whether the path leads into an existing folder: then a spelling is wrong, not a network."""
+    return folder.parent != Path() and folder.parent.is_dir()
+
+
+def _neighbour(folder: Path) -> str:
+    """A hint at the folder that was probably meant."""
+    try:
+        names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return ""
+    matches = get_close_matches(folder.name, names, n=1)
+    return f": did you mean {folder.parent / matches[0]}?" if matches else ""
 
 
 def _explanation(error: Exception, model: str, revision: str | None, offline: bool) -> str:
@@ -49,10 +66,12 @@ def _explanation(error: Exception, model: str, revision: str | None, offline: bo
     wanted = model if revision is None else f"{model} at revision {revision}"
     page = f"https://huggingface.co/{model}"
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    here = f"there is no folder {model} here, and looked up as a model of the hub, {wanted}"
     absent = (
-        f"{wanted} is not (wholly) in the cache: run once without --offline to fetch it"
+        f"{here} is not (wholly) in the cache, which is all that --offline uses. Check the spelling; if the model "
+        "exists, run once without --offline to fetch it"
         if offline
-        else f"the hub cannot be reached and {wanted} is not in the cache: {first_line}"
+        else f"{here} is not in the cache and the hub cannot be reached: {first_line}"
     )
     explanations = (
         (hub_errors.HFValidationError, f"{model!r} is neither a folder nor a model name of the form owner/name"),
@@ -68,5 +87,5 @@ def _explanation(error: Exception, model: str, revision: str | None, offline: bo
         (hub_errors.RevisionNotFoundError, f"{model} has no revision {revision!r}; {page}/commits lists those it has"),
         (hub_errors.LocalEntryNotFoundError, absent),
     )
-    unknown = f"{wanted} could not be fetched: {first_line}"
+    unknown = f"{here} could not be fetched: {first_line}"
     return next((text for kind, text in explanations if isinstance(error, kind)), unknown)

@@ -1,4 +1,9 @@
-"""What every reference of the linear families shares: dequantize a block of rows, multiply, forget the block."""
+"""What every reference of the linear families shares: dequantize a block of rows, multiply, forget the block.
+
+Tokens go through in tiles of a fixed number of rows, the last one filled up with zeros. A matrix product chooses its
+order of summation by the shapes it is given, so a token's result would otherwise depend on how many others share the
+step; with one shape it is the same to the last bit, whatever the batch and the chunk.
+"""
 
 from collections.abc import Callable
 
@@ -6,6 +11,7 @@ import torch
 from torch import Tensor
 
 MAX_BLOCK_ELEMENTS = 1 << 20  # of one dequantized block: 4 MB of float32, which stays in the cache between the passes
+TILE_TOKENS = 16  # one token costs as much as 16 do, which dequantizing still outweighs; a prompt runs near full speed
 
 
 def multiply_by_blocks(x: Tensor, shape: tuple[int, int], rows: Callable[[int, int], Tensor]) -> Tensor:
@@ -16,9 +22,13 @@ def multiply_by_blocks(x: Tensor, shape: tuple[int, int], rows: Callable[[int, i
     """
     out_features, in_features = shape
     block = max(1, MAX_BLOCK_ELEMENTS // in_features)
-    inputs = x.float()  # [num_tokens, in_features]
-    result = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
+    num_tokens = x.shape[0]
+    padded = torch.nn.functional.pad(x.float(), (0, 0, 0, -num_tokens % TILE_TOKENS))
+    tiles = padded.view(-1, TILE_TOKENS, in_features)  # [num_tiles, TILE_TOKENS, in_features]
+    result = torch.empty(len(tiles), TILE_TOKENS, out_features, dtype=x.dtype, device=x.device)
     for start in range(0, out_features, block):
         stop = min(start + block, out_features)
-        result[:, start:stop] = inputs @ rows(start, stop).T
-    return result
+        weight = rows(start, stop).T  # [in_features, stop - start]
+        for tile, out in zip(tiles, result, strict=True):
+            out[:, start:stop] = tile @ weight
+    return result.view(-1, out_features)[:num_tokens]

@@ -61,6 +61,7 @@ def test_auto_device_and_threads() -> None:
         ({"max_model_len": 5000}, "5000 exceeds the 4096"),
         ({"device": "cuda"}, "--device cpu"),
         ({"kv_memory": 10}, "holds no page"),
+        ({"kv_memory": 9_000_000_000}, r"9,000,000,000 bytes is more than the 7,731,564,544 .*--kv-memory"),
         ({"threads": -1}, "threads"),
     ],
 )

@@ -14,11 +14,16 @@ def llm(tiny_checkpoint: Path) -> LLM:
 
 def test_answers_come_in_order_and_equal_those_of_single_calls(llm: LLM) -> None:
     """Bug: answers of a batch handed to the wrong prompts."""
-    prompts = ["one", "two and more", [65, 66, 67]]
+    prompts: list[str | list[int]] = ["one", "two and more", [65, 66, 67]]
     sampling = Sampling(max_tokens=6, temperature=0)
     together = llm.generate(prompts, sampling)
     assert [llm.generate([prompt], sampling)[0].token_ids for prompt in prompts] == [a.token_ids for a in together]
     assert all(answer.finish_reason in ("length", "stop") for answer in together)
+
+
+def test_a_single_text_is_not_taken_for_a_list_of_letters(llm: LLM) -> None:
+    with pytest.raises(TypeError, match=r"generate\(\[text\]\)"):
+        llm.generate("one text", Sampling(max_tokens=1))
 
 
 def test_what_never_fits_is_an_error_and_the_engine_lives_on(llm: LLM) -> None:

@@ -166,7 +166,7 @@ def test_values_beyond_float16_saturate(kernel: AttentionKernel) -> None:
 @every_kernel
 def test_blocks_of_query_rows_agree(kernel: AttentionKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long prompt is attended in blocks that bound the memory of the scores; a block may be a single row."""
-    monkeypatch.setattr("kernels.attention.f16.reference.MAX_SCORES", 4 * 13 * 3)
+    monkeypatch.setattr("kernels.attention.f16.reference.MAX_KEYS", 4 * 13 * 3)
     test_precision(kernel, (4, 2, 16), torch.float16, 13, 13)
 
 

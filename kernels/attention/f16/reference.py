@@ -6,7 +6,8 @@ from torch import Tensor
 from kernels.attention.f16.layout import CACHE_DTYPES
 from kernels.contract import AttentionInputs, AttentionSpec
 
-MAX_SCORES = 4 << 20  # scores of one block of query rows, all heads: 16 MB of float32
+TILE_ROWS = 4  # query rows of a product; a decode step fills up three of them with zeros
+MAX_KEYS = 4 << 20  # elements of keys that are spread over tiles at once: 16 MB of float32
 
 
 class F16Reference:
@@ -16,6 +17,9 @@ class F16Reference:
     saturates: a value beyond float16 would become an infinity, and NaN for the rest of the sequence. Only rows below a
     sequence's context length are read, so whatever else lies in its pages (NaN included) cannot reach a result, nor
     can another sequence.
+
+    Every product has the shape (rows of a tile) x (one page) and pages are summed in order, so that a row's result is
+    the same to the last bit whatever else is in the batch and however its prompt was cut.
 
     A sequence of n tokens reads 2 * n * num_kv_heads * head_dim elements of its pages for 4 * n * num_heads *
     head_dim operations a query row.
@@ -43,34 +47,55 @@ class F16Reference:
             start, stop = inputs.query_starts[i], inputs.query_starts[i + 1]
             if start < stop:
                 keys, values = _gather(pages, inputs.block_tables[i], context_len)
-                result[start:stop] = _attend_one(q[start:stop].float(), keys, values, scale)
+                positions = torch.arange(context_len - (stop - start), context_len, device=q.device)
+                result[start:stop] = _attend_one(q[start:stop].float(), keys, values, positions, scale)
         return result
 
 
 def _gather(pages: Tensor, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
-    """The first `context_len` keys and values of a sequence, each [num_kv_heads, context_len, head_dim] float32."""
-    num_pages = -(-context_len // pages.shape[3])
-    taken = pages.index_select(0, block_table[:num_pages])  # [pages of the sequence, 2, num_kv_heads, page_size, D]
-    both = taken.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context_len].float()  # [2, num_kv_heads, context_len, D]
-    return both[0], both[1]
+    """Keys and values of a sequence by pages, each [num_pages, num_kv_heads, page_size, D] float32, zero beyond it."""
+    page_size = pages.shape[3]
+    num_pages = -(-context_len // page_size)
+    taken = pages.index_select(0, block_table[:num_pages]).float()  # [num_pages, 2, num_kv_heads, page_size, D]
+    taken[-1, :, :, (context_len - 1) % page_size + 1 :] = 0  # may be NaN, which a weight of zero would not hide
+    return taken[:, 0], taken[:, 1]
 
 
-def _attend_one(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """q: [num_rows, num_heads, D], the last rows of the sequence; keys, values: [num_kv_heads, n, D] -> q's shape."""
+def _attend_one(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """The rows of one sequence, some tiles at a time.
+
+    q: [num_rows, num_heads, D]; keys, values: [num_pages, num_kv_heads, page_size, D]; positions: [num_rows].
+    """
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads, context_len = keys.shape[:2]
-    first = context_len - num_rows  # position of row 0
-    block = max(1, MAX_SCORES // (num_heads * context_len))
-    result = torch.empty_like(q)
-    for start in range(0, num_rows, block):
-        stop = min(start + block, num_rows)
-        num_keys = first + stop  # no row of the block sees further
-        grouped = q[start:stop].reshape(stop - start, num_kv_heads, -1, head_dim)  # [rows, num_kv_heads, G, D]
-        rows = grouped.permute(1, 2, 0, 3)  # [num_kv_heads, G, rows, D]
-        scores = rows @ keys[:, None, :num_keys].mT * scale  # [num_kv_heads, G, rows, num_keys]
-        positions = torch.arange(first + start, num_keys, device=q.device)  # [rows]
-        hidden = torch.arange(num_keys, device=q.device) > positions[:, None]  # [rows, num_keys]
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        attended = weights @ values[:, None, :num_keys]  # [num_kv_heads, G, rows, D]
-        result[start:stop] = attended.permute(2, 0, 1, 3).reshape(stop - start, num_heads, head_dim)
-    return result
+    num_kv_heads = keys.shape[1]
+    missing = -num_rows % TILE_ROWS
+    q = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, missing))
+    positions = torch.nn.functional.pad(positions, (0, missing))
+    tiles = q.view(-1, TILE_ROWS, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    tiles = tiles.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [num_tiles, num_kv_heads, G * TILE_ROWS, D]
+    at_once = max(1, MAX_KEYS // keys.numel())
+    at = positions.view(-1, TILE_ROWS)
+    attended = [
+        _attend_tiles(tiles[i : i + at_once], keys, values, at[i : i + at_once], scale)
+        for i in range(0, len(tiles), at_once)
+    ]
+    rows = torch.cat(attended).view(len(tiles), num_kv_heads, -1, TILE_ROWS, head_dim)
+    return rows.permute(0, 3, 1, 2, 4).reshape(-1, num_heads, head_dim)[:num_rows]
+
+
+def _attend_tiles(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """One product of one shape for every (tile, page, kv head); then the pages are summed in order.
+
+    q: [num_tiles, num_kv_heads, G * TILE_ROWS, D]; positions: [num_tiles, TILE_ROWS] -> q's shape. A page that a row
+    does not see adds exact zeros at the end of its sums.
+    """
+    num_pages, _, page_size = keys.shape[:3]
+    scores = (q[:, None] @ keys.mT) * scale  # [num_tiles, num_pages, num_kv_heads, G * TILE_ROWS, page_size]
+    at = torch.arange(num_pages * page_size, device=q.device).view(num_pages, 1, page_size)
+    hidden = at > positions[:, None, :, None]  # [num_tiles, num_pages, TILE_ROWS, page_size]
+    groups = q.shape[2] // positions.shape[1]
+    scores.masked_fill_(hidden.repeat(1, 1, groups, 1)[:, :, None], -torch.inf)
+    highest = scores.amax((1, 4), keepdim=True)  # [num_tiles, 1, num_kv_heads, G * TILE_ROWS, 1]
+    weights = scores.sub_(highest).exp_()
+    totals = weights.sum(-1, keepdim=True).cumsum(1)[:, -1]  # [num_tiles, num_kv_heads, G * TILE_ROWS, 1]
+    return (weights @ values).cumsum(1)[:, -1] / totals
