@@ -1,5 +1,4 @@
-"""The name of a model -> a folder: an existing folder as it is, what cannot be a path a snapshot from the Hugging Face
-hub.
+"""The name of a model -> a folder: an existing one as it is, any other name a snapshot from the Hugging Face hub.
 
 Nothing here imports torch: the server asks for the folder before the engine starts.
 """

@@ -118,7 +118,7 @@ def test_a_misspelt_folder_beside_others_is_not_asked_of_the_hub(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(HubError, match=r"there is no folder demo/checkpont: did you mean demo/checkpoint\?"):
         resolve("demo/checkpont")
-    with pytest.raises(HubError, match="there is no folder demo/zzz$"):
+    with pytest.raises(HubError, match=r"there is no folder demo/zzz$"):
         resolve("demo/zzz")
 
 
