@@ -52,9 +52,13 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal arrived. uvicorn would raise it again at the end, which would spoil the exit code."""
-        now = time.monotonic()
-        self._deadline = now if self._service.draining else now + self._service.config.drain_seconds
-        self._service.draining = True
+        now, service = time.monotonic(), self._service
+        limit = service.config.drain_seconds
+        if not service.draining and service.in_flight and limit > 0:
+            message = "finishing %d answers, at most %g s; press Ctrl-C again to cut them off"
+            log.warning(message, service.in_flight, limit)
+        self._deadline = now if service.draining else now + limit
+        service.draining = True
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; true ends the server."""

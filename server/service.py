@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from engine.client import EngineClient, EngineUnavailable
 from engine.messages import PlanSummary
 from server.config import ServerConfig
-from server.errors import ModelNotFound, Unavailable
+from server.errors import InvalidRequest, ModelNotFound, Unavailable
 from server.metrics import Metrics
 from server.tokenizer import Tokenizer
 
@@ -43,8 +43,14 @@ class Service:
 
     @contextmanager
     def admitted(self, num_prompts: int) -> Iterator[None]:
-        """Hold a place for each prompt. Raises Unavailable when that is more than there are."""
+        """Hold a place for each prompt. Raises Unavailable when that many are not free, InvalidRequest when never."""
         limit = self.plan().max_num_seqs + self.config.max_queued_requests
+        if num_prompts > limit:
+            raise InvalidRequest(
+                f"The request has {num_prompts} prompts, but this server takes {limit} at once "
+                "(--max-num-seqs + --max-queued-requests): send fewer at a time",
+                param="prompt",
+            )
         if self.in_flight + num_prompts > limit:
             self.metrics.refused("queue_full")
             raise Unavailable(

@@ -54,12 +54,13 @@ def slow(num_tokens: int, **options: Any) -> FakeEngine:
     return FakeEngine(lambda submit: Script([97] * num_tokens, delay_s=0.01, **options), state="starting")
 
 
-async def test_first_signal_lets_answers_finish_and_takes_no_new_ones() -> None:
-    """Bug: a deploy cuts answers in the middle, or never ends because new ones keep coming."""
+async def test_first_signal_lets_answers_finish_and_takes_no_new_ones(caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: a deploy cuts answers in the middle, never ends because new ones keep coming, or says nothing meanwhile."""
     running = Running(slow(50), drain_seconds=30)
     await asyncio.sleep(0.1)
     async with running.stream() as lines:
         running.signal()
+        assert "finishing 1 answers, at most 30 s; press Ctrl-C again" in caplog.text
         refused = await running.http.post("/v1/completions", json=BODY)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
         assert (await running.http.get("/ready")).status_code == 503
