@@ -80,6 +80,10 @@ class ByteTokenizer(Tokenizer):
     def is_special(self, token: int) -> bool:
         return token >= BOS
 
+    @property
+    def template_variables(self) -> frozenset[str]:
+        return frozenset({"messages", "add_generation_prompt", "enable_thinking"})
+
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         turns = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         return turns + ("assistant:" if options.get("add_generation_prompt") else "")

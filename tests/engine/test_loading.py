@@ -89,7 +89,7 @@ def test_equal_layers_are_summed_up() -> None:
 
 
 def test_a_kernel_that_cannot_serve_is_not_replaced(folder: Path) -> None:
-    with pytest.raises(KernelRefused, match="no kernel 'fastest' for .*there is: reference"):
+    with pytest.raises(KernelRefused, match=r"no kernel 'fastest' for .*there is: reference"):
         load(folder, kernel="fastest")
     assert all(kernel == "reference" for _, kernel, _ in load(folder, kernel="reference").kernels)
 

@@ -113,5 +113,5 @@ def test_an_unknown_family_is_named_with_those_that_exist() -> None:
 
 
 def test_a_kernel_asked_for_by_name_is_never_replaced() -> None:
-    with pytest.raises(KernelRefused, match="no kernel 'native2' for .*there is: reference"):
+    with pytest.raises(KernelRefused, match=r"no kernel 'native2' for .*there is: reference"):
         select(kernels_for("affine"), LinearSpec(7, 3, torch.device("cpu"), torch.float32), only="native2")

@@ -156,8 +156,23 @@ async def test_names_of_speakers_reach_the_template() -> None:
 
     class Curious(ByteTokenizer):
         def render(self, messages: Any, **options: Any) -> str:
-            seen.extend(messages)
-            return "x"
+            seen.append(messages)
+            return str(messages)
 
     await World(FakeEngine(), Curious()).chat(messages=[{"role": "user", "name": "Ann", "content": "hi"}])
-    assert seen == [{"role": "user", "name": "Ann", "content": "hi"}]
+    assert seen[0] == [{"role": "user", "name": "Ann", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [{"role": "user", "name": "Ann", "content": "hi"}]}, "messages[0].name"),
+        ({"chat_template_kwargs": {"enable_thinkin": False}}, "chat_template_kwargs.enable_thinkin"),
+        ({"continue_final_message": True}, "continue_final_message"),
+    ],
+)
+async def test_what_the_template_cannot_honour_is_refused(fields: dict[str, Any], param: str) -> None:
+    """Bug: a field the template never looks at is accepted, and so ignored; or a user's turn is "continued"."""
+    response = await World(FakeEngine()).chat(**fields)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param

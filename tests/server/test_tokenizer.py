@@ -187,15 +187,27 @@ def test_unknown_decoders_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_folder_with_template_file_renders(tmp_path: Path) -> None:
     byte_level()._hub.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     assert not load_tokenizer(tmp_path).has_chat_template
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}{{ raise_exception('no way') if bad }}")
     tokenizer = load_tokenizer(tmp_path, template)
     assert tokenizer.render([{"role": "user", "content": "x"}]) == "[x]"
+    assert tokenizer.template_variables >= {"messages", "bad"}
+    assert not tokenizer.template_variables & {"content", "way"}
     with pytest.raises(TemplateError, match="no way"):
         tokenizer.render([{"role": "user", "content": "x"}], bad=True)
-    with pytest.raises(TokenizerError, match=r"missing\.jinja"):
+    with pytest.raises(TokenizerError, match=r"^--chat-template \S+missing\.jinja cannot be read: No such file"):
         load_tokenizer(tmp_path, tmp_path / "missing.jinja")
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    """Bug: a mistyped or half-copied folder is answered with advice about tokenizer libraries."""
+    with pytest.raises(TokenizerError, match=rf"{tmp_path} is not a model folder: it has no config\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=rf"{tmp_path} has no tokenizer: .*tokenizer\.json"):
+        load_tokenizer(tmp_path)
 
 
 def test_templates_cannot_reach_python(tmp_path: Path) -> None:
