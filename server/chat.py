@@ -13,6 +13,12 @@ def chat_prompt(request: ChatRequest, tokenizer: Tokenizer) -> str:
     continues = bool(request.continue_final_message)
     opens = request.add_generation_prompt if request.add_generation_prompt is not None else not continues
     options = dict(request.chat_template_kwargs or {})
+    for name in sorted(set(options) - tokenizer.template_variables if tokenizer.has_chat_template else ()):
+        raise InvalidRequest(
+            f"chat_template_kwargs.{name}: this model's chat template has no such variable",
+            param=f"chat_template_kwargs.{name}",
+            code="unknown_field",
+        )
     options |= {"continue_final_message": continues, "add_generation_prompt": opens}
     return template_text(request.messages, tokenizer, **options)
 
@@ -28,10 +34,20 @@ def template_text(messages: Sequence[Message], tokenizer: Tokenizer, **options: 
             param="messages",
             code="no_chat_template",
         )
+    plain = template_messages(messages)
     try:
-        return tokenizer.render(template_messages(messages), **options)
+        text = tokenizer.render(plain, **options)
+        nameless = [{key: value for key, value in message.items() if key != "name"} for message in plain]
+        if nameless == plain or tokenizer.render(nameless, **options) != text:
+            return text
     except TemplateError as error:
         raise InvalidRequest(str(error), param="messages", code="chat_template_error") from error
+    number = next(i for i, message in enumerate(messages) if message.name is not None)
+    raise InvalidRequest(
+        f"messages[{number}].name: this model's chat template makes no use of names",
+        param=f"messages[{number}].name",
+        code="unsupported_field",
+    )
 
 
 def template_messages(messages: Sequence[Message]) -> list[Mapping[str, Any]]:

@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import logging
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
@@ -15,7 +16,7 @@ from engine.client import EngineUnavailable, locate_model, start_engine
 from engine.messages import Ready
 from server import config, lifecycle, screen
 from server.app import create_app
-from server.tokenizer import TokenizerError, load_tokenizer
+from server.tokenizer import load_tokenizer
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 
@@ -41,16 +42,17 @@ def serve(config_file: Path | None, **flags: Any) -> None:
     try:
         settings = config.load(flags, config_file)
         set_up_logging(settings.log_level)
-        model = settings.model
-        folder = locate_model(model, settings.revision, settings.offline) if model else demo_folder()
+        folder = model_folder(settings)
         tokenizer = load_tokenizer(folder, settings.chat_template)
     except ValueError as error:  # SettingsError, TokenizerError, and what locate_model raises
         fail(str(error), 2)
-    name = settings.served_name or served_name(model)
+    name = settings.served_name or served_name(settings.model)
     try:
         sock = lifecycle.listen(settings.host, settings.port)
     except OSError as error:
-        fail(f"Cannot listen on {settings.host} port {settings.port}: {error.strerror}. Use --port or --host", 1)
+        number = error.errno or 0  # negative when the host's name cannot be resolved
+        reason = os.strerror(number) if number > 0 else error.strerror  # error.strerror would repeat the address
+        fail(f"Cannot listen on {settings.host} port {settings.port}: {reason}. Use --port or --host", 1)
     console = Console(highlight=False)
     bar = screen.LoadingBar(Console(stderr=True), name)
     engine = start_engine(settings.engine(folder), bar.update)
@@ -78,11 +80,14 @@ def set_up_logging(level: config.LogLevel) -> None:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
-def demo_folder() -> Path:
-    """The bundled checkpoint. Raises TokenizerError when this installation has none."""
-    if not DEMO.is_dir():
-        raise TokenizerError("This installation has no demo model; name a model: nibble serve MODEL")
-    return DEMO
+def model_folder(settings: config.ServerConfig) -> Path:
+    """The checkpoint to serve, or the bundled one. Raises ValueError saying what is missing."""
+    if settings.model is None and not DEMO.is_dir():
+        raise ValueError("This installation has no demo model; name a model: nibble serve MODEL")
+    folder = locate_model(settings.model, settings.revision, settings.offline) if settings.model else DEMO
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a model folder: it has no config.json")
+    return folder
 
 
 def served_name(model: str | None) -> str:

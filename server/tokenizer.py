@@ -19,8 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import jinja2
+
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 METASPACE = "▁"
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
 
 
 class TokenizerError(ValueError):
@@ -61,6 +64,11 @@ class Tokenizer(Protocol):
     @property
     def drops_first_space(self) -> bool:
         """Whether the space in front of a text's first token is an artefact."""
+        ...
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """The names the chat template's code reads; it cannot know others."""
         ...
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
@@ -152,6 +160,10 @@ class HubTokenizer:
     def is_special(self, token: int) -> bool:
         return token in self._special
 
+    @property
+    def template_variables(self) -> frozenset[str]:
+        return _names_read(str(self._hub.get_chat_template())) if self.has_chat_template else frozenset()
+
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         try:
             return str(self._hub.apply_chat_template(list(messages), tokenize=False, **options))
@@ -162,8 +174,14 @@ class HubTokenizer:
 def load_tokenizer(folder: Path, chat_template: Path | None = None) -> HubTokenizer:
     """Read the tokenizer of a checkpoint. Raises TokenizerError."""
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns that no model library was imported
+    if not any(path for pattern in FILES for path in folder.glob(pattern)):  # libraries would guess at other reasons
+        raise TokenizerError(f"{folder} has no tokenizer: put the model's tokenizer.json (or tokenizer.model) there")
     try:
         template = chat_template.read_text(encoding="utf-8") if chat_template else None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TokenizerError(f"--chat-template {chat_template} cannot be read: {reason}") from error
+    try:
         return HubTokenizer(_read(folder), template)
     except (OSError, ValueError, ImportError) as error:
         raise TokenizerError(f"The tokenizer in {folder} cannot be read: {error}") from error
@@ -177,6 +195,20 @@ def _read(folder: Path) -> Any:
     from transformers import AutoTokenizer  # converts tokenizer.model and the like; this one imports torch
 
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def _names_read(template: str) -> frozenset[str]:
+    """Names in the code of a Jinja template that are not behind a dot. Its text and comments do not count.
+
+    Only the lexer is used: it knows no statements, so it reads templates for any set of extensions.
+    """
+    names, before = set(), ""
+    for _, kind, value in jinja2.Environment().lex(template):
+        if kind == "name" and before != ".":
+            names.add(value)
+        if kind != "whitespace":
+            before = value
+    return frozenset(names)
 
 
 def _byte_rule(decoder: dict[str, Any] | None) -> tuple[Callable[[str], bytes], bool]:

@@ -34,7 +34,7 @@ class Message(Strict):
 
     role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is the same as system.")
     content: Content = Field(description="A string, or text parts, which are joined by newlines.")
-    name: str | None = Field(None, description="Handed to the chat template.")
+    name: str | None = Field(None, description="Handed to the chat template; refused when that makes no use of it.")
     refusal: Any = refused("an answer is never split into text and refusal.")
     annotations: Any = refused("there are no tools to annotate from.", [])
     audio: Any = refused("only text is understood.")
@@ -69,8 +69,12 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool | None = Field(
         None, description="Let the template open the assistant's turn. Default: unless continue_final_message."
     )
-    continue_final_message: bool | None = Field(None, description="Continue the last message, do not answer it.")
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the chat template.")
+    continue_final_message: bool | None = Field(
+        None, description="Continue the last message, which must be the assistant's, do not answer it."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Variables of the chat template; refused when it has none such."
+    )
 
     tools: Any = refused(TOOLS, [])
     tool_choice: Any = refused(TOOLS, "none", "auto")
@@ -107,6 +111,9 @@ class ChatRequest(SamplingFields):
     def _check_continue(cls, value: bool | None, info: ValidationInfo) -> bool | None:
         if value and info.data.get("add_generation_prompt"):
             raise ValueError("not allowed together with add_generation_prompt")
+        messages = info.data.get("messages")
+        if value and messages and messages[-1].role != "assistant":
+            raise ValueError(f"only an assistant's message can be continued, and the last is the {messages[-1].role}'s")
         return value
 
     @field_validator("chat_template_kwargs")

@@ -79,6 +79,7 @@ def test_served_names(tmp_path: Path) -> None:
 def wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
     """`nibble serve` with a fake engine, ended by a signal as soon as it is ready."""
     engine = FakeEngine(state="starting")
+    (tmp_path / "config.json").touch()
     monkeypatch.setattr(cli, "start_engine", lambda config, on_loading: engine)
     monkeypatch.setattr(cli, "load_tokenizer", lambda folder, template: ByteTokenizer())
     monkeypatch.setattr(cli, "set_up_logging", lambda level: None)
@@ -122,8 +123,7 @@ def test_taken_port_says_so(wired: FakeEngine, tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         code, text = run("serve", str(tmp_path), "--port", str(port))
     assert code == 1
-    assert f"port {port}" in text
-    assert "--port" in text
+    assert f"port {port}: Address already in use. Use --port or --host" in text
 
 
 def test_engine_that_cannot_load_ends_with_its_reason(
@@ -136,6 +136,13 @@ def test_engine_that_cannot_load_ends_with_its_reason(
     code, text = run("serve", str(tmp_path), "--port", "0")
     assert code == 1
     assert "the checkpoint is broken" in text
+
+
+def test_folder_without_a_model_is_called_that(tmp_path: Path) -> None:
+    """Bug: an empty folder is answered with advice to install tokenizer libraries."""
+    code, text = run("serve", str(tmp_path))
+    assert code == 2
+    assert "is not a model folder: it has no config.json" in text
 
 
 def test_installation_without_demo_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -187,7 +187,6 @@ def test_unknown_decoders_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_folder_with_template_file_renders(tmp_path: Path) -> None:
     byte_level()._hub.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
     assert not load_tokenizer(tmp_path).has_chat_template
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}{{ raise_exception('no way') if bad }}")
@@ -201,11 +200,8 @@ def test_folder_with_template_file_renders(tmp_path: Path) -> None:
         load_tokenizer(tmp_path, tmp_path / "missing.jinja")
 
 
-def test_missing_files_are_named(tmp_path: Path) -> None:
-    """Bug: a mistyped or half-copied folder is answered with advice about tokenizer libraries."""
-    with pytest.raises(TokenizerError, match=rf"{tmp_path} is not a model folder: it has no config\.json"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
+def test_missing_tokenizer_is_called_that(tmp_path: Path) -> None:
+    """Bug: a half-copied folder is answered with advice to install libraries."""
     with pytest.raises(TokenizerError, match=rf"{tmp_path} has no tokenizer: .*tokenizer\.json"):
         load_tokenizer(tmp_path)
 
