@@ -29,6 +29,8 @@ from starlette.requests import ClientDisconnect
 from engine.client import EngineUnavailable
 from engine.messages import Failed
 
+ROUTER_CODES = {404: "route_not_found", 405: "method_not_allowed"}
+
 
 class ApiError(Exception):
     """An error with a status and a body in OpenAI's shape."""
@@ -167,7 +169,8 @@ async def _respond_to_nobody(request: Request, error: Exception) -> Response:
 async def _respond_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {request.url.path}"
-    body = error_body(message, "invalid_request_error", None, None)
+    code = ROUTER_CODES.get(error.status_code, "invalid_request")
+    body = error_body(message, "invalid_request_error", None, code)
     return JSONResponse(body, error.status_code, headers=error.headers)
 
 

@@ -1,10 +1,21 @@
-"""GET /health, GET /ready and GET /metrics."""
+"""GET /, GET /health, GET /ready and GET /metrics."""
 
 from fastapi import Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.routes.common import ServiceDep
+
+
+async def index(service: ServiceDep) -> dict[str, str]:
+    """What this is, and where to read on."""
+    return {
+        "server": "nibble",
+        "model": service.served_name,
+        "api": "/v1",
+        "docs": "/docs",
+        "openapi": "/openapi.json",
+    }
 
 
 async def health(service: ServiceDep) -> JSONResponse:

@@ -50,6 +50,18 @@ async def test_draining_server_is_alive_and_not_ready() -> None:
         assert "shutting down" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/metrics", "/v1/models", "/v1/models/demo"])
+async def test_what_can_be_got_can_be_asked_for_its_head(path: str) -> None:
+    """Bug: a probe that sends HEAD, as many do, takes a healthy server out of service."""
+    assert (await World(FakeEngine()).http.head(path)).status_code == 200
+
+
+async def test_root_says_what_this_is() -> None:
+    """Bug: the address the start screen prints answers 404 in a browser."""
+    answer = (await World(FakeEngine()).http.get("/")).json()
+    assert (answer["model"], answer["docs"], answer["openapi"]) == ("demo", "/docs", "/openapi.json")
+
+
 async def test_text_to_tokens_and_back() -> None:
     http = World(FakeEngine()).http
     answer = (await http.post("/tokenize", json={"prompt": "hé", "return_token_strs": True})).json()

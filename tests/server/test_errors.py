@@ -57,11 +57,15 @@ async def test_openai_client_raises_its_own_exceptions() -> None:
     assert nested.value.param.startswith("messages[0].")
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nope", 404), ("GET", "/v1/completions", 405)])
-async def test_routers_own_errors_have_the_same_shape(method: str, path: str, status: int) -> None:
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [("GET", "/nope", 404, "route_not_found"), ("GET", "/v1/completions", 405, "method_not_allowed")],
+)
+async def test_routers_own_errors_have_the_same_shape(method: str, path: str, status: int, code: str) -> None:
     response = await World(FakeEngine()).http.request(method, path)
     assert response.status_code == status
     assert path in str(error_of(response)["message"])
+    assert error_of(response)["code"] == code
 
 
 @pytest.mark.parametrize(("kind", "status"), [("invalid", 400), ("capacity", 400), ("engine", 500)])
