@@ -25,7 +25,9 @@ class LoadingBar:
 
     def __init__(self, console: Console, name: str) -> None:
         columns = (TextColumn("[bold]Loading {task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-        self._progress = Progress(*columns, TransferSpeedColumn(), console=console, transient=True)
+        # In a log file it would leave nothing but an empty line.
+        speed, quiet = TransferSpeedColumn(), not console.is_terminal
+        self._progress = Progress(*columns, speed, console=console, transient=True, disable=quiet)
         self._task = self._progress.add_task(name, total=None)
 
     def start(self) -> None:
@@ -45,23 +47,22 @@ def print_start(console: Console, plan: PlanSummary, name: str, url: str, chat: 
     table.add_column()
     for title, fact in _facts(plan, name, url):
         table.add_row(title, Text(fact, overflow="fold"))
-    console.print(f"\n[bold]Nibble {nibble_version()}[/bold]\n")
+    console.print(f"[bold]Nibble {nibble_version()}[/bold]\n")
     console.print(table)
     console.print("\nTry it:\n")
     console.print(curl(url, name, chat), soft_wrap=True, markup=False, highlight=False)
-    console.print()
 
 
 def _facts(plan: PlanSummary, name: str, url: str) -> list[tuple[str, str]]:
     tokens = plan.num_pages * plan.page_size
     prefix = "on" if plan.prefix_caching else "off"
+    threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
     facts = [
         ("model", f"{name}: {plan.architecture}, {plan.format}, {size(plan.weight_bytes)} of weights"),
         ("from", plan.model),
-        ("device", f"{plan.device}, {plan.dtype} activations, {plan.threads} threads"),
+        ("device", f"{plan.device}, {plan.dtype} activations, {threads}"),
     ]
-    for what, kernel, refusals in plan.kernels:
-        facts.append(("kernel", f"{what}: {kernel}" + (f" ({refusals})" if refusals else "")))
+    facts += [("kernel", line) for line in _kernels(plan)]
     facts += [
         ("KV cache", f"{plan.kv_policy}, {size(tokens * plan.kv_bytes_per_token)}, prefix caching {prefix}"),
         ("", f"{tokens:,} tokens fit: {plan.num_pages:,} pages of {plan.page_size}"),
@@ -73,13 +74,25 @@ def _facts(plan: PlanSummary, name: str, url: str) -> list[tuple[str, str]]:
     return [*facts, ("address", f"{url}   (API: {url}/docs)")]
 
 
+def _kernels(plan: PlanSummary) -> list[str]:
+    """What runs on each kernel, and why not on others; one line for all that have both in common."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for what, kernel, refusals in plan.kernels:
+        groups.setdefault((kernel, refusals), []).append(what)
+    return [
+        f"{', '.join(whats)}: {kernel}" + (f" ({refusals})" if refusals else "")
+        for (kernel, refusals), whats in groups.items()
+    ]
+
+
 def curl(url: str, name: str, chat: bool) -> str:
     """A request ready to paste."""
     body: dict[str, object]
     if chat:
-        path, body = "chat/completions", {"model": name, "messages": [{"role": "user", "content": "Tell me a story."}]}
+        path, body = "chat/completions", {"messages": [{"role": "user", "content": "Tell me a story."}]}
     else:
-        path, body = "completions", {"model": name, "prompt": "Once upon a time", "max_tokens": 64}
+        path, body = "completions", {"prompt": "Once upon a time"}
+    body = {"model": name} | body | {"max_tokens": 64}
     quoted = json.dumps(body).replace("'", "'\\''")
     return f"curl -N {url}/v1/{path} -H 'Content-Type: application/json' -d '{quoted}'"
 

@@ -3,6 +3,7 @@
 import io
 import json
 import shlex
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,9 +14,9 @@ from server.screen import LoadingBar, curl, print_start, size
 from tests.fakes import PLAN
 
 
-def screen(chat: bool = True) -> str:
+def screen(chat: bool = True, **changes: Any) -> str:
     out = io.StringIO()
-    plan = msgspec.structs.replace(PLAN, notes=("context limited by memory",))
+    plan = msgspec.structs.replace(PLAN, notes=("context limited by memory",), **changes)
     print_start(Console(file=out, width=100, highlight=False), plan, "demo", "http://localhost:8000", chat)
     return out.getvalue()
 
@@ -38,12 +39,39 @@ def test_one_screen_has_every_decision() -> None:
     assert text.count("\n") <= 24
 
 
+def test_kernels_with_the_same_story_share_a_line() -> None:
+    """Bug: a screen of six lines that all say the same, in which the one that differs is not seen."""
+    slow = [(what, "reference", "") for what in ("42 x affine", "25 x norm", "6 x swiglu")]
+    refused = ("1 x rope", "reference", "native: odd width")
+    lines = [line.split(maxsplit=1)[1] for line in screen(kernels=[*slow, refused]).splitlines() if "kernel " in line]
+    assert [line.strip() for line in lines] == [
+        "42 x affine, 25 x norm, 6 x swiglu: reference",
+        "1 x rope: reference (native: odd width)",
+    ]
+
+
+def test_one_thread_is_not_many() -> None:
+    assert "1 thread\n" in "".join(line.rstrip() + "\n" for line in screen().splitlines())
+    assert "2 threads" in screen(threads=2)
+
+
+def test_log_files_get_no_bar() -> None:
+    """Bug: empty lines in front of every error, of a bar that only a terminal can show."""
+    out = io.StringIO()
+    bar = LoadingBar(Console(file=out), "demo")
+    bar.start()
+    bar.update(Loading(1, 4))
+    bar.stop()
+    assert out.getvalue() == ""
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_curl_can_be_pasted(chat: bool) -> None:
     """Bug: an example broken over lines or by quotes."""
     name = 'it\'s "odd"'
     words = shlex.split(curl("http://localhost:8000", name, chat))
     assert json.loads(words[-1])["model"] == name
+    assert json.loads(words[-1])["max_tokens"] == 64
     assert ("chat" in words[2]) == chat
     command = next(line for line in screen(chat).splitlines() if line.startswith("curl"))
     assert json.loads(shlex.split(command)[-1])["model"] == "demo"
