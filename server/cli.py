@@ -158,10 +158,5 @@ def _metavar(annotation: Any) -> str:
 cli.command()(with_settings(serve))
 
 
-def main() -> None:
-    """The console script."""
-    cli()
-
-
 if __name__ == "__main__":
-    main()
+    cli()

@@ -1,0 +1,30 @@
+"""The console script."""
+
+import builtins
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from server import main
+
+
+def test_ctrl_c_while_the_server_is_imported_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: pages of import statements for a Ctrl-C in the first second."""
+    real = builtins.__import__
+
+    def interrupted(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "server.cli":
+            raise KeyboardInterrupt
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == main.INTERRUPTED
+
+
+def test_nothing_heavy_is_imported_before_ctrl_c_is_understood() -> None:
+    code = "import sys, server.main; sys.exit(bool({'typer', 'fastapi', 'server.cli'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
