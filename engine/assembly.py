@@ -10,7 +10,7 @@ from engine.checkpoint.errors import CheckpointError
 from engine.config import ConfigError, EngineConfig, Plan, resolve
 from engine.core import EngineCore, Parts
 from engine.loading import Checkpoint, LoadedModel, load_model, model_facts, open_checkpoint
-from engine.messages import Cancel, Inbound, Loading, PlanSummary, Sampling, Submit
+from engine.messages import Cancel, Failed, Inbound, Loading, PlanSummary, Sampling, Submit
 from engine.models.config import UnsupportedModel
 from engine.runner import Runner
 from kernels.contract import KernelRefused
@@ -37,11 +37,11 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
         plan = resolve(config, model_facts(checkpoint, config.kv_policy))
         torch.set_num_threads(plan.threads)
         loaded = load_model(checkpoint, plan)
-        storage = PageStorage(_layout(checkpoint, plan), plan.num_pages, torch.device(plan.device))
+        storage = _allocate(_layout(checkpoint, plan), plan)
     except (CheckpointError, ConfigError, KernelRefused, PolicyError, UnsupportedModel) as error:
         raise StartError(str(error)) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise StartError(f"not enough memory: {error}. Lower --kv-memory or use a smaller model") from error
+        raise StartError(f"not enough memory for the weights: {error}. Use a smaller model") from error
     load_seconds = time.monotonic() - started
     eos_token_ids = checkpoint.config.eos_token_ids
     runner = Runner(loaded.model, storage.layers)
@@ -55,10 +55,20 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
     return core(_manager(plan, salt)), summary
 
 
+def _allocate(layout: PageLayout, plan: Plan) -> PageStorage:
+    """The cache. torch reports a failed allocation as a plain RuntimeError on a CPU. Raises StartError."""
+    try:
+        return PageStorage(layout, plan.num_pages, torch.device(plan.device))
+    except RuntimeError as error:
+        num_bytes = layout.bytes_per_page * plan.num_pages
+        raise StartError(f"the KV cache of {num_bytes:,} bytes cannot be had; lower --kv-memory ({error})") from error
+
+
 def measure_decode(core: EngineCore, plan: Plan) -> float:
     """Tokens per second of one sequence at the shortest context: the median of a few steps, or of what time allows.
 
-    The first step also warms caches and threads, so it counts only when it has used up the time by itself.
+    The first step also warms caches and threads, so it counts only when it has used up the time by itself. Raises
+    StartError when the model produces nothing that can be sampled.
     """
     num_tokens = min(MEASURED_TOKENS + 1, plan.max_model_len - 1)
     if num_tokens < 1:
@@ -69,7 +79,9 @@ def measure_decode(core: EngineCore, plan: Plan) -> float:
     seconds: list[float] = []
     while inbox or core.has_work:
         before = time.monotonic()
-        core.step(inbox)
+        for event in core.step(inbox):
+            if isinstance(event, Failed):
+                raise StartError(f"the model cannot decode: {event.message}")
         now = time.monotonic()
         seconds.append(now - before)
         inbox = []
@@ -101,7 +113,7 @@ def _summary(checkpoint: Checkpoint, plan: Plan, loaded: LoadedModel, timing: tu
     return PlanSummary(
         model=str(checkpoint.folder),
         architecture=checkpoint.config.architecture,
-        format=checkpoint.format.name,
+        format=checkpoint.format.describe(),
         device=loaded.device,
         dtype=loaded.dtype,
         kernels=loaded.kernels,

@@ -57,12 +57,13 @@ def build_batch(rows: Sequence[BatchRow]) -> Batch:
         positions += range(row.start, stop)
         slots += _slots(row, stop)
         logit_rows += range(len(input_ids) - row.num_logits, len(input_ids))
-    num_pages = max(len(row.block_table) for row in rows)
-    padded = [row.block_table + [0] * (num_pages - len(row.block_table)) for row in rows]
+    block_tables = torch.zeros(len(rows), max(len(row.block_table) for row in rows), dtype=torch.int64)
+    for table, row in zip(block_tables, rows, strict=True):
+        table[: len(row.block_table)] = torch.tensor(row.block_table, dtype=torch.int64)
     attention = AttentionInputs(
         query_starts=tuple(accumulate((len(row.token_ids) for row in rows), initial=0)),
         context_lens=tuple(row.start + len(row.token_ids) for row in rows),
-        block_tables=torch.tensor(padded, dtype=torch.int64),
+        block_tables=block_tables,
         slots=torch.tensor(slots, dtype=torch.int64),
     )
     return Batch(

@@ -78,7 +78,7 @@ class EngineCore:
             self._num_steps += 1
             self._num_rows += sum(item.num_tokens for item in slices)
             self._step_seconds += time.monotonic() - started
-        elif not self.has_work:
+        if not self.has_work:
             self._manager.check_integrity()
         events, self._events = self._events, []
         return events
@@ -177,6 +177,9 @@ class EngineCore:
         first = 0  # row of `logits`
         for item, row in zip(slices, rows, strict=True):
             sequence = item.sequence
+            if sequence.finished is not None:  # a sibling's failure a moment ago ended it too
+                first += row.num_logits
+                continue
             sequence.num_computed = item.start + item.num_tokens
             self._manager.commit(sequence.id, sequence.tokens, sequence.num_computed)
             own = logits[first : first + row.num_logits]  # [row.num_logits, vocab]

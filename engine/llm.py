@@ -56,12 +56,17 @@ class LLM:
         for prompt in prompts:
             ids = self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
             requests.append(Submit(str(next(self._ids)), ids, sampling or Sampling(max_tokens=128), time.monotonic()))
+        try:
+            return self._run(requests)
+        finally:  # refused, failed or interrupted: nothing of this call may stay in the batch
+            self._core.step([Cancel(request.id) for request in requests])
+
+    def _run(self, requests: list[Submit]) -> list[Completion]:
         answers = {request.id: Completion() for request in requests}
         events = self._core.step(requests)
         while events or self._core.has_work:
             for event in events:
                 if isinstance(event, Failed):
-                    self._core.step([Cancel(request.id) for request in requests])
                     raise GenerationError(event.message)
                 if isinstance(event, Token):
                     answers[event.id].token_ids.append(event.token)

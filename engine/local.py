@@ -76,6 +76,11 @@ class LocalClient:
                     self._wake.clear()
                     await self._wake.wait()
                 inbox, self._inbox = self._inbox, []
-                events = await loop.run_in_executor(thread, self._core.step, inbox)
+                try:
+                    events = await loop.run_in_executor(thread, self._core.step, inbox)
+                except Exception as error:  # a broken step: those who wait must hear of it
+                    self._state = "failed"
+                    self._streams.fail_all(f"the engine failed: {error}")
+                    raise
                 self._stats = self._core.stats()
                 self._streams.deliver(events)

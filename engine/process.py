@@ -1,7 +1,7 @@
-"""The engine as a process of its own:  python -m engine.process ADDRESS
+"""The engine as a process of its own: main() with the arguments ADDRESS and PARENT (a process id).
 
-It connects to the server's socket, receives an EngineConfig, loads the model, and steps until told to stop or until the
-server is gone. Signals that stop a whole process group are left to the server, which drains first.
+It connects to the server's socket, receives an EngineConfig, loads the model, and steps until told to stop. It leaves
+as soon as its parent is gone, in whatever it is doing. Signals are left to the server, which drains first.
 """
 
 import os
@@ -15,41 +15,62 @@ import zmq
 from engine.assembly import StartError, build
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.messages import Inbound, Outbound, Ready, Shutdown, StartFailed
+from engine.messages import Inbound, Loading, Outbound, Ready, Shutdown, StartFailed
 
 IDLE_POLL_MS = 1000  # how soon an idle engine notices that its server is gone
+LINGER_MS = 1000  # for the last words
 ENCODER = msgspec.msgpack.Encoder()
 
 Send = Callable[[Sequence[Outbound]], None]
 
 
+class Orphaned(Exception):
+    """The server is gone: nobody waits for this engine."""
+
+
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    address, parent = sys.argv[1], int(sys.argv[2])
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.set(zmq.SNDHWM, 0)  # a slow server must not stop the batch; what can pile up is bounded by max_tokens
-    socket.set(zmq.LINGER, 1000)
-    socket.connect(sys.argv[1])
-    config = msgspec.msgpack.decode(socket.recv(), type=EngineConfig)
-    send = _sender(socket)
+    socket.connect(address)
     try:
-        core, summary = build(config, on_loading=lambda progress: send([progress]))
+        run(socket, parent)
+    except Orphaned:
+        pass
+    finally:
+        context.destroy(linger=LINGER_MS)
+
+
+def run(socket: "zmq.Socket[bytes]", parent: int) -> None:
+    """From the configuration to the last step. Raises Orphaned when the process `parent` is no longer the parent."""
+    send = _sender(socket)
+
+    def on_loading(progress: Loading) -> None:
+        _check_parent(parent)
+        send([progress])
+
+    _wait(socket, parent)
+    config = msgspec.msgpack.decode(socket.recv(), type=EngineConfig)
+    try:
+        core, summary = build(config, on_loading)
     except StartError as error:
         send([StartFailed(str(error))])
-    else:
-        send([Ready(summary), core.stats()])
-        serve(core, socket, send)
-    context.destroy(linger=1000)
+        return
+    send([Ready(summary), core.stats()])
+    serve(core, socket, send, parent)
 
 
-def serve(core: EngineCore, socket: "zmq.Socket[bytes]", send: Send) -> None:
-    """Step while there is work, sleep while there is none. Returns on Shutdown or when the parent process is gone."""
+def serve(core: EngineCore, socket: "zmq.Socket[bytes]", send: Send, parent: int) -> None:
+    """Step while there is work, sleep while there is none. Returns on Shutdown; raises Orphaned."""
     decoder = msgspec.msgpack.Decoder(Inbound)
-    parent = os.getppid()
-    while os.getppid() == parent:
-        if not core.has_work and not socket.poll(IDLE_POLL_MS):
-            continue
+    while True:
+        if core.has_work:
+            _check_parent(parent)
+        else:
+            _wait(socket, parent)
         inbox: list[Inbound] = []
         while socket.poll(0):
             inbox.append(decoder.decode(socket.recv()))
@@ -58,12 +79,20 @@ def serve(core: EngineCore, socket: "zmq.Socket[bytes]", send: Send) -> None:
         send([*core.step(inbox), core.stats()])
 
 
+def _wait(socket: "zmq.Socket[bytes]", parent: int) -> None:
+    """Until a message has come. Raises Orphaned."""
+    _check_parent(parent)
+    while not socket.poll(IDLE_POLL_MS):
+        _check_parent(parent)
+
+
+def _check_parent(parent: int) -> None:
+    if os.getppid() != parent:
+        raise Orphaned
+
+
 def _sender(socket: "zmq.Socket[bytes]") -> Send:
     def send(messages: Sequence[Outbound]) -> None:
         socket.send(ENCODER.encode(messages))
 
     return send
-
-
-if __name__ == "__main__":
-    main()

@@ -7,11 +7,13 @@ start -> starting -> ready -> (process dies) -> restarting -> ready ...
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -35,6 +37,7 @@ from engine.streams import Streams
 
 RESTART_DELAYS_S = (0.5, 1, 2, 4, 8, 15, 30)  # after the 1st, 2nd, ... death without a Ready between them
 STOP_GRACE_S = 5.0
+ROOT = Path(__file__).resolve().parent.parent  # where the packages lie
 LAST_WORDS_S = 0.2  # for what a process sent just before it ended
 ENCODER = msgspec.msgpack.Encoder()
 DECODER = msgspec.msgpack.Decoder(list[Outbound])
@@ -54,6 +57,7 @@ class RemoteClient:
         self._streams = Streams()
         self._changed = asyncio.Condition()
         self._reason = "the engine is still loading its model"
+        self._last_words: str | None = None  # why the process of now says it cannot start
         self._socket: zmq.asyncio.Socket | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -136,7 +140,11 @@ class RemoteClient:
         """Run engine processes, one after the other, until stopped or until the first cannot start."""
         num_failures = 0
         while True:
-            was_ready = await self._run_once()
+            was_ready = False
+            try:
+                was_ready = await self._run_once()
+            except Exception as error:  # no socket, no process, a message nobody understands: those who wait must hear
+                await self._mourn(f"the engine process cannot be run: {error}")
             if self._state == "stopped":
                 return
             if self._ready is None:
@@ -150,28 +158,44 @@ class RemoteClient:
     async def _run_once(self) -> bool:
         """Spawn one process and serve it until it ends; open requests then get a clear error.
 
-        Returns whether it had become ready.
+        Returns whether it had become ready. Nothing here waits for the process without watching that it lives.
         """
         folder = Path(tempfile.mkdtemp(prefix="nibble-"))
         context = zmq.asyncio.Context()
+        tasks: list[asyncio.Task[Any]] = []
         try:
+            self._last_words = None
             self._socket = self._bind(context, f"ipc://{folder}/engine.sock")
-            command = (sys.executable, "-m", "engine.process", f"ipc://{folder}/engine.sock")
-            self._process = await asyncio.create_subprocess_exec(*command)
-            await self._socket.send(ENCODER.encode(self._config))
+            self._process = await self._spawn(f"ipc://{folder}/engine.sock")
+            self._socket.send(ENCODER.encode(self._config))  # leaves when the process has connected
             receiver = asyncio.create_task(self._receive(self._socket))
-            code = await self._process.wait()
-            await asyncio.wait([receiver], timeout=LAST_WORDS_S)
-            receiver.cancel()
+            exited = asyncio.create_task(self._process.wait())
+            tasks += [receiver, exited]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if exited.done():
+                await asyncio.wait([receiver], timeout=LAST_WORDS_S)
+            if receiver.done():
+                receiver.result()  # raises what went wrong: it never ends by itself
             was_ready = self._state == "ready"
             if self._state != "stopped":
-                await self._mourn(code)
+                await self._mourn(self._last_words or _describe_exit(exited.result()))
             return was_ready
         finally:
+            for task in tasks:
+                task.cancel()
             self._kill()
             self._socket = None
             context.destroy(linger=0)
             shutil.rmtree(folder, ignore_errors=True)
+
+    async def _spawn(self, address: str) -> asyncio.subprocess.Process:
+        """A Python that takes our packages from where they are, and nothing from the folder the user stands in.
+
+        It gets a session of its own, so that Ctrl-C in a terminal reaches the server alone.
+        """
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from engine.process import main; main()"
+        command = (sys.executable, "-P", "-c", code, address, str(os.getpid()))
+        return await asyncio.create_subprocess_exec(*command, start_new_session=True)
 
     def _bind(self, context: zmq.asyncio.Context, address: str) -> zmq.asyncio.Socket:
         socket = context.socket(zmq.PAIR)
@@ -195,22 +219,26 @@ class RemoteClient:
             self._ready = message
             await self._become("ready")
         elif isinstance(message, StartFailed):
-            self._reason = message.message
+            self._last_words = message.message
         else:
             event: Event = message
             self._streams.deliver([event])
 
-    async def _mourn(self, code: int) -> None:
+    async def _mourn(self, reason: str) -> None:
         """The process ended unasked: say why to everyone who waits for it."""
-        ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         self._stats = Stats(pages_total=self._stats.pages_total)
-        if self._ready is not None:
-            await self._become("restarting", f"the engine process {ended}")
-        elif code != 0:  # otherwise its StartFailed has said why
-            self._reason = f"the engine process {ended} while it loaded the model"
-        self._streams.fail_all(f"{self._reason}; the request was lost, send it again")
+        self._reason = reason
+        if self._ready is not None and self._state != "stopped":
+            await self._become("restarting", reason)
+        self._streams.fail_all(f"{reason}; the request was lost, send it again")
 
     def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
+
+
+def _describe_exit(code: int) -> str:
+    return (
+        f"the engine process was ended by signal {-code}" if code < 0 else f"the engine process ended with code {code}"
+    )

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from engine.messages import Logprobs, Sampling
 
+HEAD = 1024  # candidates that top_p and min_p are tried on before the whole vocabulary is sorted
+
 
 class BadLogits(RuntimeError):
     """The model produced NaN or no finite logit: the checkpoint or a kernel is broken; nothing can be sampled."""
@@ -110,21 +112,34 @@ def _adjust(logits: Tensor, draw: Draw) -> Tensor:
 def _draw(logits: Tensor, draw: Draw) -> int:
     """Temperature, filters, one draw by inverting the cumulative distribution.  logits: [vocab] float32."""
     s = draw.sampling
-    scaled = logits.double() / s.temperature
-    probs = torch.softmax(scaled - scaled.max(), dim=-1)  # [vocab]; double: the sum of 150,000 terms must not drift
+    scaled = (logits.double() - logits.max()) / s.temperature  # at most 0, however small the temperature
+    probs = torch.softmax(scaled, dim=-1)  # [vocab]; double: the sum of 150,000 terms must not drift
     uniform = uniform_at(draw.seed, draw.index, draw.num_generated)
     if s.top_k <= 0 and s.top_p >= 1 and s.min_p <= 0:
         return _invert(probs, uniform)
-    if 0 < s.top_k < probs.numel():
-        probs, ids = probs.topk(s.top_k)  # most likely first
-    else:
-        probs, ids = probs.sort(descending=True, stable=True)
+    probs, ids = _most_likely(probs, s)
     keep = probs >= s.min_p * probs[0]
     if s.top_p < 1:
-        kept = probs / probs.sum()
-        keep &= kept.cumsum(0) - kept < s.top_p  # the first is always kept
+        kept = probs / (probs.sum() if s.top_k > 0 else 1.0)  # the mass that top_k left; all of it otherwise
+        keep &= kept.cumsum(0) - kept < s.top_p
         keep[0] = True
     return int(ids[_invert(probs * keep, uniform)])
+
+
+def _most_likely(probs: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The candidates the filters can keep, most likely first, and their ids.  probs: [vocab], sums to 1.
+
+    Without top_k the filters look at the whole vocabulary, but they rarely reach past the head of it: sorting 152,000
+    numbers takes 12 ms, taking the first 1,024 of them less than one.
+    """
+    if 0 < sampling.top_k < probs.numel():
+        return probs.topk(sampling.top_k)
+    if probs.numel() > HEAD:
+        head, ids = probs.topk(HEAD)
+        by_mass = sampling.top_p < 1 and float(head.sum()) >= sampling.top_p
+        if by_mass or float(head[-1]) < sampling.min_p * float(head[0]):
+            return head, ids
+    return probs.sort(descending=True, stable=True)
 
 
 def _invert(probs: Tensor, uniform: float) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from engine.request import Sequence
 from kvcache.manager import KVCacheManager, Match
 
+MAX_SCORED_ROWS = 64  # prompt rows of one request with logits in one step: 39 MB at a vocabulary of 152,000
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -90,7 +92,7 @@ class Scheduler:
                 break
             if sequence.id in preempted:
                 continue  # it gave its pages to a better-ranked one a moment ago
-            num_tokens = min(budget, sequence.num_uncomputed)
+            num_tokens = _share(sequence, budget)
             while (block_table := self._manager.extend(sequence.id, num_tokens)) is None:
                 victim = self._running[-1]
                 preempted.add(victim.id)
@@ -113,12 +115,13 @@ class Scheduler:
             if self._running and missing + spare > self._manager.num_available:
                 return
             self._waiting.pop(0)
-            self._manager.open(sequence.id, match, num_queried=len(sequence.tokens))
+            is_new = sequence.num_preemptions == 0  # finding one's own pages again is no hit
+            self._manager.open(sequence.id, match, num_queried=len(sequence.tokens) if is_new else 0)
             sequence.num_computed = match.num_tokens
-            if sequence.num_preemptions == 0:
+            if is_new:
                 sequence.num_cached_tokens = match.num_tokens
             insort(self._running, sequence, key=_rank)
-            num_tokens = min(budget, sequence.num_uncomputed)
+            num_tokens = _share(sequence, budget)
             block_table = self._manager.extend(sequence.id, num_tokens)
             if block_table is None:
                 raise RuntimeError("a sequence was admitted that the empty cache cannot hold")
@@ -139,6 +142,12 @@ class Scheduler:
             sequence.request.prompt_logprobs.clear()
         self.num_preemptions += 1
         self.add(sequence)
+
+
+def _share(sequence: Sequence, budget: int) -> int:
+    """Tokens of the sequence to run: what is left of the budget, less where every row's logits are wanted."""
+    limit = MAX_SCORED_ROWS if sequence.wants_prompt_logprobs else budget
+    return min(budget, limit, sequence.num_uncomputed)
 
 
 def _rank(sequence: Sequence) -> tuple[int, int, int]:

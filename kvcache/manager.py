@@ -100,7 +100,8 @@ class KVCacheManager:
         return self.pages_for(num_tokens) - len(match.pages) + idle
 
     def open(self, sequence: int, match: Match, num_queried: int) -> None:
-        """Start a sequence on what `match` found; `num_queried` prompt tokens were looked up (for the metrics)."""
+        """Start a sequence on what `match` found. Of `num_queried` tokens looked up the metrics count the hits; 0
+        leaves the metrics alone."""
         if sequence in self._held:
             raise RuntimeError(f"sequence {sequence} is open already")
         for page in match.pages:
@@ -108,7 +109,7 @@ class KVCacheManager:
             self._pool.acquire(page)
         self._held[sequence] = _Held(list(match.pages), list(match.keys), match.num_tokens)
         self.num_queried_tokens += num_queried
-        self.num_hit_tokens += match.num_tokens
+        self.num_hit_tokens += match.num_tokens if num_queried else 0
 
     def extend(self, sequence: int, num_tokens: int) -> list[int] | None:
         """Make room for `num_tokens` more tokens and return the block table, or None (nothing changed) when full."""

@@ -150,9 +150,9 @@ def _eos_token_ids(folder: Path, hf: Any) -> tuple[int, ...]:
     if path.is_file():
         try:
             found = json.loads(path.read_text()).get("eos_token_id")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise UnsupportedModel(f"{path} cannot be read: {error}") from error
     found = hf.eos_token_id if found is None else found
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, list) else (found,)
+    ids = found if isinstance(found, list) else [found]
+    # Some checkpoints name an id that the vocabulary does not have: it can never be generated, so it ends nothing.
+    return tuple(token for token in ids if isinstance(token, int) and 0 <= token < hf.vocab_size)

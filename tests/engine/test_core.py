@@ -230,6 +230,40 @@ def test_broken_logits_fail_the_request_and_nobody_else(monkeypatch: pytest.Monk
     assert core.stats().pages_used == 0
 
 
+def test_broken_logits_in_mid_answer_end_all_choices_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: the first choice's failure drops its sibling, whose slice of the same step then takes the engine down."""
+    core = make_core()
+    original = hash_logits
+
+    def broken(context: list[int]) -> torch.Tensor:
+        return original(context) * (float("nan") if 13 in context and len(context) > 3 else 1.0)
+
+    monkeypatch.setattr("tests.engine.worlds.hash_logits", broken)
+    events = run(core, [submit("bad", [13], n=3), submit("good", [1], max_tokens=6)])
+    assert [type(e) for e in endings(events, "bad")] == [Failed]
+    assert len(tokens_of(events, "good")) == 6
+
+
+def test_integrity_is_checked_when_the_engine_goes_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a check that never runs, because an engine without work is not stepped."""
+    core = make_core()
+    checked = []
+    monkeypatch.setattr(core.parts.manager, "check_integrity", lambda: checked.append(core.has_work))
+    core.step([submit("a", [1], max_tokens=2)])
+    assert checked == []
+    core.step([])
+    assert checked == [False]
+
+
+def test_recomputation_is_no_prefix_hit() -> None:
+    """Bug: a hit rate that rises the more requests are thrown out."""
+    core = make_core(num_pages=6)
+    run(core, [submit(str(i), [i + 1] * 20, max_tokens=30) for i in range(3)])
+    stats = core.stats()
+    assert stats.preemptions_total > 0
+    assert (stats.prefix_queries_total, stats.prefix_hits_total) == (60, 0)
+
+
 def random_schedule(data: st.DataObject, core: EngineCore) -> dict[str, Submit]:
     """Drive the core with random arrivals and cancellations; returns the requests that were not cancelled."""
     kept: dict[str, Submit] = {}
@@ -238,7 +272,12 @@ def random_schedule(data: st.DataObject, core: EngineCore) -> dict[str, Submit]:
         inbox: list[Inbound] = []
         prompt = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=40))
         request = submit(
-            str(i), prompt, max_tokens=data.draw(st.integers(1, 12)), priority=data.draw(st.integers(0, 2))
+            str(i),
+            prompt,
+            n=data.draw(st.integers(1, 3)),
+            max_tokens=data.draw(st.integers(1, 12)),
+            priority=data.draw(st.integers(0, 2)),
+            num_prompt_logprobs=data.draw(st.sampled_from([None, 0])),
         )
         kept[request.id] = request
         inbox.append(request)
@@ -250,10 +289,13 @@ def random_schedule(data: st.DataObject, core: EngineCore) -> dict[str, Submit]:
     events += run(core, [])
     cancelled = {e.id for e in events if isinstance(e, Done) and e.reason == "cancelled"}
     for request in kept.values():
-        assert len(endings(events, request.id)) == 1
+        assert len(endings(events, request.id)) == request.n
         if request.id not in cancelled:
             expected = continuation(request.prompt, request.sampling.max_tokens)
-            assert tokens_of(events, request.id) == expected
+            assert all(tokens_of(events, request.id, index) == expected for index in range(request.n))
+            scored = [e.entries for e in events if isinstance(e, PromptLogprobs) and e.id == request.id]
+            wanted = [] if request.sampling.num_prompt_logprobs is None else [request.prompt[1:]]
+            assert [[entry.token for entry in entries] for entries in scored] == wanted
     return kept
 
 

@@ -1,10 +1,12 @@
 """The engine as a library."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from engine import LLM, GenerationError, Sampling
+from engine.messages import Event, Inbound
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +21,22 @@ def test_answers_come_in_order_and_equal_those_of_single_calls(llm: LLM) -> None
     together = llm.generate(prompts, sampling)
     assert [llm.generate([prompt], sampling)[0].token_ids for prompt in prompts] == [a.token_ids for a in together]
     assert all(answer.finish_reason in ("length", "stop") for answer in together)
+
+
+def test_an_interrupted_call_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: after Ctrl-C the next call is handed the tokens of the one before."""
+    steps = iter([None, KeyboardInterrupt])
+    original = llm._core.step
+
+    def step(inbox: Sequence[Inbound]) -> list[Event]:
+        if error := next(steps, None):
+            raise error
+        return original(inbox)
+
+    monkeypatch.setattr(llm._core, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a"], Sampling(max_tokens=50, ignore_eos=True))
+    assert len(llm.generate(["b"], Sampling(max_tokens=3, ignore_eos=True))[0].token_ids) == 3
 
 
 def test_a_single_text_is_not_taken_for_a_list_of_letters(llm: LLM) -> None:

@@ -2,7 +2,10 @@
 
 import asyncio
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from engine.client import EngineUnavailable, start_engine
 from engine.config import EngineConfig
 from engine.messages import Done, Event, Failed, Loading, Token
-from engine.remote import RemoteClient
+from engine.remote import ROOT, RemoteClient
 from tests.engine.worlds import submit
 
 WAIT_S = 60.0
@@ -100,6 +103,59 @@ def test_a_model_that_cannot_load_is_reported_and_not_tried_again(tmp_path: Path
         await client.stop()
 
     asyncio.run(scenario())
+
+
+async def failure_of(client: RemoteClient) -> str:
+    """Start an engine that cannot run; returns what those who wait are told."""
+    await client.start()
+    with pytest.raises(EngineUnavailable) as caught:
+        await asyncio.wait_for(client.wait_ready(), WAIT_S)
+    assert state_of(client) == "failed"
+    await client.stop()
+    return str(caught.value)
+
+
+def test_a_process_that_dies_before_it_connects_is_noticed(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a server that waits for ever to hand its configuration to a process that is gone."""
+    monkeypatch.setattr("engine.remote.sys.executable", shutil.which("false"))
+    assert "ended with code 1" in asyncio.run(failure_of(RemoteClient(config_of(tiny_checkpoint))))
+
+
+def test_no_room_for_a_socket_is_reported(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: an exception in the task that watches the engine is seen by nobody, and everyone waits."""
+
+    def full(prefix: str) -> str:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("engine.remote.tempfile.mkdtemp", full)
+    assert "no space left" in asyncio.run(failure_of(RemoteClient(config_of(tiny_checkpoint))))
+
+
+def test_packages_of_the_current_folder_are_not_taken_for_ours(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a folder called engine, or a torch.py, where the user happens to stand."""
+    for name in ("engine", "kernels"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+
+    async def scenario() -> None:
+        client = RemoteClient(config_of(tiny_checkpoint))
+        await client.start()
+        await asyncio.wait_for(client.wait_ready(), WAIT_S)
+        await client.stop()
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_without_its_server_leaves(tmp_path: Path) -> None:
+    """Bug: a process that outlives a killed server, holding a model's memory and deaf to SIGTERM."""
+    code = "from engine.process import main; main()"
+    command = [sys.executable, "-c", code, f"ipc://{tmp_path}/nobody", "1"]  # process 1 is not its parent
+    assert subprocess.run(command, timeout=WAIT_S, cwd=ROOT, check=False).returncode == 0
 
 
 def test_cancelled_request_frees_its_pages_in_the_other_process(tiny_checkpoint: Path) -> None:

@@ -90,6 +90,23 @@ def test_min_tokens_bans_every_ending_until_then() -> None:
     assert choose(logits, draw_of([5], num_prompt=1, ignore_eos=True, **rules)) == 0
 
 
+@pytest.mark.parametrize("temperature", [1e-310, 1e-30, 1e-3])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    """Bug: logits divided until they overflow leave NaN, and the last token of the vocabulary is drawn."""
+    assert choose(LOGITS, draw_of(temperature=temperature)) == 3
+
+
+@pytest.mark.parametrize("rules", [{"top_p": 0.9}, {"min_p": 0.02}, {"top_p": 0.5, "min_p": 0.001}, {"top_p": 0.9999}])
+def test_head_of_a_large_vocabulary_gives_what_sorting_it_gives(
+    rules: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: candidates lost because the likeliest thousand were taken for all of them."""
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 3
+    drawn = [choose(logits, draw_of(seed=seed, **rules)) for seed in range(50)]
+    monkeypatch.setattr("engine.sampling.HEAD", 5000)
+    assert drawn == [choose(logits, draw_of(seed=seed, **rules)) for seed in range(50)]
+
+
 def test_every_position_draws_anew() -> None:
     """Bug: one number for the whole answer repeats the same choice at every position."""
     flat = torch.zeros(50)
