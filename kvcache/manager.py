@@ -165,11 +165,6 @@ class KVCacheManager:
                 else:
                     self._pool.free(page)
 
-    def clear(self) -> None:
-        """Forget every published page that no sequence holds."""
-        while (page := self._index.evict()) is not None:
-            self._pool.free(page)
-
     def check_integrity(self) -> None:
         """Raise RuntimeError unless free + held + idle pages are all pages and every count matches its holders."""
         holders = [0] * self.num_pages
