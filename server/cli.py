@@ -133,23 +133,24 @@ def _option(name: str, field: FieldInfo) -> Any:
     flag = config.flag_name(name)
     extra = field.json_schema_extra
     assert isinstance(extra, dict)
-    default = "" if field.default in (None, True, False) else f" Default: {field.default}."
+    shown = screen.size(field.default) if field.default and config.Size in config.kinds(field) else field.default
+    default = "" if field.default in (None, True, False) else f" Default: {shown}."
     return typer.Option(
         f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag,
         help=f"{field.description}{default}",
         rich_help_panel=str(extra["panel"]),
-        metavar=_metavar(field.annotation),
+        metavar=_metavar(field),
         show_default=False,
     )
 
 
-def _metavar(annotation: Any) -> str:
+def _metavar(field: FieldInfo) -> str:
     """What --help shows for a value: the choices, or N, or text."""
-    if get_origin(annotation) is Literal:
-        return "|".join(get_args(annotation))
-    if annotation is bool:
+    if get_origin(field.annotation) is Literal:
+        return "|".join(get_args(field.annotation))
+    if field.annotation is bool:
         return ""
-    kinds = {*get_args(annotation), annotation}
+    kinds = config.kinds(field)
     if config.Size in kinds:
         return "SIZE"
     return "N" if kinds & {int, float} else "FILE" if Path in kinds else "TEXT"

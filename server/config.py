@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.config import PAGE_SIZES, Device, EngineConfig
@@ -122,17 +123,19 @@ def read_file(path: Path) -> dict[str, Any]:
     """The settings in a TOML file. Raises SettingsError for what cannot be read, is no setting, or of another type."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise SettingsError(f"--config {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"--config {path}: {error}") from None
     values: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in ServerConfig.model_fields:
             hint = nearest(name, {name: name.replace("_", "-") for name in ServerConfig.model_fields})
-            raise SettingsError(f"--config {path}: '{key}' is not a setting{hint}; see nibble serve --help")
+            raise SettingsError(f"--config {path}: '{key}' is not a setting{hint}")
         if name in values:
             raise SettingsError(f"--config {path}: {name} is set twice, with hyphens and with underscores")
-        allowed = file_types(ServerConfig.model_fields[name].annotation)
+        allowed = file_types(ServerConfig.model_fields[name])
         if type(value) not in allowed:  # not isinstance: true is no 1
             kinds = " or ".join(FILE_TYPES[kind] for kind in allowed)
             raise SettingsError(f"--config {path}: {key} must be {kinds} (found {value!r})")
@@ -143,14 +146,19 @@ def read_file(path: Path) -> dict[str, Any]:
 FILE_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
-def file_types(annotation: Any) -> tuple[type, ...]:
-    """What TOML must give for a setting of this type."""
-    kinds = {annotation, *get_args(annotation)}
-    if Size in kinds:
+def kinds(field: FieldInfo) -> set[Any]:
+    """The types a setting may have; of a plain Size, pydantic has kept the parts."""
+    is_size = any(isinstance(part, BeforeValidator) for part in field.metadata)
+    return {field.annotation, *get_args(field.annotation)} | ({Size} if is_size else set())
+
+
+def file_types(field: FieldInfo) -> tuple[type, ...]:
+    """What TOML must give for a setting."""
+    if Size in kinds(field):
         return (int, str)
-    if float in kinds:
+    if float in kinds(field):
         return (int, float)
-    return next(((kind,) for kind in (bool, int) if kind in kinds), (str,))
+    return next(((kind,) for kind in (bool, int) if kind in kinds(field)), (str,))
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
@@ -159,13 +167,13 @@ def check_environment(environment: Mapping[str, str]) -> None:
     for variable in environment:
         if variable.upper().startswith(PREFIX) and variable[len(PREFIX) :].lower() not in known:
             hint = nearest(variable[len(PREFIX) :].lower(), known)
-            raise SettingsError(f"The variable {variable} is not a setting{hint}; see nibble serve --help")
+            raise SettingsError(f"The variable {variable} is not a setting{hint}")
 
 
 def nearest(name: str, known: Mapping[str, str]) -> str:
     """A hint at what was probably meant, spelt as its place wants it."""
     matches = get_close_matches(name, known, n=1)
-    return f", did you mean {known[matches[0]]}?" if matches else ""
+    return f": did you mean {known[matches[0]]}?" if matches else "; see nibble serve --help"
 
 
 def flag_name(field: str) -> str:

@@ -92,12 +92,12 @@ def test_file_values_have_the_type_of_the_setting(tmp_path: Path, line: str) -> 
 
 def test_file_values_of_every_type(tmp_path: Path) -> None:
     file = tmp_path / "nibble.toml"
-    file.write_text(
-        'offline = true\nchat-template = "x.jinja"\ndrain-seconds = 1\nkv-memory = 77\ndevice = "cpu"\nthreads = 2'
-    )
+    lines = ['chat-template = "x.jinja"', "kv-memory = 77", 'max-body-size = "1k"', 'device = "cpu"']
+    file.write_text("\n".join([*lines, "offline = true", "drain-seconds = 1", "threads = 2"]))
     settings = load({}, file)
     assert (settings.offline, settings.chat_template, settings.drain_seconds) == (True, Path("x.jinja"), 1.0)
     assert (settings.kv_memory, settings.device, settings.threads) == (77, "cpu", 2)
+    assert settings.max_body_size == 1024
 
 
 def test_one_setting_spelt_twice_in_the_file_is_an_error(tmp_path: Path) -> None:
