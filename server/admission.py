@@ -43,10 +43,10 @@ def jobs(request: SamplingFields, prompts: Sequence[list[int]], limits: Limits, 
 
 
 def _job(request: SamplingFields, prompt: list[int], limits: Limits, plan: PlanSummary, arrival: float) -> Job:
+    max_tokens = _max_tokens(len(prompt), limits, plan)  # before anything looks at every token
     check_ids(prompt, plan.vocab_size, limits.prompt_field)
     if not prompt:
         raise InvalidRequest("The prompt is empty: this model needs at least one token", param=limits.prompt_field)
-    max_tokens = _max_tokens(len(prompt), limits, plan)
     if (request.min_tokens or 0) > max_tokens:
         raise InvalidRequest(f"min_tokens: {request.min_tokens} exceeds the {max_tokens} allowed", param="min_tokens")
     submit = Submit(
@@ -100,7 +100,7 @@ def check_length(text: str, tokenizer: Tokenizer, plan: PlanSummary, param: str)
     at_least = len(text) // tokenizer.max_token_bytes
     if at_least > plan.max_model_len:
         raise ContextTooLong(
-            f"The prompt has {len(text)} characters, which are more than {at_least} tokens, "
+            f"The prompt has {len(text)} characters, which are at least {at_least} tokens, "
             f"but {context_limit(plan)}. Shorten the prompt.",
             param=param,
         )

@@ -13,14 +13,15 @@ def chat_prompt(request: ChatRequest, tokenizer: Tokenizer) -> str:
     continues = bool(request.continue_final_message)
     opens = request.add_generation_prompt if request.add_generation_prompt is not None else not continues
     options = dict(request.chat_template_kwargs or {})
-    for name in sorted(set(options) - tokenizer.template_variables if tokenizer.has_chat_template else ()):
+    options |= {"continue_final_message": continues, "add_generation_prompt": opens}
+    text = template_text(request.messages, tokenizer, **options)
+    for name in sorted(set(request.chat_template_kwargs or {}) - tokenizer.template_variables):
         raise InvalidRequest(
             f"chat_template_kwargs.{name}: this model's chat template has no such variable",
             param=f"chat_template_kwargs.{name}",
             code="unknown_field",
         )
-    options |= {"continue_final_message": continues, "add_generation_prompt": opens}
-    return template_text(request.messages, tokenizer, **options)
+    return text
 
 
 def template_text(messages: Sequence[Message], tokenizer: Tokenizer, **options: Any) -> str:

@@ -162,7 +162,7 @@ class HubTokenizer:
 
     @property
     def template_variables(self) -> frozenset[str]:
-        return _names_read(str(self._hub.get_chat_template())) if self.has_chat_template else frozenset()
+        return _names_read(self._hub.get_chat_template())
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         try:

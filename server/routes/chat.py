@@ -25,8 +25,7 @@ async def create_chat_completion(body: wire.ChatRequest, request: Request, servi
     """
     service.check_model(body.model)
     plan = service.plan()
-    num_chars = sum(len(message.text) for message in body.messages)
-    prompt = await off_loop(num_chars, lambda: _prompt_ids(body, service.tokenizer, plan))
+    prompt = await off_loop(request, lambda: _prompt_ids(body, service.tokenizer, plan))
     limits = Limits(
         max_tokens=body.max_completion_tokens or body.max_tokens,
         default_max_tokens=None,

@@ -12,7 +12,7 @@ from server.schemas.common import PromptTokensDetails, Usage
 from server.service import Service
 
 Result = TypeVar("Result")
-SHORT_TEXT = 4096  # characters; longer ones are tokenized in a thread, so that other answers keep streaming
+SHORT_BODY = 4096  # bytes; longer ones are tokenized in a thread, so that other answers keep streaming
 
 
 async def get_service(request: Request) -> Service:
@@ -23,9 +23,12 @@ async def get_service(request: Request) -> Service:
 ServiceDep = Annotated[Service, Depends(get_service)]
 
 
-async def off_loop(size: int, work: Callable[[], Result]) -> Result:
-    """Run `work` on a text of `size` characters without holding up the event loop for long."""
-    return work() if size <= SHORT_TEXT else await asyncio.to_thread(work)
+async def off_loop(request: Request, work: Callable[[], Result]) -> Result:
+    """Run `work` on what came with `request` without holding up the event loop for long.
+
+    The size of the body decides: a thousand empty messages are as much work as one long text.
+    """
+    return work() if len(await request.body()) <= SHORT_BODY else await asyncio.to_thread(work)
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -27,7 +27,7 @@ async def create_completion(body: wire.CompletionRequest, request: Request, serv
     """
     service.check_model(body.model)
     plan = service.plan()
-    prompts = await off_loop(sum(map(len, body.prompts)), lambda: _prompt_ids(body, service.tokenizer, plan))
+    prompts = await off_loop(request, lambda: _prompt_ids(body, service.tokenizer, plan))
     limits = Limits(
         max_tokens=body.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,

@@ -1,6 +1,9 @@
 """POST /tokenize and POST /detokenize. Both work while the model still loads."""
 
-from server.admission import check_ids
+from fastapi import Request
+
+from engine.messages import PlanSummary
+from server.admission import check_ids, check_length
 from server.chat import template_text
 from server.routes.common import ServiceDep, off_loop
 from server.routes.completions import token_text
@@ -8,12 +11,11 @@ from server.schemas.models import DetokenizeRequest, DetokenizeResponse, Tokeniz
 from server.tokenizer import Tokenizer
 
 
-async def tokenize(body: TokenizeRequest, service: ServiceDep) -> TokenizeResponse:
+async def tokenize(body: TokenizeRequest, request: Request, service: ServiceDep) -> TokenizeResponse:
     """Token ids of a text or a conversation, exactly as a completion of it would start."""
     service.check_model(body.model)
-    size = len(body.prompt or "") + sum(len(message.text) for message in body.messages or [])
-    ids = await off_loop(size, lambda: _ids(body, service.tokenizer))
     ready = service.engine.ready
+    ids = await off_loop(request, lambda: _ids(body, service.tokenizer, ready.plan if ready else None))
     return TokenizeResponse(
         tokens=ids,
         count=len(ids),
@@ -22,17 +24,21 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> TokenizeRespon
     )
 
 
-async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> DetokenizeResponse:
+async def detokenize(body: DetokenizeRequest, request: Request, service: ServiceDep) -> DetokenizeResponse:
     """The text of token ids."""
     service.check_model(body.model)
     if service.engine.ready is not None:
         check_ids(body.tokens, service.engine.ready.plan.vocab_size, "tokens")
-    text = await off_loop(len(body.tokens), lambda: service.tokenizer.decode(body.tokens, body.skip_special_tokens))
+    text = await off_loop(request, lambda: service.tokenizer.decode(body.tokens, body.skip_special_tokens))
     return DetokenizeResponse(prompt=text)
 
 
-def _ids(body: TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
+def _ids(body: TokenizeRequest, tokenizer: Tokenizer, plan: PlanSummary | None) -> list[int]:
     if body.prompt is not None:
-        return tokenizer.encode(body.prompt, body.add_special_tokens)
-    text = template_text(body.messages or [], tokenizer, add_generation_prompt=body.add_generation_prompt)
-    return tokenizer.encode(text, add_special_tokens=False)
+        text, param, adds_special = body.prompt, "prompt", body.add_special_tokens
+    else:
+        options = {"add_generation_prompt": body.add_generation_prompt}
+        text, param, adds_special = template_text(body.messages or [], tokenizer, **options), "messages", False
+    if plan is not None:
+        check_length(text, tokenizer, plan, param)
+    return tokenizer.encode(text, adds_special)

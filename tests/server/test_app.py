@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -100,6 +101,44 @@ async def test_bad_token_requests(path: str, body: dict[str, Any]) -> None:
     response = await World(FakeEngine()).http.post(path, json=body)
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"model": "demo", "messages": [{"role": "user", "content": ""}] * 200}),
+        ("/v1/completions", {"model": "demo", "prompt": "x" * 5000}),
+        ("/tokenize", {"messages": [{"role": "user", "content": ""}] * 200}),
+        ("/detokenize", {"tokens": [65] * 5000}),
+    ],
+)
+async def test_big_bodies_are_worked_on_off_the_event_loop(path: str, body: dict[str, Any]) -> None:
+    """Bug: every stream stands still while one long text, or one of very many parts, becomes tokens."""
+    threads = set()
+
+    class Watched(ByteTokenizer):
+        def render(self, messages: Any, **options: Any) -> str:
+            threads.add(threading.current_thread())
+            return super().render(messages, **options)
+
+        def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+            threads.add(threading.current_thread())
+            return super().decode(ids, skip_special_tokens)
+
+        @property
+        def max_token_bytes(self) -> int:
+            threads.add(threading.current_thread())
+            return 1
+
+    await World(FakeEngine(), Watched()).http.post(path, json=body)
+    assert threads
+    assert threading.current_thread() not in threads
+
+
+async def test_texts_beyond_any_context_are_not_counted() -> None:
+    """Bug: gigabytes and half a minute for the token count of a text no request could carry."""
+    response = await World(FakeEngine()).http.post("/tokenize", json={"prompt": "x" * 5120})
+    assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
 async def test_conversation_needs_a_template_to_be_tokenized() -> None:
