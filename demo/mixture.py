@@ -38,7 +38,8 @@ STAGES = (
     Stage(0.36, 512, 4096, 0.60, 0.50),
     Stage(0.47, 1024, 8192, 0.60, 0.50),
     Stage(0.61, 2048, 8192, 0.65, 0.50),
-    Stage(1.01, 4096, 8192, 0.75, 0.50),
+    Stage(0.75, 4096, 8192, 0.75, 0.50),
+    Stage(1.01, 4096, 8192, 0.60, 0.25),
 )
 ECHO_ROW = 512  # rows up to this long are at times random tokens, repeated
 
@@ -103,7 +104,7 @@ class Mixture:
             return ask(doc.add(turn("system", system), GIVEN), example.prompt, example.answer)
         one = rng.choice(list(skills.TASKS)) if rng.random() < 0.5 else ""
         for _ in range(rng.randint(1, 6)):
-            name = one or rng.choices(list(skills.TASKS), [3, 1, 2, 2, 2, 1, 2])[0]
+            name = one or rng.choices(list(skills.TASKS), [4, 1, 2, 2, 2, 1, 3])[0]
             example = skills.TASKS[name](rng, "train")
             ask(doc, example.prompt, example.answer)
         return doc
