@@ -13,15 +13,20 @@ def chat_prompt(request: ChatRequest, tokenizer: Tokenizer) -> str:
     continues = bool(request.continue_final_message)
     opens = request.add_generation_prompt if request.add_generation_prompt is not None else not continues
     options = dict(request.chat_template_kwargs or {})
+    if tokenizer.has_chat_template:
+        _check_variables(options, tokenizer.template_variables)
     options |= {"continue_final_message": continues, "add_generation_prompt": opens}
-    text = template_text(request.messages, tokenizer, **options)
-    for name in sorted(set(request.chat_template_kwargs or {}) - tokenizer.template_variables):
+    return template_text(request.messages, tokenizer, **options)
+
+
+def _check_variables(options: Mapping[str, Any], known: frozenset[str]) -> None:
+    """Raises InvalidRequest for a variable that the template does not read."""
+    for name in sorted(set(options) - known):
         raise InvalidRequest(
             f"chat_template_kwargs.{name}: this model's chat template has no such variable",
             param=f"chat_template_kwargs.{name}",
             code="unknown_field",
         )
-    return text
 
 
 def template_text(messages: Sequence[Message], tokenizer: Tokenizer, **options: Any) -> str:

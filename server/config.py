@@ -20,6 +20,8 @@ from engine.config import PAGE_SIZES, Device, EngineConfig
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 PREFIX = "NIBBLE_"
+# Set by Kubernetes for a Service called nibble, and by docker-compose.yml's own port.
+NOT_OURS = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_(TCP|UDP)|^NIBBLE_PUBLISH$")
 UNITS = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("kmgt", start=1)
@@ -164,7 +166,11 @@ def file_types(field: FieldInfo) -> tuple[type, ...]:
 def check_environment(environment: Mapping[str, str]) -> None:
     """Raises SettingsError for a variable that looks like a setting and is none."""
     known = {name: f"{PREFIX}{name.upper()}" for name in ServerConfig.model_fields}
+    if environment.get("NIBBLE_PORT", "").startswith("tcp://"):
+        raise SettingsError("Kubernetes has set NIBBLE_PORT for a Service called nibble: set enableServiceLinks: false")
     for variable in environment:
+        if NOT_OURS.search(variable):
+            continue
         if variable.upper().startswith(PREFIX) and variable[len(PREFIX) :].lower() not in known:
             hint = nearest(variable[len(PREFIX) :].lower(), known)
             raise SettingsError(f"The variable {variable} is not a setting{hint}")

@@ -140,8 +140,9 @@ class Generation:
             for job in self._jobs:
                 self._runs.append(_Run(self._service, job, first_index))
                 first_index += job.submit.n
-        except EngineUnavailable:
-            self._service.metrics.refused("unavailable")
+        except BaseException as error:
+            if isinstance(error, EngineUnavailable):
+                self._service.metrics.refused("unavailable")
             self._leave()
             raise
         return self

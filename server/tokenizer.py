@@ -116,6 +116,8 @@ class HubTokenizer:
         core: Any = getattr(backend, "backend_tokenizer", None)
         if core is None:
             raise TokenizerError(f"{type(backend).__name__} is not backed by the tokenizers library")
+        core.no_truncation()  # some files carry the settings of the training run
+        core.no_padding()
         self._hub = backend
         self._core = core
         if chat_template is not None:
@@ -124,6 +126,7 @@ class HubTokenizer:
         self._to_bytes, self._drops_first_space = _byte_rule(decoder)
         added = core.get_added_tokens_decoder()
         self._special = frozenset(token for token, info in added.items() if info.special)
+        self._literal = {token: info.content.encode() for token, info in added.items()}  # written as they are
         self._bos: int | None = backend.bos_token_id
         self._bytes: dict[int, bytes] = {}  # filled as tokens are seen
         self._max_token_bytes = max((len(piece.encode()) for piece in core.get_vocab()), default=1)
@@ -154,7 +157,8 @@ class HubTokenizer:
         data = self._bytes.get(token)
         if data is None:
             piece = self._core.id_to_token(token)
-            data = self._bytes[token] = b"" if piece is None else self._to_bytes(piece)
+            data = b"" if piece is None else self._literal.get(token) or self._to_bytes(piece)
+            self._bytes[token] = data
         return data
 
     def is_special(self, token: int) -> bool:
@@ -183,7 +187,7 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None) -> HubTokeni
         raise TokenizerError(f"--chat-template {chat_template} cannot be read: {reason}") from error
     try:
         return HubTokenizer(_read(folder), template)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged file makes the libraries raise whatever comes up
         raise TokenizerError(f"The tokenizer in {folder} cannot be read: {error}") from error
 
 
@@ -235,7 +239,7 @@ def _sentencepiece(piece: str) -> bytes:
 
 
 def _byte_level(piece: str, table: Mapping[str, int]) -> bytes:
-    """Added tokens are written as they are: a character outside the table means the piece is plain text."""
+    """A character outside the table means that the piece was never byte level: plain text."""
     try:
         return bytes(table[character] for character in piece)
     except KeyError:

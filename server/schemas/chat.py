@@ -128,6 +128,9 @@ RESERVED_KWARGS = frozenset(
     (
         "messages",
         "conversation",
+        "self",
+        "tokenizer",
+        "sanitize_control_tokens",
         "tools",
         "documents",
         "chat_template",

@@ -7,6 +7,7 @@ A field is one of three things, and says which (docs/api.md lists them, and a te
     refused      known from other servers, not supported here: only its neutral values pass
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
@@ -128,8 +129,8 @@ class SamplingFields(Strict):
     @classmethod
     def _check_bias(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for token, bias in (value or {}).items():
-            if not (token.isascii() and token.isdigit()):
-                raise ValueError(f"keys are token ids, found '{token}'")
+            if re.fullmatch(r"0|[1-9][0-9]{0,9}", token) is None:
+                raise ValueError(f"keys are token ids, found '{token[:20]}'")
             if not -100 <= bias <= 100:
                 raise ValueError(f"the bias of token {token} is {bias}; it must be from -100 to 100")
         return value

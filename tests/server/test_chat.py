@@ -168,6 +168,9 @@ async def test_names_of_speakers_reach_the_template() -> None:
     [
         ({"messages": [{"role": "user", "name": "Ann", "content": "hi"}]}, "messages[0].name"),
         ({"chat_template_kwargs": {"enable_thinkin": False}}, "chat_template_kwargs.enable_thinkin"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"tokenizer": 1}}, "chat_template_kwargs"),
         ({"continue_final_message": True}, "continue_final_message"),
     ],
 )

@@ -120,6 +120,19 @@ def test_unknown_variables_are_errors(variable: str, hint: str, monkeypatch: pyt
     assert hint in str(error.value)
 
 
+@pytest.mark.parametrize("variable", ["NIBBLE_SERVICE_HOST", "NIBBLE_PORT_8000_TCP_ADDR", "NIBBLE_PUBLISH"])
+def test_variables_of_others_are_left_alone(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: Kubernetes describes a Service called nibble in such variables, and the server refuses to start."""
+    monkeypatch.setenv(variable, "1")
+    assert load({}).port == 8000
+
+
+def test_a_port_from_kubernetes_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIBBLE_PORT", "tcp://10.0.0.1:8000")
+    with pytest.raises(SettingsError, match="enableServiceLinks"):
+        load({})
+
+
 @pytest.mark.parametrize("name", ["model", "host", "served_name"])
 def test_empty_texts_are_errors(name: str) -> None:
     """Bug: `nibble serve ""`, of a script whose variable is empty, serves the current folder."""

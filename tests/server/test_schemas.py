@@ -83,6 +83,8 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("logit_bias", {"1": 101}),
     ("logit_bias", {"one": 1}),
     ("logit_bias", {"-1": 1}),
+    ("logit_bias", {"01": 1}),
+    ("logit_bias", {"9" * 5000: 1}),
     ("stop", ["x"] * 17),
     ("stop", ""),
     ("stop", "x" * 513),

@@ -229,3 +229,29 @@ def test_templates_in_use_render_or_refuse_in_words() -> None:
             continue
     assert all("How are you?" in text for text in texts)
     assert len(texts) > 40
+
+
+def test_truncation_and_padding_of_the_training_run_are_switched_off() -> None:
+    """Bug: tokenizer.json that still says "8 tokens at most" cuts every prompt, in silence."""
+    made = byte_level()
+    made._core.enable_truncation(4)
+    made._core.enable_padding(length=32)
+    text = "the quick brown fox jumps"
+    again = HubTokenizer(made._hub)
+    assert again.decode(again.encode(text)) == text
+
+
+def test_added_tokens_are_text_as_they_stand() -> None:
+    """Bug: an added token of letters that also stand for bytes ("é¡") comes out as broken bytes."""
+    core = byte_level()._core
+    core.add_tokens([AddedToken("é¡")])
+    tokenizer = hub(core)
+    assert tokenizer.decode(tokenizer.encode("a é¡ b")) == "a é¡ b"
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model": 3}', "[]", "nonsense"])
+def test_a_damaged_file_is_an_error_that_names_the_folder(content: str, tmp_path: Path) -> None:
+    """Bug: a traceback from inside a library."""
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(TokenizerError, match=str(tmp_path)):
+        load_tokenizer(tmp_path)
