@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,11 +48,11 @@ def test_the_template_writes_tools_and_calls_as_trained() -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(FOLDER))
     tools = [tool_schema("get_weather"), tool_schema("buy_item")]
     call = {"type": "function", "function": {"name": "buy_item", "arguments": {"item": "lamp"}}}
-    messages = [
+    messages: list[Any] = [
         {"role": "user", "content": "Please buy a lamp."},
         {"role": "assistant", "content": None, "tool_calls": [call]},
     ]
-    assert tokenizer.apply_chat_template(messages, tools=tools, tokenize=False) == (
+    assert tokenizer.apply_chat_template(messages, tools=list[Any](tools), tokenize=False) == (
         turn("system", tool_system(tools))
         + turn("user", "Please buy a lamp.")
         + turn("assistant", '<tool_call>{"name": "buy_item", "arguments": {"item": "lamp"}}</tool_call>')
