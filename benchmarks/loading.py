@@ -32,6 +32,7 @@ def main() -> None:
         "shape": args.shape,
         "weight_mib": num_bytes / 2**20,
         "seconds_to_first_token": loaded["seconds"],
+        "decode_tok_per_s": loaded["decode"],
         "peak_rss_mib": loaded["peak_mib"],
         "empty_engine_rss_mib": empty["peak_mib"],
         "peak_over_weights": (loaded["peak_mib"] - empty["peak_mib"]) / (num_bytes / 2**20),
@@ -50,14 +51,14 @@ async def measure(folder: Path | None) -> dict[str, float]:
         started = time.monotonic()
         client = RemoteClient(EngineConfig(str(folder), kv_memory=KV_MEMORY))
         await client.start()
-        await client.wait_ready()
+        ready = await client.wait_ready()
         stream = client.submit(Submit("a", [1, 2, 3], Sampling(max_tokens=1, temperature=0.0), time.monotonic()))
         while not any(isinstance(event, Done) for event in await stream.next()):
             pass
         seconds = time.monotonic() - started
         peak = peak_mib(client.process_id)
         await client.stop()
-    return {"seconds": seconds, "peak_mib": peak}
+    return {"seconds": seconds, "peak_mib": peak, "decode": ready.plan.decode_tokens_per_s}
 
 
 def peak_mib(process_id: int | None) -> float:
