@@ -94,7 +94,7 @@ def curl(url: str, name: str, chat: bool) -> str:
         path, body = "completions", {"prompt": "Once upon a time"}
     body = {"model": name} | body | {"max_tokens": 64}
     quoted = json.dumps(body).replace("'", "'\\''")
-    return f"curl -N {url}/v1/{path} -H 'Content-Type: application/json' -d '{quoted}'"
+    return f"curl -N {url}/v1/{path} -H 'Content-Type: application/json' \\\n  -d '{quoted}'"
 
 
 def size(num_bytes: float) -> str:
