@@ -34,7 +34,7 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
     started = time.monotonic()
     try:
         checkpoint = open_checkpoint(Path(config.model), _progress(on_loading))
-        plan = resolve(config, model_facts(checkpoint, config.kv_policy))
+        plan = resolve(config, model_facts(checkpoint, config.kv_policy, config.device))
         torch.set_num_threads(plan.threads)
         loaded = load_model(checkpoint, plan)
         storage = _allocate(_layout(checkpoint, plan), plan)

@@ -83,7 +83,7 @@ def open_checkpoint(folder: Path, on_progress: Progress | None = None) -> Checkp
     return Checkpoint(folder, description, source, detect(read_json(folder), source))
 
 
-def model_facts(checkpoint: Checkpoint, kv_policy: str) -> ModelFacts:
+def model_facts(checkpoint: Checkpoint, kv_policy: str, device: str = "cpu") -> ModelFacts:
     """What `resolve` must know before a weight is read. Raises PolicyError when the policy is not known."""
     config = checkpoint.config
     layout = PageLayout(parse_policy(kv_policy), config.num_layers, config.num_kv_heads, config.head_dim, page_size=1)
@@ -91,7 +91,7 @@ def model_facts(checkpoint: Checkpoint, kv_policy: str) -> ModelFacts:
         max_position=config.context_len,
         kv_bytes_per_token=layout.bytes_per_token,
         weight_bytes=checkpoint.source.total_bytes,
-        free_memory=free_memory(),
+        free_memory=torch.cuda.mem_get_info()[0] if device == "cuda" and has_cuda() else free_memory(),
         num_cores=num_cores(),
         has_cuda=has_cuda(),
     )

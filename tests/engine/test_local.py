@@ -43,7 +43,7 @@ def test_cancel_frees_the_pages() -> None:
         await stream.next()
         assert client.stats.pages_used > 0
         client.cancel("a")
-        for _ in range(200):
+        for _ in range(4000):
             if client.stats.pages_used == 0:
                 break
             await asyncio.sleep(0.005)

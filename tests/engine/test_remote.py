@@ -53,8 +53,9 @@ def test_loads_answers_dies_and_comes_back(tiny_checkpoint: Path) -> None:
         assert sum(isinstance(event, Token) for event in first) == 5
 
         dying = asyncio.create_task(follow(client, "b", max_tokens=1500))
-        while client.stats.num_running == 0:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(WAIT_S):
+            while client.stats.num_running == 0:
+                await asyncio.sleep(0.01)
         assert client.process_id is not None
         os.kill(client.process_id, signal.SIGKILL)
         (failed,) = [event for event in await dying if isinstance(event, Failed)]
