@@ -30,23 +30,32 @@ class Stage:
     step_tokens: int
     recall: float  # share of rows that hold one long recall document
     prose: float  # of the other documents, the share that is stories or books
+    drill: bool = False  # the short tasks in the shares of DRILL
+    long_every: int = 0  # every so many steps are LONG instead, so that distance stays
 
 
+FIRST = 50 / 60.5  # share of the run in which rows grow; the drill follows
 STAGES = (
-    Stage(0.06, 128, 4096, 0.60, 0.20),
-    Stage(0.20, 256, 4096, 0.60, 0.35),
-    Stage(0.36, 512, 4096, 0.60, 0.50),
-    Stage(0.47, 1024, 8192, 0.60, 0.50),
-    Stage(0.61, 2048, 8192, 0.65, 0.50),
-    Stage(0.75, 4096, 8192, 0.75, 0.50),
-    Stage(1.01, 4096, 8192, 0.60, 0.25),
+    Stage(0.06 * FIRST, 128, 4096, 0.60, 0.20),
+    Stage(0.20 * FIRST, 256, 4096, 0.60, 0.35),
+    Stage(0.36 * FIRST, 512, 4096, 0.60, 0.50),
+    Stage(0.47 * FIRST, 1024, 8192, 0.60, 0.50),
+    Stage(0.61 * FIRST, 2048, 8192, 0.65, 0.50),
+    Stage(0.75 * FIRST, 4096, 8192, 0.75, 0.50),
+    Stage(FIRST, 4096, 8192, 0.60, 0.25),
+    Stage(0.93, 512, 4096, 0.15, 0.12, drill=True, long_every=12),
+    Stage(1.01, 512, 4096, 0.15, 0.12, drill=True, long_every=4),
 )
+LONG = Stage(1.01, 4096, 8192, 0.85, 0.25, drill=True)
+MIXED = (4, 1, 2, 2, 2, 1, 3)  # shares of skills.TASKS, in their order
+DRILL = (9, 1, 1, 1, 3, 3, 5)
 ECHO_ROW = 512  # rows up to this long are at times random tokens, repeated
 
 
-def stage_at(progress: float) -> Stage:
-    """The stage for a share of the run in [0, 1]."""
-    return next(stage for stage in STAGES if progress < stage.until)
+def stage_at(progress: float, step: int) -> Stage:
+    """The stage for a share of the run in [0, 1] and the number of a step."""
+    stage = next(stage for stage in STAGES if progress < stage.until)
+    return LONG if stage.long_every and step % stage.long_every == 0 else stage
 
 
 class Mixture:
@@ -94,7 +103,7 @@ class Mixture:
             return recall.interview(rng, "train", lines, count)
         return recall.interleaved(rng, "train", lines, count)
 
-    def skill_doc(self) -> Doc:
+    def skill_doc(self, drill: bool = False) -> Doc:
         """A chat of several short tasks, or one with tools or a system prompt."""
         rng = self.rng
         kind = rng.random()
@@ -102,9 +111,11 @@ class Mixture:
         if kind < 0.25:
             system, example = (skills.tool_call if kind < 0.13 else skills.obedience)(rng, "train")
             return ask(doc.add(turn("system", system), GIVEN), example.prompt, example.answer)
-        one = rng.choice(list(skills.TASKS)) if rng.random() < 0.5 else ""
+        names, shares = list(skills.TASKS), DRILL if drill else MIXED
+        repeated = rng.random() < 0.5
+        one = (rng.choices(names, DRILL)[0] if drill else rng.choice(names)) if repeated else ""
         for _ in range(rng.randint(1, 6)):
-            name = one or rng.choices(list(skills.TASKS), [4, 1, 2, 2, 2, 1, 3])[0]
+            name = one or rng.choices(names, shares)[0]
             example = skills.TASKS[name](rng, "train")
             ask(doc, example.prompt, example.answer)
         return doc
@@ -137,7 +148,7 @@ class Mixture:
                 doc = self.recall_doc(int(0.9 * target))
                 long = not full
             else:
-                doc = self.prose() if self.rng.random() < stage.prose else self.skill_doc()
+                doc = self.prose() if self.rng.random() < stage.prose else self.skill_doc(stage.drill)
             new, weight = self.encode(doc)
             ids += [*new, self.end]
             weights += [weight, np.ones(1, dtype=np.float32)]

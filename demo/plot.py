@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from itertools import pairwise
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 SMOOTH = 20  # steps
@@ -18,6 +18,16 @@ def smoothed(values: list[float]) -> list[float]:
     ]
 
 
+def row_changes(log: list[dict[str, Any]]) -> list[tuple[float, int]]:
+    """(million tokens, row length) where most of the following steps take another length than those before."""
+    found, now = [], log[0]["row"]
+    for i, entry in enumerate(log):
+        if entry["row"] != now and mode(e["row"] for e in log[i : i + SMOOTH]) == entry["row"]:
+            now = entry["row"]
+            found.append((entry["tokens"] / 1e6, now))
+    return found
+
+
 def draw(progress: dict[str, Any], target: Path) -> None:
     """Losses above, recall by distance below, over tokens seen."""
     from matplotlib.figure import Figure
@@ -28,17 +38,9 @@ def draw(progress: dict[str, Any], target: Path) -> None:
     above, below = figure.subplots(2, 1, sharex=True)
     above.plot(tokens, smoothed([entry["plain"] for entry in log]), label="every token")
     above.plot(tokens, smoothed([entry["weighted"] for entry in log]), label="weighted (what is minimised)")
-    for before, after in pairwise(log):
-        if before["row"] != after["row"]:
-            above.axvline(after["tokens"] / 1e6, color="grey", linewidth=0.5)
-            above.text(
-                after["tokens"] / 1e6,
-                above.get_ylim()[1],
-                f" rows of {after['row']}",
-                rotation=90,
-                va="top",
-                fontsize=7,
-            )
+    for tokens_before, row in row_changes(log):
+        above.axvline(tokens_before, color="grey", linewidth=0.5)
+        above.text(tokens_before, above.get_ylim()[1], f" rows of {row}", rotation=90, va="top", fontsize=7)
     above.set_ylabel("loss, nats per token")
     above.legend()
     at = {entry["step"]: entry["tokens"] / 1e6 for entry in log}

@@ -20,13 +20,14 @@ from torch.multiprocessing.spawn import spawn
 from demo import books as library
 from demo import circuits, muon, tokenizer
 from demo.cases import recall_case, score
-from demo.mixture import Mixture, Stage, stage_at
+from demo.mixture import FIRST, Mixture, Stage, stage_at
 from demo.model import DemoModel, ModelConfig
 
 PROBES = (16, 64, 256, 512, 1024, 2048, 4000)  # tokens
 MICRO_TOKENS = 2048  # tokens per forward pass on a CPU: activations stay near the caches
 Z_WEIGHT = 1e-4
-DECAY = 0.45  # share of the run over which the learning rates fall to zero
+DECAY = 0.45  # share of the part before the drill over which the learning rates fall to zero
+RESTART = 0.5  # of the peak rates, at the start of the drill
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,10 @@ class Progress:
 
 
 def rate(share: float) -> float:
-    """Learning rate as a share of its peak: constant, then a linear decay to zero."""
-    return min(1.0, max(0.0, (1.0 - share) / DECAY))
+    """Learning rate as a share of its peak: constant, then a linear decay to zero; a second decay in the drill."""
+    if share < FIRST:
+        return min(1.0, (1.0 - share / FIRST) / DECAY)
+    return RESTART * max(0.0, (1.0 - share) / (1.0 - FIRST))
 
 
 def prepare_tokenizer(options: Options) -> None:
@@ -150,12 +153,12 @@ class Run:
         p, budget = self.progress, self.options.minutes * 60
         began = time.monotonic() - p.seconds
         saved = probed = p.seconds
-        stage = stage_at(self.agree(p.seconds / budget))
+        stage = stage_at(self.agree(p.seconds / budget), p.step + 1)
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(self.mixture.batch, stage)
             while (done := self.agree((time.monotonic() - began) / budget)) < 1.0:
                 batch, current = ahead.result(), stage
-                stage = stage_at(done)
+                stage = stage_at(done, p.step + 2)
                 ahead = pool.submit(self.mixture.batch, stage)
                 weighted, plain = self.step(current, batch, done)
                 p.step += 1
