@@ -3,43 +3,28 @@
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-from engine.client import EngineState, EngineUnavailable, EventStream
+from engine.client import EngineUnavailable, EventStream
 from engine.core import EngineCore
-from engine.messages import Cancel, Inbound, PlanSummary, Ready, Stats, Submit
-from engine.streams import Streams
+from engine.messages import Cancel, Inbound, PlanSummary, Ready, Submit
+from engine.streams import StreamingClient
 
 
-class LocalClient:
+class LocalClient(StreamingClient):
     """An EngineClient whose core steps on a thread of its own."""
 
     def __init__(self, core: EngineCore, summary: PlanSummary) -> None:
+        super().__init__(Ready(summary), core.stats())
         self._core = core
-        self._ready = Ready(summary)
-        self._state: EngineState = "starting"
-        self._stats = core.stats()
-        self._streams = Streams()
         self._inbox: list[Inbound] = []
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-
-    @property
-    def state(self) -> EngineState:
-        return self._state
-
-    @property
-    def ready(self) -> Ready | None:
-        return self._ready
-
-    @property
-    def stats(self) -> Stats:
-        return self._stats
 
     async def start(self) -> None:
         self._state = "ready"
         self._task = asyncio.create_task(self._run())
 
     async def wait_ready(self) -> Ready:
-        if self._state != "ready":
+        if self._state != "ready" or self._ready is None:
             raise EngineUnavailable(f"the engine is {self._state}", retry_after_s=5.0)
         return self._ready
 

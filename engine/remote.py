@@ -33,7 +33,7 @@ from engine.messages import (
     Stats,
     Submit,
 )
-from engine.streams import Streams
+from engine.streams import StreamingClient
 
 RESTART_DELAYS_S = (0.5, 1, 2, 4, 8, 15, 30)  # after the 1st, 2nd, ... death without a Ready between them
 STOP_GRACE_S = 5.0
@@ -45,34 +45,19 @@ DECODER = msgspec.msgpack.Decoder(list[Outbound])
 logger = logging.getLogger(__name__)
 
 
-class RemoteClient:
+class RemoteClient(StreamingClient):
     """An EngineClient over ZeroMQ."""
 
     def __init__(self, config: EngineConfig, on_loading: Callable[[Loading], None] | None = None) -> None:
+        super().__init__(None, Stats())
         self._config = config
         self._on_loading = on_loading
-        self._state: EngineState = "starting"
-        self._ready: Ready | None = None
-        self._stats = Stats()
-        self._streams = Streams()
         self._changed = asyncio.Condition()
         self._reason = "the engine is still loading its model"
         self._last_words: str | None = None  # why the process of now says it cannot start
         self._socket: zmq.asyncio.Socket | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
-
-    @property
-    def state(self) -> EngineState:
-        return self._state
-
-    @property
-    def ready(self) -> Ready | None:
-        return self._ready
-
-    @property
-    def stats(self) -> Stats:
-        return self._stats
 
     @property
     def process_id(self) -> int | None:

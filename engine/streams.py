@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import Iterable
 
-from engine.messages import Done, Event, Failed, Submit
+from engine.client import EngineState
+from engine.messages import Done, Event, Failed, Ready, Stats, Submit
 
 
 class QueuedStream:
@@ -62,3 +63,25 @@ class Streams:
     def fail_all(self, message: str) -> None:
         """End every open stream with Failed(kind="engine")."""
         self.deliver([Failed(request_id, "engine", message) for request_id in self._streams])
+
+
+class StreamingClient:
+    """What every EngineClient keeps: its state, the plan, the newest figures, and the open streams."""
+
+    def __init__(self, ready: Ready | None, stats: Stats) -> None:
+        self._state: EngineState = "starting"
+        self._ready = ready
+        self._stats = stats
+        self._streams = Streams()
+
+    @property
+    def state(self) -> EngineState:
+        return self._state
+
+    @property
+    def ready(self) -> Ready | None:
+        return self._ready
+
+    @property
+    def stats(self) -> Stats:
+        return self._stats
