@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +56,7 @@ class Moments:
         self.sums = {name: torch.zeros(layer.in_features, layer.in_features) for name, layer in layers.items()}
         self.handles = [layer.register_forward_pre_hook(self.hook(name)) for name, layer in layers.items()]
 
-    def hook(self, name: str):  # type: ignore[no-untyped-def]
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         """The forward pre-hook of one layer."""
 
         def collect(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
