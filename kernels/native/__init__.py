@@ -1,0 +1,32 @@
+"""The C++ kernels, for every native back end: the extension module when it was built, the reason when it was not.
+
+The module is built with the package. Without a C++20 compiler the package installs all the same, without it.
+"""
+
+import torch
+
+try:
+    from kernels.native import _native
+
+    MISSING: str | None = None
+except ImportError as error:
+    MISSING = f"the C++ kernels are not built ({error}): install a C++20 compiler and install Nibble again"
+
+__all__ = ["MISSING", "refusal", "set_num_threads"]
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no native kernel can serve activations of `dtype` on `device`, or None."""
+    if MISSING is not None:
+        return MISSING
+    if device.type != "cpu":
+        return f"native kernels run on the CPU, not on {device.type}"
+    if dtype != torch.float32:
+        return f"native kernels take float32 activations, not {dtype}"
+    return None
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Threads of the native kernels' own pool; no effect without them. Raises ValueError below 1."""
+    if MISSING is None:
+        _native.set_num_threads(num_threads)

@@ -1,0 +1,23 @@
+// Which instruction set runs: the best the processor has, or the one a test asks for.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace nibble {
+
+struct LinearOps;
+
+// Every kernel of one instruction set.
+struct Isa {
+  const char* name;
+  const LinearOps* linear;
+};
+
+const Isa& active_isa();
+std::vector<std::string> supported_isas();  // of this machine, best first
+
+// Throws std::invalid_argument, naming those that exist, for one this machine or this build does not have.
+void use_isa(const std::string& name);
+
+}  // namespace nibble

@@ -1,0 +1,107 @@
+// 16 lanes in AVX-512 (F, BW, DQ, VL, VNNI): one register each.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace nibble::avx512 {
+
+using Floats = __m512;  // 16 float32
+using Ints = __m512i;   // 16 int32
+using Bytes = __m512i;  // 64 bytes; lane i of a dot product takes bytes 4i .. 4i + 3
+
+inline constexpr bool kFastDot = true;  // dot() is one instruction
+
+inline Floats zero() { return _mm512_setzero_ps(); }
+inline Floats set1(float x) { return _mm512_set1_ps(x); }
+inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }    // a b + c, rounded once
+inline Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b, rounded once
+// As the instruction: b when either is NaN.
+inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats sqrt(Floats a) { return _mm512_sqrt_ps(a); }
+inline Floats round(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Floats load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline void store_f16(uint16_t* p, Floats x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline Floats load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+
+inline Ints izero() { return _mm512_setzero_si512(); }
+inline Ints iset1(int32_t x) { return _mm512_set1_epi32(x); }
+inline Ints iload(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline void istore(int32_t* p, Ints x) { _mm512_storeu_si512(p, x); }
+inline Ints iadd(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints isub(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+inline Ints imul(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+inline Ints iand(Ints a, Ints b) { return _mm512_and_si512(a, b); }
+inline Ints imax_unsigned(Ints a, Ints b) { return _mm512_max_epu32(a, b); }
+template <int N>
+inline Ints ishl(Ints a) { return _mm512_slli_epi32(a, N); }
+template <int N>
+inline Ints isra(Ints a) { return _mm512_srai_epi32(a, N); }
+inline Ints load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+inline void store_i8(int8_t* p, Ints x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(x)); }  // saturates
+inline Floats to_float(Ints x) { return _mm512_cvtepi32_ps(x); }
+inline Ints to_int(Floats x) { return _mm512_cvtps_epi32(x); }  // to nearest, ties to even
+inline Ints bits(Floats x) { return _mm512_castps_si512(x); }
+inline Floats as_float(Ints x) { return _mm512_castsi512_ps(x); }
+// Lane i: x where i < count, other elsewhere.
+inline Floats first(int count, Floats x, Floats other) {
+  return _mm512_mask_blend_ps(count >= 16 ? 0xffff : (__mmask16)((1u << (count < 0 ? 0 : count)) - 1), other, x);
+}
+
+inline Bytes bload(const void* p) { return _mm512_loadu_si512(p); }
+inline void bstore(void* p, Bytes x) { _mm512_storeu_si512(p, x); }
+inline Bytes bset1(uint8_t x) { return _mm512_set1_epi8((char)x); }
+inline Bytes band(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
+inline Bytes bor(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+inline Bytes badd(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+// Shifts act on 16-bit words: what crosses from one byte into the next is for the caller to mask away.
+template <int N>
+inline Bytes bshr(Bytes a) { return _mm512_srli_epi16(a, N); }
+template <int N>
+inline Bytes bshl(Bytes a) { return _mm512_slli_epi16(a, N); }
+// table[index], 16 entries; indices must be below 16.
+inline Bytes lookup(Bytes table, Bytes index) { return _mm512_shuffle_epi8(table, index); }
+inline Bytes load_table(const uint8_t* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
+// Bytes that hold `value` where the bit of `mask` (8 bytes, bit i of the whole for byte i) is set, else 0.
+inline Bytes bspread(const uint8_t* mask, uint8_t value) {
+  uint64_t m;
+  __builtin_memcpy(&m, mask, 8);
+  return _mm512_maskz_mov_epi8((__mmask64)m, _mm512_set1_epi8((char)value));
+}
+// Lane i: acc + sum of u[4i + j] * s[j], j < 4; u unsigned, s signed. Exact.
+inline Ints dot(Ints acc, Bytes u, const int8_t* s) {
+  int32_t four;
+  __builtin_memcpy(&four, s, 4);
+  return _mm512_dpbusd_epi32(acc, u, _mm512_set1_epi32(four));
+}
+inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+// The sum of 16 lanes, in the order ((0+8)+(4+12)) + ... that every instruction set follows.
+inline float reduce_add(Floats x) {
+  __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
+inline float reduce_max(Floats x) {
+  __m256 a = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+}
+inline int32_t ireduce_add(Ints x) { return _mm512_reduce_add_epi32(x); }
+inline uint32_t ireduce_max_unsigned(Ints x) { return _mm512_reduce_max_epu32(x); }
+
+}  // namespace nibble::avx512
