@@ -6,5 +6,8 @@
 namespace nibble {
 
 void bind_linear(nanobind::module_& m);
+void bind_dense(nanobind::module_& m);
+void bind_attention(nanobind::module_& m);
+void bind_rows(nanobind::module_& m);
 
 }  // namespace nibble

@@ -3,13 +3,16 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "attention.hpp"
+#include "dense.hpp"
 #include "linear.hpp"
+#include "rows.hpp"
 
 namespace nibble {
 namespace {
 
 #define NIBBLE_TABLE(isa) \
-  { #isa, &isa::linear_ops }
+  { #isa, &isa::linear_ops, &isa::dense_ops, &isa::attention_ops, &isa::rows_ops }
 
 #if defined(__x86_64__)
 bool has_avx512() {

@@ -7,11 +7,17 @@
 namespace nibble {
 
 struct LinearOps;
+struct DenseOps;
+struct AttentionOps;
+struct RowOps;
 
 // Every kernel of one instruction set.
 struct Isa {
   const char* name;
   const LinearOps* linear;
+  const DenseOps* dense;
+  const AttentionOps* attention;
+  const RowOps* rows;
 };
 
 const Isa& active_isa();

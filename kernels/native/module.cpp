@@ -16,4 +16,7 @@ NB_MODULE(_native, m) {
   m.def("num_threads", [] { return Pool::instance().num_threads(); });
   m.def("set_num_threads", [](int n) { Pool::instance().set_num_threads(n); }, nb::arg("num_threads"));
   bind_linear(m);
+  bind_dense(m);
+  bind_attention(m);
+  bind_rows(m);
 }
