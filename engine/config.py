@@ -9,6 +9,8 @@ from typing import Literal
 import msgspec
 
 Device = Literal["auto", "cpu", "cuda"]
+Activations = Literal["int8", "float"]
+HeadBits = Literal[8, 16]
 PAGE_SIZES = (16, 32, 64, 128)
 KV_SHARE_OF_FREE_MEMORY = 0.5  # of what is free once weights are counted, when --kv-memory is not given
 SMALL_MODEL_BYTES = 16 << 20  # below this one thread decodes faster: waiting for the others costs more than their help
@@ -33,6 +35,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     max_batch_tokens: int = 512
     prefix_caching: bool = True
     threads: int | None = None
+    activations: Activations = "int8"  # what multiplies quantized weights where a kernel can choose
+    head_bits: HeadBits = 8  # of an output head that the checkpoint left in 16 or 32 bits; 16 keeps it as it is
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
@@ -59,6 +63,8 @@ class Plan(msgspec.Struct, frozen=True):
     max_batch_tokens: int
     prefix_caching: bool
     threads: int
+    activations: Activations
+    head_bits: HeadBits
 
     @property
     def num_kv_tokens(self) -> int:
@@ -87,6 +93,8 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Plan:
         max_batch_tokens=config.max_batch_tokens,
         prefix_caching=config.prefix_caching,
         threads=config.threads or (1 if facts.weight_bytes < SMALL_MODEL_BYTES else facts.num_cores),
+        activations=config.activations,
+        head_bits=config.head_bits,
     )
 
 

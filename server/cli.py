@@ -147,7 +147,7 @@ def _option(name: str, field: FieldInfo) -> Any:
 def _metavar(field: FieldInfo) -> str:
     """What --help shows for a value: the choices, or N, or text."""
     if get_origin(field.annotation) is Literal:
-        return "|".join(get_args(field.annotation))
+        return "|".join(map(str, get_args(field.annotation)))
     if field.annotation is bool:
         return ""
     kinds = config.kinds(field)

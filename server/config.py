@@ -10,13 +10,13 @@ import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from engine.config import PAGE_SIZES, Device, EngineConfig
+from engine.config import PAGE_SIZES, Activations, Device, EngineConfig, HeadBits
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 PREFIX = "NIBBLE_"
@@ -41,6 +41,11 @@ def parse_size(value: object) -> object:
     if match is None or match[2].lower() not in UNITS:
         raise ValueError(f"'{value}' is not a size; write it like 4GiB, 512MiB or 2GB")
     return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def parse_number(value: object) -> object:
+    """An integer from its digits: what a flag or a variable gives for a choice of numbers."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]  # bytes
@@ -80,6 +85,12 @@ class ServerConfig(BaseSettings):
     threads: int | None = setting(
         None, "Engine", "CPU threads. Default: one per core; one for models below 16 MiB, which run faster so.", ge=1
     )
+    activations: Activations = setting(
+        "int8", "Engine", "What multiplies quantized weights: int8 (rounded block by block, fast) or float (exact, slow)."
+    )
+    head_bits: Annotated[HeadBits, BeforeValidator(parse_number)] = setting(
+        8, "Engine", "Bits of an output head that the checkpoint left unquantized; 16 keeps it as it is."
+    )
     max_num_seqs: int = setting(64, "Engine", "Most sequences in one step.", ge=1)
     max_batch_tokens: int = setting(512, "Engine", "Most tokens in one step; long prompts are split.", ge=1)
 
@@ -104,6 +115,8 @@ class ServerConfig(BaseSettings):
             max_batch_tokens=self.max_batch_tokens,
             prefix_caching=self.prefix_caching,
             threads=self.threads,
+            activations=self.activations,
+            head_bits=self.head_bits,
         )
 
 
@@ -150,7 +163,7 @@ FILE_TYPES = {int: "a whole number", float: "a number", bool: "true or false", s
 
 def kinds(field: FieldInfo) -> set[Any]:
     """The types a setting may have; of a plain Size, pydantic has kept the parts."""
-    is_size = any(isinstance(part, BeforeValidator) for part in field.metadata)
+    is_size = any(isinstance(part, BeforeValidator) and part.func is parse_size for part in field.metadata)
     return {field.annotation, *get_args(field.annotation)} | ({Size} if is_size else set())
 
 
@@ -160,6 +173,8 @@ def file_types(field: FieldInfo) -> tuple[type, ...]:
         return (int, str)
     if float in kinds(field):
         return (int, float)
+    if get_origin(field.annotation) is Literal:
+        return tuple({type(choice) for choice in get_args(field.annotation)})
     return next(((kind,) for kind in (bool, int) if kind in kinds(field)), (str,))
 
 

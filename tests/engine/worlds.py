@@ -69,6 +69,8 @@ def make_core(
         max_batch_tokens=max_batch_tokens,
         prefix_caching=True,
         threads=1,
+        activations="int8",
+        head_bits=8,
     )
     manager = KVCacheManager(num_pages, page_size, salt="test")
     runner = Runner(HashModel(), storage.layers)
