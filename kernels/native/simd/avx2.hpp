@@ -92,6 +92,11 @@ inline Floats to_float(Ints x) { NIBBLE_PAIR(Floats, _mm256_cvtepi32_ps(x.a), _m
 inline Ints to_int(Floats x) { NIBBLE_PAIR(Ints, _mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)); }
 inline Ints bits(Floats x) { NIBBLE_PAIR(Ints, _mm256_castps_si256(x.a), _mm256_castps_si256(x.b)); }
 inline Floats as_float(Ints x) { NIBBLE_PAIR(Floats, _mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)); }
+inline Floats scale_by_power_of_2(Floats x, Floats n) {  // in two steps, of which only the second rounds
+  Ints whole = to_int(n), half = isra<1>(whole), bias = iset1(127);
+  x = mul(x, as_float(ishl<23>(iadd(half, bias))));
+  return mul(x, as_float(ishl<23>(iadd(isub(whole, half), bias))));
+}
 inline Floats first(int count, Floats x, Floats other) {
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes);

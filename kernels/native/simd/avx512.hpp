@@ -55,6 +55,8 @@ inline Floats to_float(Ints x) { return _mm512_cvtepi32_ps(x); }
 inline Ints to_int(Floats x) { return _mm512_cvtps_epi32(x); }  // to nearest, ties to even
 inline Ints bits(Floats x) { return _mm512_castps_si512(x); }
 inline Floats as_float(Ints x) { return _mm512_castsi512_ps(x); }
+// x 2^n, rounded once; x is a normal number of modest size or NaN, n an integer of at most 200 in magnitude.
+inline Floats scale_by_power_of_2(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 // Lane i: x where i < count, other elsewhere.
 inline Floats first(int count, Floats x, Floats other) {
   return _mm512_mask_blend_ps(count >= 16 ? 0xffff : (__mmask16)((1u << (count < 0 ? 0 : count)) - 1), other, x);

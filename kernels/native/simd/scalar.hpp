@@ -130,6 +130,11 @@ inline Floats as_float(Ints x) {
   std::memcpy(out.v, x.v, sizeof x.v);
   return out;
 }
+inline Floats scale_by_power_of_2(Floats x, Floats n) {  // in two steps, of which only the second rounds
+  Ints whole = to_int(n), half = isra<1>(whole), bias = iset1(127);
+  x = mul(x, as_float(ishl<23>(iadd(half, bias))));
+  return mul(x, as_float(ishl<23>(iadd(isub(whole, half), bias))));
+}
 inline Floats first(int count, Floats x, Floats other) {
   return each([&](int i) { return i < count ? x.v[i] : other.v[i]; });
 }
