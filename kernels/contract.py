@@ -1,8 +1,9 @@
 """What a kernel promises: the specs it is asked about, the verbs it offers, and how one is chosen.
 
 A *family* (``affine``, ``dense``, ...) has one weight layout and several back ends ("reference", "native",
-"triton"). A back end says whether it can serve a spec (``refuses``), repacks weights once (``prepare``) and then
-runs (``linear``). ``select`` picks the first back end that does not refuse; nothing falls back silently.
+"triton"). A back end says whether it can serve a spec (``refuses``), repacks weights once (``prepare``), binds
+matrices that read the same input (``join``) and then runs (``linear``). ``select`` picks the first back end that does
+not refuse; nothing falls back silently.
 """
 
 from collections.abc import Sequence
@@ -79,8 +80,19 @@ class LinearKernel(Kernel, Protocol):
         """Repack canonical weights for this back end, once, at load."""
         ...
 
-    def linear(self, x: Tensor, prepared: Any) -> Tensor:
-        """Return x @ W^T.  x: [num_tokens, in_features]; result [num_tokens, out_features], x's dtype."""
+    def join(self, prepared: Sequence[Any]) -> Any | None:
+        """Return what `linear` takes for matrices that read the same input; None when they must go one by one.
+
+        One matrix can always be joined with itself alone.
+        """
+        ...
+
+    def linear(self, x: Tensor, joined: Any) -> tuple[Tensor, ...]:
+        """Return x @ W^T for each joined matrix W, in order.
+
+        x: [num_tokens, in_features]; each result [num_tokens, out_features] of its matrix, x's dtype. Raises
+        ValueError, naming both, when x is not as wide as the matrices.
+        """
         ...
 
 

@@ -26,7 +26,8 @@ def planted(weights: AffineWeights, bug: str) -> AffineWeights:
 
 
 def multiply(x: Tensor, weights: AffineWeights) -> Tensor:
-    return AffineReference().linear(x, weights)
+    (y,) = AffineReference().linear(x, (weights,))
+    return y
 
 
 @pytest.mark.parametrize("bug", ["zero point off by one", "one group's scale off by 1.0001"])

@@ -17,15 +17,17 @@ from kernels.contract import ActivationKernel, AttentionInputs, AttentionKernel,
 from kernels.linear.weights import Permutation
 
 
-@dataclass(frozen=True)
 class BoundTerm:
     """One term of a linear layer, repacked by the kernel that multiplies it."""
 
-    kernel: LinearKernel
-    prepared: Any  # what kernel.prepare returned
+    def __init__(self, kernel: LinearKernel, prepared: Any) -> None:
+        """prepared: what kernel.prepare returned."""
+        self._kernel = kernel
+        self._joined = kernel.join([prepared])
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.kernel.linear(x, self.prepared)
+        (y,) = self._kernel.linear(x, self._joined)
+        return y
 
 
 class Linear:

@@ -16,13 +16,20 @@ MAX_BLOCK_ELEMENTS = 1 << 20  # of one dequantized block: 4 MB of float32, which
 TILE_TOKENS = 16
 
 
+def check_width(x: Tensor, in_features: int) -> None:
+    """Raise ValueError when x is not [num_tokens, in_features]."""
+    if x.ndim != 2 or x.shape[1] != in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}, the weights take [num_tokens, {in_features}]")
+
+
 def multiply_by_blocks(x: Tensor, shape: tuple[int, int], rows: Callable[[int, int], Tensor]) -> Tensor:
     """Return x @ W^T in x's dtype, computed in float32, without ever holding a float32 copy of W.
 
     x: [num_tokens, in_features]; shape: (out_features, in_features) of W; rows(start, stop) returns rows
-    start..stop of W as [stop - start, in_features] float32.
+    start..stop of W as [stop - start, in_features] float32. Raises ValueError when x is not as wide as W.
     """
     out_features, in_features = shape
+    check_width(x, in_features)
     block = max(1, MAX_BLOCK_ELEMENTS // in_features)
     num_tokens = x.shape[0]
     padded = torch.nn.functional.pad(x.float(), (0, 0, 0, -num_tokens % TILE_TOKENS))

@@ -31,7 +31,7 @@ def check(kernel: LinearKernel, term: Term, num_tokens: int, dtype: torch.dtype 
     if reason is not None:
         pytest.skip(reason)
     x = torch.randn(num_tokens, term.in_features, generator=torch.Generator().manual_seed(7)).to(dtype)
-    result = kernel.linear(x, kernel.prepare(term))
+    (result,) = kernel.linear(x, kernel.join([kernel.prepare(term)]))
     exact, matrix = x.double(), term.dequantize().double()
     assert result.dtype == dtype
     assert_within(result, exact @ matrix.T, dot_bound(exact, matrix, dtype), term.describe())
@@ -115,3 +115,30 @@ def test_an_unknown_family_is_named_with_those_that_exist() -> None:
 def test_a_kernel_asked_for_by_name_is_never_replaced() -> None:
     with pytest.raises(KernelRefused, match=r"no kernel 'native2' for .*there is: reference"):
         select(kernels_for("affine"), LinearSpec(7, 3, torch.device("cpu"), torch.float32), only="native2")
+
+
+@pytest.mark.parametrize("family", families("kernels.linear"))
+def test_joined_matrices_give_what_each_gives_alone(family: str) -> None:
+    """Results in the order of the matrices, and none of them touched by its neighbours."""
+    terms: dict[str, list[Term]] = {
+        "affine": [random_affine(bits, 96, 7 * bits, 32, torch.float16, bits) for bits in (4, 2)],
+        "dense": [random_dense(96, rows, torch.float16, rows) for rows in (17, 5)],
+    }
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(8))
+    for kernel in kernels_for(family):
+        prepared = [kernel.prepare(term) for term in terms[family]]
+        alone = [kernel.linear(x, kernel.join([one]))[0] for one in prepared]
+        together = kernel.linear(x, kernel.join(prepared))
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("family", families("kernels.linear"))
+def test_activations_of_another_width_are_refused(family: str) -> None:
+    """A native kernel handed the address of narrower rows would read past them."""
+    terms: dict[str, Term] = {
+        "affine": random_affine(4, 96, 17, 32, torch.float16, 5),
+        "dense": random_dense(96, 17, torch.float16, 5),
+    }
+    for kernel in kernels_for(family):
+        with pytest.raises(ValueError, match=r"\(2, 95\).*96"):
+            kernel.linear(torch.zeros(2, 95), kernel.join([kernel.prepare(terms[family])]))

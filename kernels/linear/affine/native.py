@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels import native
 from kernels.contract import LinearSpec
 from kernels.linear.affine.layout import AffineWeights
+from kernels.linear.blocks import check_width
 
 if native.MISSING is None or TYPE_CHECKING:
     from kernels.native import _native
@@ -22,6 +23,7 @@ class Joined:
     """Matrices that read the same activations."""
 
     group: "_native.Group"
+    in_features: int
     rows: tuple[int, ...]  # out_features of each
 
 
@@ -59,10 +61,12 @@ class AffineNative:
         """None when the matrices cut their channels into blocks of different lengths."""
         if len({packed.block_channels for packed in prepared}) != 1:
             return None
-        return Joined(_native.Group(list(prepared)), tuple(packed.num_rows for packed in prepared))
+        rows = tuple(packed.num_rows for packed in prepared)
+        return Joined(_native.Group(list(prepared)), prepared[0].num_channels, rows)
 
     def linear(self, x: Tensor, joined: Joined) -> tuple[Tensor, ...]:
         """x: [num_tokens, K] float32 -> [num_tokens, N] float32 for each matrix."""
+        check_width(x, joined.in_features)
         x = x.contiguous()
         outs = tuple(torch.empty(x.shape[0], rows) for rows in joined.rows)
         joined.group.run(x.data_ptr(), x.shape[0], [out.data_ptr() for out in outs])

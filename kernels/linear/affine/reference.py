@@ -1,5 +1,7 @@
 """The definition of the affine family: dequantize, then multiply in float32."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from kernels.contract import LinearSpec
@@ -22,6 +24,9 @@ class AffineReference:
     def prepare(self, weights: AffineWeights) -> AffineWeights:
         return weights
 
-    def linear(self, x: Tensor, prepared: AffineWeights) -> Tensor:
-        """x: [num_tokens, K] -> [num_tokens, N], x's dtype."""
-        return multiply_by_blocks(x, (prepared.out_features, prepared.in_features), prepared.dequantize_rows)
+    def join(self, prepared: Sequence[AffineWeights]) -> tuple[AffineWeights, ...]:
+        return tuple(prepared)
+
+    def linear(self, x: Tensor, joined: tuple[AffineWeights, ...]) -> tuple[Tensor, ...]:
+        """x: [num_tokens, K] -> [num_tokens, N] of each matrix, x's dtype."""
+        return tuple(multiply_by_blocks(x, (w.out_features, w.in_features), w.dequantize_rows) for w in joined)

@@ -42,3 +42,7 @@ class DenseWeights:
     def dequantize(self) -> Tensor:
         """[N, K] float32."""
         return self.weight.float()
+
+    def dequantize_rows(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop, [stop - start, K] float32."""
+        return self.weight[start:stop].float()

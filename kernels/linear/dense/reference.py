@@ -1,5 +1,7 @@
 """The definition of the dense family: multiply in float32."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from kernels.contract import LinearSpec
@@ -21,7 +23,9 @@ class DenseReference:
     def prepare(self, weights: DenseWeights) -> DenseWeights:
         return weights
 
-    def linear(self, x: Tensor, prepared: DenseWeights) -> Tensor:
-        """x: [num_tokens, K] -> [num_tokens, N], x's dtype."""
-        weight = prepared.weight  # [N, K]
-        return multiply_by_blocks(x, (weight.shape[0], weight.shape[1]), lambda start, stop: weight[start:stop].float())
+    def join(self, prepared: Sequence[DenseWeights]) -> tuple[DenseWeights, ...]:
+        return tuple(prepared)
+
+    def linear(self, x: Tensor, joined: tuple[DenseWeights, ...]) -> tuple[Tensor, ...]:
+        """x: [num_tokens, K] -> [num_tokens, N] of each matrix, x's dtype."""
+        return tuple(multiply_by_blocks(x, (w.out_features, w.in_features), w.dequantize_rows) for w in joined)
