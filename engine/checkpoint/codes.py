@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.errors import TensorError
-from kernels.linear.affine.layout import pack_codes, unpack_codes
+from kernels.linear.bitstream import pack_codes, unpack_codes
 
 CODES_AT_ONCE = 1 << 18  # reorder_codes works on so many, one byte each, that they stay in the cache of a core
 

@@ -7,7 +7,8 @@ import torch
 
 from kernels.contract import KernelRefused, LinearKernel, LinearSpec, select
 from kernels.linear import blocks
-from kernels.linear.affine.layout import MAX_BITS, AffineWeights
+from kernels.linear.affine.layout import AffineWeights
+from kernels.linear.bitstream import MAX_BITS
 from kernels.linear.dense.layout import DenseWeights
 from kernels.linear.registry import kernels_for
 from kernels.linear.weights import Term

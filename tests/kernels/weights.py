@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.linear.affine.layout import AffineWeights, pack_codes
+from kernels.linear.affine.layout import AffineWeights
+from kernels.linear.bitstream import pack_codes
 from kernels.linear.dense.layout import DenseWeights
 
 

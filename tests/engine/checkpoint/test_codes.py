@@ -5,7 +5,7 @@ import torch
 
 from engine.checkpoint import codes
 from engine.checkpoint.errors import TensorError
-from kernels.linear.affine.layout import pack_codes, unpack_codes
+from kernels.linear.bitstream import pack_codes, unpack_codes
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
