@@ -5,6 +5,7 @@
 #include "bind.hpp"
 #include "isa.hpp"
 #include "pool.hpp"
+#include "quantize.hpp"
 
 namespace nb = nanobind;
 
@@ -15,6 +16,18 @@ NB_MODULE(_native, m) {
   m.def("use_isa", &use_isa, nb::arg("name"));
   m.def("num_threads", [] { return Pool::instance().num_threads(); });
   m.def("set_num_threads", [](int n) { Pool::instance().set_num_threads(n); }, nb::arg("num_threads"));
+  nb::enum_<FloatType>(m, "FloatType")
+      .value("f16", FloatType::f16)
+      .value("bf16", FloatType::bf16)
+      .value("f32", FloatType::f32);
+  m.def(
+      "quantize_rows",
+      [](uintptr_t weights, FloatType type, int64_t rows, int64_t channels, int64_t group, uintptr_t codes,
+         uintptr_t scales) {
+        quantize_rows((const void*)weights, type, rows, channels, group, (uint8_t*)codes, (float*)scales);
+      },
+      nb::arg("weights"), nb::arg("type"), nb::arg("num_rows"), nb::arg("num_channels"), nb::arg("group"),
+      nb::arg("codes"), nb::arg("scales"), nb::call_guard<nb::gil_scoped_release>());
   bind_linear(m);
   bind_dense(m);
   bind_attention(m);
