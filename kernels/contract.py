@@ -27,6 +27,9 @@ class LinearSpec:
     device: torch.device
     dtype: torch.dtype  # of the activations
     detail: str = ""  # what the weights are, for logs and refusals: "4-bit g64"
+    bits: int = 0  # of a code or an element; 0 when not known
+    group_size: int = 0  # channels that share a scale; in_features for a whole row
+    exact_activations: bool = False  # whether the kernel must not round activations
 
     def __str__(self) -> str:
         return f"a {self.detail} linear layer of {self.out_features} x {self.in_features} on {self.device.type}"

@@ -28,6 +28,16 @@ class Term(Protocol):
     def out_features(self) -> int: ...
 
     @property
+    def bits(self) -> int:
+        """Of one code or element."""
+        ...
+
+    @property
+    def group_size(self) -> int:
+        """Input channels that share a scale; in_features when a row has one or none."""
+        ...
+
+    @property
     def num_bytes(self) -> int:
         """Bytes that must be read once per token: codes, scales, zero points."""
         ...

@@ -40,6 +40,12 @@ class AffineNative:
     name = "native"
 
     def refuses(self, spec: LinearSpec) -> str | None:
+        if spec.exact_activations:
+            return "rounds activations to 8 bits, and exact ones were asked for"
+        if spec.bits not in BITS:
+            return f"{spec.bits}-bit codes have no packed form; {', '.join(map(str, BITS))} bits have"
+        if spec.group_size % 16 and spec.group_size < spec.in_features:
+            return f"groups of {spec.group_size} channels are neither a multiple of 16 nor the whole row"
         return native.refusal(spec.device, spec.dtype)
 
     def prepare(self, weights: AffineWeights) -> "_native.Packed":

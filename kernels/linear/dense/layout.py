@@ -33,6 +33,14 @@ class DenseWeights:
         return self.weight.shape[0]
 
     @property
+    def bits(self) -> int:
+        return 8 * self.weight.element_size()
+
+    @property
+    def group_size(self) -> int:
+        return self.in_features
+
+    @property
     def num_bytes(self) -> int:
         return self.weight.numel() * self.weight.element_size()
 
