@@ -11,9 +11,10 @@ from kernels.linear.affine.layout import AffineWeights
 from kernels.linear.bitstream import MAX_BITS
 from kernels.linear.dense.layout import DenseWeights
 from kernels.linear.registry import kernels_for
+from kernels.linear.table.tables import NF4
 from kernels.linear.weights import Term
 from kernels.registry import families
-from tests.kernels.weights import affine_by_hand, random_affine, random_dense
+from tests.kernels.weights import affine_by_hand, random_affine, random_dense, random_table
 from tests.tolerance import EPS, assert_within, dot_bound
 
 SHAPES = [  # num_tokens, in_features, out_features, group_size
@@ -76,6 +77,7 @@ def test_activations_keep_their_dtype(family: str) -> None:
     terms: dict[str, Term] = {
         "affine": random_affine(4, 96, 17, 32, torch.float16, 5),
         "dense": random_dense(96, 17, torch.float16, 5),
+        "table": random_table(NF4, 96, 17, 32, torch.float16, 5),
     }
     for kernel in kernels_for(family):
         check(kernel, terms[family], 6, torch.bfloat16)
@@ -124,6 +126,7 @@ def test_joined_matrices_give_what_each_gives_alone(family: str) -> None:
     terms: dict[str, list[Term]] = {
         "affine": [random_affine(bits, 96, 7 * bits, 32, torch.float16, bits) for bits in (4, 2)],
         "dense": [random_dense(96, rows, torch.float16, rows) for rows in (17, 5)],
+        "table": [random_table(NF4, 96, rows, 32, torch.float16, rows) for rows in (17, 5)],
     }
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(8))
     for kernel in kernels_for(family):
@@ -139,6 +142,7 @@ def test_activations_of_another_width_are_refused(family: str) -> None:
     terms: dict[str, Term] = {
         "affine": random_affine(4, 96, 17, 32, torch.float16, 5),
         "dense": random_dense(96, 17, torch.float16, 5),
+        "table": random_table(NF4, 96, 17, 32, torch.float16, 5),
     }
     for kernel in kernels_for(family):
         with pytest.raises(ValueError, match=r"\(2, 95\).*96"):

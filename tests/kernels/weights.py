@@ -6,6 +6,7 @@ from torch import Tensor
 from kernels.linear.affine.layout import AffineWeights
 from kernels.linear.bitstream import pack_codes
 from kernels.linear.dense.layout import DenseWeights
+from kernels.linear.table.layout import TableWeights
 
 
 def random_affine(
@@ -25,16 +26,62 @@ def random_dense(in_features: int, out_features: int, dtype: torch.dtype, seed: 
     return DenseWeights(torch.randn(out_features, in_features, generator=random).to(dtype))
 
 
+def random_table(
+    table: tuple[float, ...], in_features: int, out_features: int, group_size: int, scale_dtype: torch.dtype, seed: int
+) -> TableWeights:
+    """Codes over the whole table; scales over two octaves, with a factor where they are of one byte."""
+    random = torch.Generator().manual_seed(seed)
+    bits = max(1, (len(table) - 1).bit_length())
+    codes = torch.randint(0, len(table), (out_features, in_features), generator=random, dtype=torch.uint8)
+    shape = (out_features, -(-in_features // group_size))  # [N, groups]
+    factor = 1.0
+    if scale_dtype == torch.float8_e8m0fnu:
+        scales = torch.randint(125, 129, shape, generator=random, dtype=torch.uint8).view(scale_dtype)  # 2^-2 .. 2^1
+    elif scale_dtype == torch.float8_e4m3fn:
+        scales = torch.randint(1, 127, shape, generator=random, dtype=torch.uint8).view(scale_dtype)
+        factor = 0.013
+    else:
+        scales = (torch.rand(shape, generator=random) + 0.1).to(scale_dtype)
+    return TableWeights(bits, in_features, group_size, pack_codes(codes, bits), scales, table, factor)
+
+
+def codes_by_hand(codes: Tensor, bits: int, in_features: int) -> list[list[int]]:
+    """Codes taken from each row's bytes read as one big integer."""
+    streams = [int.from_bytes(bytes(row), "little") for row in codes.tolist()]
+    return [[stream >> k * bits & 2**bits - 1 for k in range(in_features)] for stream in streams]
+
+
 def affine_by_hand(weights: AffineWeights) -> Tensor:
-    """scale * (code - zero) in float64, [N, K], codes taken from each row's bytes read as one big integer."""
-    rows: list[list[float]] = []
+    """scale * (code - zero) in float64, [N, K]."""
     scales, zeros = weights.scales.double().tolist(), weights.zeros.double().tolist()
-    for n, packed in enumerate(weights.codes.tolist()):
-        stream = int.from_bytes(bytes(packed), "little")
-        row: list[float] = []
-        for k in range(weights.in_features):
-            code = stream >> k * weights.bits & 2**weights.bits - 1
-            group = k // weights.group_size
-            row.append(scales[n][group] * (code - zeros[n][group]))
-        rows.append(row)
+    group_size = weights.group_size
+    codes = codes_by_hand(weights.codes, weights.bits, weights.in_features)
+    rows = [
+        [scales[n][k // group_size] * (code - zeros[n][k // group_size]) for k, code in enumerate(row)]
+        for n, row in enumerate(codes)
+    ]
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def table_by_hand(weights: TableWeights) -> Tensor:
+    """table[code] * (scale * factor) in float64, [N, K]; scales of one byte read bit by bit."""
+    group_size = weights.group_size
+    codes = codes_by_hand(weights.codes, weights.bits, weights.in_features)
+    rows = []
+    for scales, row in zip(scales_by_hand(weights.scales), codes, strict=True):
+        rows.append([weights.table[code] * scales[k // group_size] * weights.factor for k, code in enumerate(row)])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def scales_by_hand(scales: Tensor) -> list[list[float]]:
+    if scales.dtype == torch.float8_e8m0fnu:
+        return [[2.0 ** (byte - 127) for byte in row] for row in scales.view(torch.uint8).tolist()]
+    if scales.dtype == torch.float8_e4m3fn:
+        return [[e4m3_by_hand(byte) for byte in row] for row in scales.view(torch.uint8).tolist()]
+    rows: list[list[float]] = scales.double().tolist()
+    return rows
+
+
+def e4m3_by_hand(byte: int) -> float:
+    sign, exponent, fraction = -1.0 if byte & 128 else 1.0, byte >> 3 & 15, byte & 7
+    return sign * (fraction / 8 * 2.0**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7))

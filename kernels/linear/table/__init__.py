@@ -1,0 +1,6 @@
+"""The table family: w = scale * table[code] with at most 16 entries."""
+
+from kernels.contract import LinearKernel
+from kernels.linear.table.reference import TableReference
+
+KERNELS: tuple[LinearKernel, ...] = (TableReference(),)  # fastest first
