@@ -1,0 +1,6 @@
+"""Quantized pages, the recent tokens and the first few in high precision."""
+
+from kernels.attention.quantized.cache import QuantizedKernel
+from kernels.attention.quantized.reference import QuantizedReference
+
+KERNELS: tuple[QuantizedKernel, ...] = (QuantizedReference(),)  # fastest first
