@@ -13,6 +13,7 @@ from engine.loading import Checkpoint, LoadedModel, load_model, model_facts, ope
 from engine.messages import Cancel, Failed, Inbound, Loading, PlanSummary, Sampling, Submit
 from engine.models.config import UnsupportedModel
 from engine.runner import Runner
+from kernels import native
 from kernels.contract import KernelRefused
 from kvcache.layout import PageLayout
 from kvcache.manager import KVCacheManager
@@ -35,7 +36,7 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
     try:
         checkpoint = open_checkpoint(Path(config.model), _progress(on_loading))
         plan = resolve(config, model_facts(checkpoint, config.kv_policy, config.device))
-        torch.set_num_threads(plan.threads)
+        set_num_threads(plan.threads)
         loaded = load_model(checkpoint, plan)
         storage = _allocate(_layout(checkpoint, plan), plan)
     except (CheckpointError, ConfigError, KernelRefused, PolicyError, UnsupportedModel) as error:
@@ -53,6 +54,12 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
     salt = f"{checkpoint.folder.resolve()}:{plan.kv_policy}"
     summary = _summary(checkpoint, plan, loaded, (load_seconds, speed))
     return core(_manager(plan, salt)), summary
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Threads of torch, for reference kernels, and of the native ones' own pool."""
+    torch.set_num_threads(num_threads)
+    native.set_num_threads(num_threads)
 
 
 def _allocate(layout: PageLayout, plan: Plan) -> PageStorage:
@@ -131,7 +138,7 @@ def _summary(checkpoint: Checkpoint, plan: Plan, loaded: LoadedModel, timing: tu
         load_seconds=load_seconds,
         decode_tokens_per_s=tokens_per_s,
         eos_token_ids=checkpoint.config.eos_token_ids,
-        notes=(*checkpoint.config.notes, *_memory_note(checkpoint, plan)),
+        notes=(*checkpoint.config.notes, *loaded.notes, *_memory_note(checkpoint, plan)),
     )
 
 

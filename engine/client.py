@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from engine.config import EngineConfig
-from engine.messages import Event, Loading, Ready, Stats, Submit
+from engine.messages import Event, Inspection, Loading, Ready, Stats, Submit
 
 EngineState = Literal["starting", "ready", "restarting", "stopped", "failed"]
 
@@ -82,3 +82,14 @@ def locate_model(model: str, revision: str | None = None, offline: bool = False)
     from engine.checkpoint.hub import resolve
 
     return resolve(model, revision, offline)
+
+
+def inspect_model(config: EngineConfig) -> Inspection:
+    """Load the model in this process and return its roofline. Raises EngineUnavailable when it cannot be loaded."""
+    from engine.assembly import StartError
+    from engine.inspection import inspect
+
+    try:
+        return inspect(config)
+    except StartError as error:
+        raise EngineUnavailable(str(error), retry_after_s=0) from error

@@ -22,6 +22,7 @@ from engine.checkpoint.format import Format, detect
 from engine.checkpoint.source import Progress, Source
 from engine.config import ModelFacts, Plan
 from engine.machine import free_memory, has_cuda, num_cores
+from engine.messages import KernelUse
 from engine.models.config import ModelConfig, read_json
 from engine.models.decoder import Decoder
 from engine.models.layers import BoundTerm, Embedding, Linear, RMSNorm, Rope
@@ -36,6 +37,7 @@ from kernels.contract import (
     RowSpec,
     select,
 )
+from kernels.linear.affine.quantize import quantize_symmetric
 from kernels.linear.dense.layout import DenseWeights
 from kernels.linear.weights import LinearWeights, Term
 from kvcache.layout import PageLayout
@@ -43,6 +45,7 @@ from kvcache.policy import parse_policy
 from kvcache.storage import PAGE_DTYPES
 
 CODECS = {"f16": "f16", "f32": "f16"}  # cache policy -> the folder under kernels/attention that serves it
+HEAD_GROUP = 32  # channels that share a scale of a rounded output head: 8.5 bits a weight
 ACTIVATION_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}  # by device
 
 TensorsT = TypeVar("TensorsT")
@@ -67,10 +70,11 @@ class LoadedModel:
     """A model ready to run, and what the start screen says about it."""
 
     model: Decoder
-    kernels: list[tuple[str, str, str]]  # (what, kernel that runs, why faster ones refused), equal ones counted
-    weight_bytes: int
+    kernels: list[KernelUse]  # equal layers counted
+    weight_bytes: int  # of the checkpoint
     device: str
     dtype: str  # of the activations
+    notes: tuple[str, ...]  # what was changed at load
 
 
 def open_checkpoint(folder: Path, on_progress: Progress | None = None) -> Checkpoint:
@@ -110,6 +114,7 @@ def load_model(checkpoint: Checkpoint, plan: Plan) -> LoadedModel:
     return LoadedModel(
         model=model,
         kernels=parts.chosen(),
+        notes=tuple(parts.notes),
         weight_bytes=checkpoint.source.total_bytes,
         device=plan.device,
         dtype=str(parts.dtype).removeprefix("torch."),
@@ -125,7 +130,9 @@ class CheckpointParts:
         self._plan = plan
         self._device = torch.device(plan.device)
         self.dtype = ACTIVATION_DTYPES[plan.device]
-        self._chosen: Counter[tuple[str, str, str]] = Counter()
+        self._chosen: Counter[tuple[str, str, str]] = Counter()  # (what, kernel, refusals) -> layers
+        self._bytes: Counter[tuple[str, str, str]] = Counter()  # likewise -> bytes of weights
+        self.notes: list[str] = []
 
     def linear(self, name: str, shape: tuple[int, int], bias: bool) -> Linear:
         """Raises TensorError when the layer's shape or bias is not what the model expects."""
@@ -146,7 +153,8 @@ class CheckpointParts:
             head = embedding
         weight = self._to_device(self._source.take(f"{embedding}.weight", shape))  # [vocab_size, hidden_size]
         tied = LinearWeights((DenseWeights(weight),))
-        return Embedding(weight, self.dtype), self._bind(tied) if head == embedding else self.linear(head, shape, False)
+        weights = tied if head == embedding else self._format.linear(self._source, head, shape, False)
+        return Embedding(weight, self.dtype), self._bind(self._rounded_head(weights))
 
     def rope(self, config: ModelConfig) -> Rope:
         spec = RowSpec(config.head_dim, self._device, self.dtype)
@@ -170,29 +178,59 @@ class CheckpointParts:
         spec = RowSpec(config.intermediate_size, self._device, self.dtype)
         return self._choose_row_op("swiglu", kernels.activation.KERNELS, spec)
 
-    def chosen(self) -> list[tuple[str, str, str]]:
-        """(what, kernel, refusals) of every layer so far, equal ones counted: ("28 x affine 4-bit g64", ...)."""
-        return [(f"{count} x {what}", kernel, refusals) for (what, kernel, refusals), count in self._chosen.items()]
+    def chosen(self) -> list[KernelUse]:
+        """What every layer so far runs on, equal ones counted."""
+        return [
+            KernelUse(f"{count} x {what}", kernel, refusals, self._bytes[what, kernel, refusals])
+            for (what, kernel, refusals), count in self._chosen.items()
+        ]
+
+    def _rounded_head(self, weights: LinearWeights) -> LinearWeights:
+        """An output head of floats in 8 bits: beside 4-bit layers it would be half of all that a token reads."""
+        (term, *others) = weights.terms
+        if self._plan.head_bits != 8 or others or not isinstance(term, DenseWeights):
+            return weights
+        spec = replace(self._spec(term), detail="8-bit", bits=8, group_size=HEAD_GROUP)
+        choice = select(kernels.linear.registry.kernels_for("affine"), spec, self._plan.kernel)
+        if choice.kernel.name == "reference" or term.in_features % HEAD_GROUP:
+            return weights
+        self.notes.append(f"output head rounded from {term.bits} to 8 bits; --head-bits 16 keeps it as it is")
+        return replace(weights, terms=(quantize_symmetric(term.weight, HEAD_GROUP),))
 
     def _bind(self, weights: LinearWeights) -> Linear:
         """Choose a kernel for every term and let it repack the weights."""
         bias = None if weights.bias is None else self._activation(weights.bias)
         pre = tuple(self._place(transform) for transform in weights.pre)
-        return Linear([self._bind_term(term) for term in weights.terms], pre, bias)
+        bound = Linear([self._bind_term(term) for term in weights.terms], pre, bias)
+        self._source.release()
+        return bound
 
     def _bind_term(self, term: Term) -> BoundTerm:
-        spec = LinearSpec(term.in_features, term.out_features, self._device, self.dtype, term.describe())
-        choice = select(kernels.linear.registry.kernels_for(term.family), spec, self._plan.kernel)
-        kernel = self._note(f"{term.family} {term.describe()}", choice)
+        choice = select(kernels.linear.registry.kernels_for(term.family), self._spec(term), self._plan.kernel)
+        kernel = self._note(f"{term.family} {term.describe()}", choice, term.num_bytes)
         return BoundTerm(kernel, kernel.prepare(self._place(term)))
+
+    def _spec(self, term: Term) -> LinearSpec:
+        return LinearSpec(
+            in_features=term.in_features,
+            out_features=term.out_features,
+            device=self._device,
+            dtype=self.dtype,
+            detail=term.describe(),
+            bits=term.bits,
+            group_size=term.group_size,
+            exact_activations=self._plan.activations == "float",
+        )
 
     def _choose_row_op(self, what: str, candidates: tuple[KernelT, ...], spec: RowSpec) -> KernelT:
         """The user's choice of kernel binds an op on rows only where that back end exists: it names one for weights."""
         insisted = self._plan.kernel if any(kernel.name == self._plan.kernel for kernel in candidates) else None
         return self._note(what, select(candidates, spec, insisted))
 
-    def _note(self, what: str, choice: Choice[KernelT]) -> KernelT:
-        self._chosen[what, choice.kernel.name, "; ".join(choice.refusals)] += 1
+    def _note(self, what: str, choice: Choice[KernelT], num_bytes: int = 0) -> KernelT:
+        key = (what, choice.kernel.name, "; ".join(choice.refusals))
+        self._chosen[key] += 1
+        self._bytes[key] += num_bytes
         return choice.kernel
 
     def _has(self, layer: str) -> bool:

@@ -128,6 +128,15 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
     total_bytes: int
 
 
+class KernelUse(msgspec.Struct, frozen=True):
+    """The kernel that equal layers run on."""
+
+    what: str  # "112 x affine 4-bit g128"
+    kernel: str
+    refusals: str  # why faster ones do not run
+    num_bytes: int = 0  # of these layers' weights, read once a step
+
+
 class PlanSummary(msgspec.Struct, frozen=True):
     """What the engine decided, for the start screen, /v1/models and admission in the server."""
 
@@ -136,7 +145,7 @@ class PlanSummary(msgspec.Struct, frozen=True):
     format: str  # "compressed-tensors 4-bit g64"
     device: str
     dtype: str  # of activations
-    kernels: list[tuple[str, str, str]]  # (what, kernel that runs, why the others refused)
+    kernels: list[KernelUse]
     kv_policy: str
     page_size: int  # tokens
     num_pages: int
@@ -152,6 +161,21 @@ class PlanSummary(msgspec.Struct, frozen=True):
     decode_tokens_per_s: float  # one sequence, measured at start
     eos_token_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()  # what a user should know: limits that came from the model or from memory
+
+
+class Inspection(msgspec.Struct, frozen=True):
+    """A model on this machine: what a decode step must read, how fast that can be read, and what was measured."""
+
+    plan: PlanSummary
+    weight_bytes_per_token: int
+    bandwidth: float | None  # bytes per second that the plan's threads can read; None without the C++ kernels
+    isa: str | None  # instruction set of the C++ kernels
+
+    def predicted_tokens_per_s(self, context_len: int) -> float | None:
+        """One sequence with `context_len` tokens in the cache, were reading all there is to do."""
+        if self.bandwidth is None:
+            return None
+        return self.bandwidth / (self.weight_bytes_per_token + context_len * self.plan.kv_bytes_per_token)
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -4,15 +4,17 @@ import asyncio
 import inspect
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
+import msgspec
 import typer
 from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.markup import escape
 
-from engine.client import EngineUnavailable, locate_model, start_engine
+from engine.client import EngineUnavailable, inspect_model, locate_model, start_engine
 from engine.messages import Ready
 from server import config, lifecycle, screen
 from server.app import create_app
@@ -74,6 +76,25 @@ def serve(config_file: Path | None, **flags: Any) -> None:
         bar.stop()
 
 
+def inspect_command(config_file: Path | None, as_json: bool | None, **flags: Any) -> None:
+    """Show what a model needs and what this machine gives: kernels, bytes read per token, bandwidth, tokens/s.
+
+    Loads the model; takes the settings of nibble serve that concern the engine.
+    """
+    try:
+        settings = config.load(flags, config_file)
+        set_up_logging(settings.log_level)
+        inspection = inspect_model(settings.engine(model_folder(settings)))
+    except ValueError as error:
+        fail(str(error), 2)
+    except EngineUnavailable as error:
+        fail(str(error), 1)
+    if as_json:
+        print(msgspec.json.encode(inspection).decode())
+    else:
+        screen.print_inspection(Console(highlight=False), inspection)
+
+
 def set_up_logging(level: config.LogLevel) -> None:
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if level != "debug":  # uvicorn tells of every start and stop
@@ -110,11 +131,12 @@ def fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def with_settings(command: Any) -> Any:
-    """Give `command` one option for each setting, so that help, file and environment can never disagree."""
+def with_settings(command: Any, names: Collection[str], *others: inspect.Parameter) -> Any:
+    """Give `command` one option for each setting named, so that help, file and environment can never disagree."""
     file = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.", metavar="FILE")]
-    parameters = [_parameter("config_file", file)]
-    for name, field in config.ServerConfig.model_fields.items():
+    parameters = [_parameter("config_file", file), *others]
+    for name in names:
+        field = config.ServerConfig.model_fields[name]
         kind = bool if field.annotation is bool else str  # pydantic parses and checks the rest
         parameters.append(_parameter(name, Annotated[kind | None, _option(name, field)]))
     command.__signature__ = inspect.Signature(parameters)
@@ -156,7 +178,9 @@ def _metavar(field: FieldInfo) -> str:
     return "N" if kinds & {int, float} else "FILE" if Path in kinds else "TEXT"
 
 
-cli.command()(with_settings(serve))
+cli.command()(with_settings(serve, list(config.ServerConfig.model_fields)))
+JSON = _parameter("as_json", Annotated[bool | None, typer.Option("--json", help="Print one JSON object.")])
+cli.command("inspect")(with_settings(inspect_command, config.ENGINE_SETTINGS, JSON))
 
 
 if __name__ == "__main__":

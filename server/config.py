@@ -86,7 +86,9 @@ class ServerConfig(BaseSettings):
         None, "Engine", "CPU threads. Default: one per core; one for models below 16 MiB, which run faster so.", ge=1
     )
     activations: Activations = setting(
-        "int8", "Engine", "What multiplies quantized weights: int8 (rounded block by block, fast) or float (exact, slow)."
+        "int8",
+        "Engine",
+        "What multiplies quantized weights: int8 (rounded block by block, fast) or float (exact, slow).",
     )
     head_bits: Annotated[HeadBits, BeforeValidator(parse_number)] = setting(
         8, "Engine", "Bits of an output head that the checkpoint left unquantized; 16 keeps it as it is."
@@ -118,6 +120,13 @@ class ServerConfig(BaseSettings):
             activations=self.activations,
             head_bits=self.head_bits,
         )
+
+
+# The settings that `nibble inspect` takes: which model, and how it would run.
+ENGINE_SETTINGS = (
+    *("model", "revision", "offline", "max_model_len", "device", "kernel", "threads", "activations", "head_bits"),
+    *("max_num_seqs", "max_batch_tokens", "kv", "kv_memory", "page_size"),
+)
 
 
 def load(flags: Mapping[str, Any], file: Path | None = None) -> ServerConfig:

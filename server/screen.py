@@ -4,11 +4,12 @@ import json
 from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
-from engine.messages import Loading, PlanSummary
+from engine.messages import Inspection, Loading, PlanSummary
 
 UNITS = ("B", "KiB", "MiB", "GiB")
 
@@ -53,6 +54,48 @@ def print_start(console: Console, plan: PlanSummary, name: str, url: str, chat: 
     console.print(curl(url, name, chat), soft_wrap=True, markup=False, highlight=False)
 
 
+def print_inspection(console: Console, inspection: Inspection) -> None:
+    """What a decode step reads, layer by layer, and how fast that can be."""
+    plan, total = inspection.plan, inspection.weight_bytes_per_token
+    layers = Table(box=None, padding=(0, 2), header_style="bold cyan")
+    for title in ("layers", "kernel", "read per token", "share", "why no faster kernel"):
+        layers.add_column(title, justify="right" if title in ("read per token", "share") else "left", overflow="fold")
+    for use in plan.kernels:
+        read = (size(use.num_bytes), f"{use.num_bytes / total:.0%}") if use.num_bytes else ("", "")
+        layers.add_row(use.what, use.kernel, *read, use.refusals)
+    console.print(f"[bold]{plan.architecture}[/bold], {escape(plan.format)}, from {escape(plan.model)}\n")
+    console.print(layers)
+    console.print()
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold cyan", no_wrap=True)
+    facts.add_column()
+    for title, fact in _roofline(inspection):
+        facts.add_row(title, Text(fact, overflow="fold"))
+    console.print(facts)
+
+
+def _roofline(inspection: Inspection) -> list[tuple[str, str]]:
+    plan = inspection.plan
+    tokens = plan.num_pages * plan.page_size
+    threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
+    facts = [
+        ("weights", f"{size(inspection.weight_bytes_per_token)} read for every step"),
+        ("KV cache", f"{plan.kv_policy}, {size(plan.kv_bytes_per_token)} a token; {tokens:,} tokens fit"),
+    ]
+    if inspection.bandwidth is None:
+        facts.append(("bandwidth", "not measured: the C++ kernels are not built"))
+    else:
+        facts.append(("bandwidth", f"{inspection.bandwidth / 1e9:.1f} GB/s read by {threads}, {inspection.isa}"))
+    measured, roof = plan.decode_tokens_per_s, inspection.predicted_tokens_per_s(0)
+    of_roof = f", {measured / roof:.0%} of it" if roof else ""
+    for context_len in (0, 4096, plan.max_model_len):
+        at = inspection.predicted_tokens_per_s(context_len)
+        if at is not None and context_len <= plan.max_model_len:
+            facts.append(("roof", f"{at:,.1f} tokens/s for one sequence, {context_len:,} tokens in the cache"))
+    facts.append(("measured", f"{measured:,.1f} tokens/s with an empty cache{of_roof}"))
+    return [*facts, *(("note", note) for note in plan.notes)]
+
+
 def _facts(plan: PlanSummary, name: str, url: str) -> list[tuple[str, str]]:
     tokens = plan.num_pages * plan.page_size
     prefix = "on" if plan.prefix_caching else "off"
@@ -77,8 +120,8 @@ def _facts(plan: PlanSummary, name: str, url: str) -> list[tuple[str, str]]:
 def _kernels(plan: PlanSummary) -> list[str]:
     """What runs on each kernel, and why not on others; one line for all that have both in common."""
     groups: dict[tuple[str, str], list[str]] = {}
-    for what, kernel, refusals in plan.kernels:
-        groups.setdefault((kernel, refusals), []).append(what)
+    for use in plan.kernels:
+        groups.setdefault((use.kernel, use.refusals), []).append(use.what)
     return [
         f"{', '.join(whats)}: {kernel}" + (f" ({refusals})" if refusals else "")
         for (kernel, refusals), whats in groups.items()

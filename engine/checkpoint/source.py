@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.checkpoint.errors import FilesError, TensorError
+from engine.checkpoint.mapping import drop_file_pages
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
 
@@ -67,6 +68,7 @@ class Source:
         self._handles: dict[str, Any] = {}  # file -> safetensors handle
         self._file_of: dict[str, str] = {}  # tensor -> file
         self._read: set[str] = set()
+        self._handed_out: list[tuple[Path, Tensor]] = []  # since the last release
         names_in, index = _find_files(folder)
         for file in names_in:
             self._open(file)
@@ -84,6 +86,7 @@ class Source:
 
     def close(self) -> None:
         """Let go of the files. Tensors already read stay valid."""
+        self._handed_out.clear()
         self._handles.clear()
 
     def __contains__(self, name: object) -> bool:
@@ -114,6 +117,7 @@ class Source:
     def tensor(self, name: str) -> Tensor:
         """Return a tensor as stored, backed by the file; counts it as read. Raises TensorError when it is missing."""
         tensor: Tensor = self._handle(name).get_tensor(name)
+        self._handed_out.append((self.folder / self._file_of[name], tensor))
         if name not in self._read:
             self._read.add(name)
             self.read_bytes += self.num_bytes(name)
@@ -129,6 +133,15 @@ class Source:
             expected = " or ".join(_name(dtype) for dtype in dtypes)
             raise TensorError(f"tensor {name!r} has dtype {_name(self.dtype(name))}, expected {expected}")
         return self.tensor(name)
+
+    def release(self) -> None:
+        """Give back the memory under the tensors handed out so far: they stay valid, and are read again when used.
+
+        What a kernel has repacked would otherwise stay resident beside its source, and the model exist twice.
+        """
+        for path, tensor in self._handed_out:
+            drop_file_pages(tensor, path)
+        self._handed_out.clear()
 
     def unread(self) -> tuple[str, ...]:
         """The tensors nobody read and nobody may ignore."""

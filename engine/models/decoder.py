@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.models.config import ModelConfig
-from engine.models.layers import MLP, Attention, Embedding, Linear, Parts, RMSNorm, Rope
+from engine.models.layers import MLP, Attention, Embedding, Linear, Parts, Projections, RMSNorm, Rope
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,13 @@ def _attention(config: ModelConfig, parts: Parts, rope: Rope, name: str) -> Atte
     hidden, head_dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
     q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
     return Attention(
-        q_proj=parts.linear(f"{name}.q_proj", (q_size, hidden), config.qkv_bias),
-        k_proj=parts.linear(f"{name}.k_proj", (kv_size, hidden), config.qkv_bias),
-        v_proj=parts.linear(f"{name}.v_proj", (kv_size, hidden), config.qkv_bias),
+        qkv_proj=Projections(
+            [
+                parts.linear(f"{name}.q_proj", (q_size, hidden), config.qkv_bias),
+                parts.linear(f"{name}.k_proj", (kv_size, hidden), config.qkv_bias),
+                parts.linear(f"{name}.v_proj", (kv_size, hidden), config.qkv_bias),
+            ]
+        ),
         o_proj=parts.linear(f"{name}.o_proj", (hidden, q_size), config.output_bias),
         q_norm=parts.norm(f"{name}.q_norm", head_dim, eps) if config.qk_norm else None,
         k_norm=parts.norm(f"{name}.k_norm", head_dim, eps) if config.qk_norm else None,
@@ -91,8 +95,12 @@ def _attention(config: ModelConfig, parts: Parts, rope: Rope, name: str) -> Atte
 def _mlp(config: ModelConfig, parts: Parts, name: str) -> MLP:
     hidden, inner = config.hidden_size, config.intermediate_size
     return MLP(
-        gate_proj=parts.linear(f"{name}.gate_proj", (inner, hidden), config.mlp_bias),
-        up_proj=parts.linear(f"{name}.up_proj", (inner, hidden), config.mlp_bias),
+        gate_up_proj=Projections(
+            [
+                parts.linear(f"{name}.gate_proj", (inner, hidden), config.mlp_bias),
+                parts.linear(f"{name}.up_proj", (inner, hidden), config.mlp_bias),
+            ]
+        ),
         down_proj=parts.linear(f"{name}.down_proj", (hidden, inner), config.mlp_bias),
         kernel=parts.activation_kernel(config),
     )

@@ -17,35 +17,65 @@ from kernels.contract import ActivationKernel, AttentionInputs, AttentionKernel,
 from kernels.linear.weights import Permutation
 
 
+@dataclass(frozen=True)
 class BoundTerm:
     """One term of a linear layer, repacked by the kernel that multiplies it."""
 
-    def __init__(self, kernel: LinearKernel, prepared: Any) -> None:
-        """prepared: what kernel.prepare returned."""
-        self._kernel = kernel
-        self._joined = kernel.join([prepared])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        (y,) = self._kernel.linear(x, self._joined)
-        return y
+    kernel: LinearKernel
+    prepared: Any  # what kernel.prepare returned
 
 
 class Linear:
     """y = sum_t Term_t(Pre(x)) + bias."""
 
     def __init__(self, terms: Sequence[BoundTerm], pre: Sequence[Permutation], bias: Tensor | None) -> None:
-        self._first, *self._others = terms
-        self._pre = tuple(pre)
-        self._bias = bias  # [out_features] of the activations' dtype
+        self.terms = tuple(terms)
+        self.pre = tuple(pre)
+        self.bias = bias  # [out_features] of the activations' dtype
+        self._joined = [term.kernel.join([term.prepared]) for term in terms]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [num_tokens, in_features] -> [num_tokens, out_features], x's dtype."""
-        for transform in self._pre:
+        for transform in self.pre:
             x = transform.apply(x)
-        y = self._first(x)  # [num_tokens, out_features]
-        for term in self._others:
-            y = y + term(x)
-        return y if self._bias is None else y + self._bias
+        results = [term.kernel.linear(x, joined)[0] for term, joined in zip(self.terms, self._joined, strict=True)]
+        y = results[0]  # [num_tokens, out_features]
+        for other in results[1:]:
+            y = y + other
+        return y if self.bias is None else y + self.bias
+
+
+class Projections:
+    """Linear layers that read the same input (q, k and v; gate and up), in one pass where their kernels can."""
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        self._linears = tuple(linears)
+        self._joined = _join(self._linears)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x: [num_tokens, in_features] -> [num_tokens, out_features] of each layer, x's dtype."""
+        first = self._linears[0]
+        if self._joined is None:
+            return tuple(linear(x) for linear in self._linears)
+        for transform in first.pre:
+            x = transform.apply(x)
+        results = first.terms[0].kernel.linear(x, self._joined)
+        return tuple(
+            y if linear.bias is None else y + linear.bias for linear, y in zip(self._linears, results, strict=True)
+        )
+
+
+def _join(linears: Sequence[Linear]) -> Any | None:
+    """What the layers' kernel takes to multiply them together; None when they are of several kernels or inputs."""
+    first = linears[0]
+    for linear in linears:
+        if len(linear.terms) != 1 or linear.terms[0].kernel is not first.terms[0].kernel:
+            return None
+        if len(linear.pre) != len(first.pre):
+            return None
+        if not all(torch.equal(a.index, b.index) for a, b in zip(linear.pre, first.pre, strict=True)):
+            return None
+    return first.terms[0].kernel.join([linear.terms[0].prepared for linear in linears])
 
 
 class Embedding:
@@ -103,9 +133,7 @@ class Rope:
 class Attention:
     """Grouped-query attention over the paged cache; queries and keys may be normalized head by head."""
 
-    q_proj: Linear
-    k_proj: Linear
-    v_proj: Linear
+    qkv_proj: Projections
     o_proj: Linear
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
@@ -116,9 +144,8 @@ class Attention:
     def __call__(self, x: Tensor, rotation: Rotation, pages: Tensor, inputs: AttentionInputs) -> Tensor:
         """x: [num_tokens, hidden_size] -> the same shape. Stores the rows' keys and values in `pages`."""
         num_tokens = x.shape[0]
-        q = self.q_proj(x).view(num_tokens, -1, self.head_dim)  # [num_tokens, num_heads, head_dim]
-        k = self.k_proj(x).view(num_tokens, -1, self.head_dim)  # [num_tokens, num_kv_heads, head_dim]
-        v = self.v_proj(x).view(num_tokens, -1, self.head_dim)  # [num_tokens, num_kv_heads, head_dim]
+        # [num_tokens, num_heads, head_dim], and twice [num_tokens, num_kv_heads, head_dim]
+        q, k, v = (y.view(num_tokens, -1, self.head_dim) for y in self.qkv_proj(x))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.rope.rotate(q, rotation), self.rope.rotate(k, rotation)
@@ -131,14 +158,13 @@ class Attention:
 class MLP:
     """down(silu(gate(x)) * up(x))."""
 
-    gate_proj: Linear
-    up_proj: Linear
+    gate_up_proj: Projections
     down_proj: Linear
     kernel: ActivationKernel
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [num_tokens, hidden_size] -> the same shape and dtype."""
-        return self.down_proj(self.kernel.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.kernel.swiglu(*self.gate_up_proj(x)))
 
 
 class Parts(Protocol):

@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     MISSING = f"the C++ kernels are not built ({error}): install a C++20 compiler and install Nibble again"
 
-__all__ = ["MISSING", "refusal", "set_num_threads"]
+__all__ = ["MISSING", "isa", "read_bandwidth", "refusal", "set_num_threads"]
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -24,6 +24,16 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype != torch.float32:
         return f"native kernels take float32 activations, not {dtype}"
     return None
+
+
+def isa() -> str | None:
+    """The instruction set in use: "avx512", "avx2" or "scalar"; None without the library."""
+    return _native.isa() if MISSING is None else None
+
+
+def read_bandwidth(num_threads: int) -> float | None:
+    """Bytes per second that `num_threads` can read from memory, measured now (0.3 s); None without the library."""
+    return _native.read_bandwidth(num_threads) if MISSING is None else None
 
 
 def set_num_threads(num_threads: int) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, LlamaConfig
 from engine.checkpoint.errors import TensorError
 from engine.config import EngineConfig, Plan, resolve
 from engine.loading import LoadedModel, load_model, model_facts, open_checkpoint
+from kernels import native
 from kernels.contract import KernelRefused
 from kvcache.policy import PolicyError
 from tests.engine.models.oracle import Session, exact_copy, make_world, new_model, write_checkpoint
@@ -80,18 +81,41 @@ def test_quantized_checkpoints_answer_like_their_dequantized_weights(name: str) 
 
 def test_equal_layers_are_summed_up() -> None:
     """Bug: a start screen of 200 lines, or one that hides that two layers run on another kernel."""
-    loaded = load(FIXTURES / "gptq-v1-4bit-sym-g32")
-    assert ("14 x affine 4-bit g32", "reference", "") in loaded.kernels
-    assert ("1 x dense float16", "reference", "") in loaded.kernels
-    assert ("2 x attention f32", "reference", "") in loaded.kernels
-    assert ("5 x norm", "reference", "") in loaded.kernels
+    loaded = load(FIXTURES / "gptq-v1-4bit-sym-g32", kernel="reference")
+    uses = {(use.what, use.kernel) for use in loaded.kernels}
+    whats = ("14 x affine 4-bit g32", "1 x dense float16", "2 x attention f32", "5 x norm")
+    assert {(what, "reference") for what in whats} <= uses
+    assert all("not the requested" in use.refusals for use in loaded.kernels if "affine" in use.what)
     assert (loaded.device, loaded.dtype) == ("cpu", "float32")
 
 
+def test_layers_know_what_they_read() -> None:
+    """Bug: a roofline that leaves out scales, or counts the embedding, of which a step reads one row."""
+    loaded = load(FIXTURES / "gptq-v1-4bit-sym-g32", head_bits=16)
+    config = open_checkpoint(FIXTURES / "gptq-v1-4bit-sym-g32").config
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    elements = config.num_layers * (2 * hidden * q + 2 * hidden * kv + 3 * hidden * inner)
+    by_what = {use.what.split(" ", 2)[2]: use.num_bytes for use in loaded.kernels}
+    assert by_what["affine 4-bit g32"] == elements // 2 + elements // 32 * 2 + elements // 32  # codes, scales, zeros
+    assert by_what["dense float16"] == 2 * config.vocab_size * hidden
+
+
+@pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
+def test_a_head_in_16_bits_is_rounded_to_8_and_says_so() -> None:
+    """Bug: an output head as large as all other layers together, read in 16 bits for every token, or rounded in silence."""
+    folder = FIXTURES / "gptq-v1-4bit-sym-g32"
+    rounded, kept = load(folder), load(folder, head_bits=16)
+    assert [use.kernel for use in rounded.kernels if "affine 8-bit g32" in use.what] == ["native"]
+    assert any("--head-bits 16" in note for note in rounded.notes)
+    assert not kept.notes
+    assert not load(folder, kernel="reference").notes  # the definition of the checkpoint's own numbers
+
+
 def test_a_kernel_that_cannot_serve_is_not_replaced(folder: Path) -> None:
-    with pytest.raises(KernelRefused, match=r"no kernel 'fastest' for .*there is: reference"):
+    with pytest.raises(KernelRefused, match=r"no kernel 'fastest' for .*there is: .*reference"):
         load(folder, kernel="fastest")
-    assert all(kernel == "reference" for _, kernel, _ in load(folder, kernel="reference").kernels)
+    assert all(use.kernel == "reference" for use in load(folder, kernel="reference").kernels)
 
 
 def test_progress_reaches_the_end(folder: Path) -> None:

@@ -30,7 +30,7 @@ def stories() -> Path:
 
 def make_runner(folder: Path, policy: str) -> Runner:
     checkpoint = open_checkpoint(folder)
-    config = EngineConfig(str(folder), kv_policy=policy, page_size=PAGE_SIZE, kv_memory=8 << 20)
+    config = EngineConfig(str(folder), kv_policy=policy, page_size=PAGE_SIZE, kv_memory=8 << 20, head_bits=16)
     plan = resolve(config, model_facts(checkpoint, policy))
     sizes = checkpoint.config
     layout = PageLayout(parse_policy(policy), sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, PAGE_SIZE)

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from engine.messages import Loading
+from engine.messages import KernelUse, Loading
 from server.screen import LoadingBar, curl, print_start, size
 from tests.fakes import PLAN
 
@@ -41,8 +41,8 @@ def test_one_screen_has_every_decision() -> None:
 
 def test_kernels_with_the_same_story_share_a_line() -> None:
     """Bug: a screen of six lines that all say the same, in which the one that differs is not seen."""
-    slow = [(what, "reference", "") for what in ("42 x affine", "25 x norm", "6 x swiglu")]
-    refused = ("1 x rope", "reference", "native: odd width")
+    slow = [KernelUse(what, "reference", "") for what in ("42 x affine", "25 x norm", "6 x swiglu")]
+    refused = KernelUse("1 x rope", "reference", "native: odd width")
     lines = [line.split(maxsplit=1)[1] for line in screen(kernels=[*slow, refused]).splitlines() if "kernel " in line]
     assert [line.strip() for line in lines] == [
         "42 x affine, 25 x norm, 6 x swiglu: reference",

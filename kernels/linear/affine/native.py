@@ -40,13 +40,15 @@ class AffineNative:
     name = "native"
 
     def refuses(self, spec: LinearSpec) -> str | None:
+        if (reason := native.refusal(spec.device, spec.dtype)) is not None:
+            return reason
         if spec.exact_activations:
             return "rounds activations to 8 bits, and exact ones were asked for"
         if spec.bits not in BITS:
             return f"{spec.bits}-bit codes have no packed form; {', '.join(map(str, BITS))} bits have"
         if spec.group_size % 16 and spec.group_size < spec.in_features:
             return f"groups of {spec.group_size} channels are neither a multiple of 16 nor the whole row"
-        return native.refusal(spec.device, spec.dtype)
+        return None
 
     def prepare(self, weights: AffineWeights) -> "_native.Packed":
         """Repack into blocks of 16 rows. Raises ValueError for groups the kernels do not serve."""

@@ -114,7 +114,8 @@ class World:
 def make_world(folder: Path, theirs: Any, theirs_exact: Any) -> World:
     """Load the checkpoint in `folder` and ask transformers about it."""
     checkpoint = open_checkpoint(folder)
-    config = EngineConfig(str(folder), kv_policy="f32", page_size=PAGE_SIZE, kv_memory=1 << 30)
+    exact = {"kv_policy": "f32", "activations": "float", "head_bits": 16}  # nothing is rounded on purpose
+    config = EngineConfig(str(folder), page_size=PAGE_SIZE, kv_memory=1 << 30, **exact)  # type: ignore[arg-type]
     plan = resolve(config, model_facts(checkpoint, "f32"))
     served = load_model(checkpoint, plan).model
     random = torch.Generator().manual_seed(5)
