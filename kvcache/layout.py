@@ -1,13 +1,17 @@
-"""Shapes and bytes of a page."""
+"""Shapes and bytes of a page, and what a sequence takes beside its pages."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
-from kvcache.policy import Policy
+from kernels.attention.quantized.layout import ChunkLayout, LayoutError, RowLayout
+from kvcache.policy import LayerPolicy, Policy, PolicyError
+
+RECENT_BYTES = 2  # of an element of the window and the sinks: float16
 
 
 @dataclass(frozen=True)
 class PageLayout:
-    """One page: `page_size` tokens of every layer."""
+    """One page: `page_size` tokens of every layer. Raises PolicyError when the policy cannot serve the model."""
 
     policy: Policy
     num_layers: int
@@ -15,15 +19,77 @@ class PageLayout:
     head_dim: int
     page_size: int  # tokens
 
+    def __post_init__(self) -> None:
+        if self.policy.num_sinks > self.page_size:
+            raise PolicyError(
+                f"KV cache policy {self.policy}: {self.policy.num_sinks} sinks do not fit on a page of "
+                f"{self.page_size} tokens, with which they are shared: use at most s{self.page_size}, or larger pages"
+            )
+        for layer in self.layers:
+            if layer.is_quantized:
+                self.chunk(layer)
+
+    @cached_property
+    def layers(self) -> tuple[LayerPolicy, ...]:
+        return self.policy.layers(self.num_layers, self.head_dim)
+
+    def chunk(self, layer: LayerPolicy) -> ChunkLayout:
+        """A page of one kv head of a quantized layer. Raises PolicyError when pages cannot have this size."""
+        keys, values = (RowLayout(bits, self.head_dim, layer.group_size) for bits in (layer.key_bits, layer.value_bits))
+        try:
+            return ChunkLayout(keys, values, self.page_size)
+        except LayoutError as error:
+            raise PolicyError(f"KV cache policy {self.policy}: {error}") from error
+
     @property
     def layer_shape(self) -> tuple[int, int, int, int]:
-        """One layer's part of a page: [keys | values, num_kv_heads, page_size, head_dim]."""
+        """One layer's part of a page of floating point: [keys | values, num_kv_heads, page_size, head_dim]."""
         return (2, self.num_kv_heads, self.page_size, self.head_dim)
 
     @property
+    def elements_per_token(self) -> int:
+        """Numbers that a token's keys and values consist of, in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
     def bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.policy.bytes_per_element
+        """Of a page, codes and parameters; without what rounds a page up to whole cache lines."""
+        return self.num_kv_heads * sum(
+            self.chunk(layer).token_bytes if layer.is_quantized else int(2 * self.head_dim * layer.key_bits // 8)
+            for layer in self.layers
+        )
 
     @property
     def bytes_per_page(self) -> int:
-        return self.bytes_per_token * self.page_size
+        return self.num_kv_heads * sum(
+            self.chunk(layer).chunk_bytes
+            if layer.is_quantized
+            else int(2 * self.head_dim * layer.key_bits // 8) * self.page_size
+            for layer in self.layers
+        )
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits of a page for each key or value element, parameters included."""
+        return 8 * self.bytes_per_token / self.elements_per_token
+
+    def ring_bytes(self, ring_slots: int) -> int:
+        """The window of one sequence, of `ring_slots` tokens: the policy's window and what a step may take back."""
+        return ring_slots * self._recent_bytes_per_token
+
+    @property
+    def sink_bytes(self) -> int:
+        """The sinks of one sequence; shared by sequences with the same first page."""
+        return self.policy.num_sinks * self._recent_bytes_per_token
+
+    @property
+    def break_even_tokens(self) -> int:
+        """The length below which a sequence takes no less memory than in a float16 cache, window and sinks counted."""
+        saved = RECENT_BYTES * self.elements_per_token - self.bytes_per_token  # bytes a token
+        beside = self.ring_bytes(self.policy.window) + self.sink_bytes
+        return -(-beside // saved) if saved > 0 else 0
+
+    @property
+    def _recent_bytes_per_token(self) -> int:
+        num_quantized = sum(layer.is_quantized for layer in self.layers)
+        return RECENT_BYTES * 2 * num_quantized * self.num_kv_heads * self.head_dim

@@ -1,12 +1,17 @@
 """Bytes of a page, and the tensors under it."""
 
+import math
+
 import pytest
 import torch
 
+from kernels.attention.quantized.cache import CacheSize, LayerCodec, QuantizedCache
+from kernels.attention.quantized.transforms import Identity
 from kvcache.layout import PageLayout
 from kvcache.manager import PageCopy
-from kvcache.policy import PolicyError, parse_policy
+from kvcache.policy import PolicyError, parse_policy, read_policy
 from kvcache.storage import PageStorage
+from tests.kernels.kv_oracle import row_codec
 
 
 def layout_of(policy: str = "f16") -> PageLayout:
@@ -39,3 +44,68 @@ def test_llama_3_8b_needs_what_the_paper_says() -> None:
 def test_unknown_policy_is_refused_with_the_known_ones() -> None:
     with pytest.raises(PolicyError, match=r"q9.*f16"):
         parse_policy("q9")
+
+
+def quantized(policy: str, num_layers: int = 32, head_dim: int = 128, page_size: int = 64) -> PageLayout:
+    return PageLayout(read_policy(policy), num_layers, 8, head_dim, page_size)
+
+
+@pytest.mark.parametrize(
+    ("policy", "num_bytes", "bits"),
+    [
+        ("k8v8", 69_632, 8.5),
+        ("k4v4", 34_816, 4.25),
+        ("k4v2", 26_624, 3.25),
+        ("k2v2", 18_432, 2.25),
+        ("k2v1.5", 16_896, 2.0625),
+    ],
+)
+def test_llama_3_8b_with_quantized_pages(policy: str, num_bytes: int, bits: float) -> None:
+    """Bug: a byte count that leaves out scales and zeros, and so the memory they take."""
+    layout = quantized(policy)
+    assert layout.bytes_per_token == num_bytes
+    assert layout.effective_bits == bits
+    assert layout.bytes_per_page == 64 * num_bytes
+
+
+@pytest.mark.parametrize("policy", ["k4v4", "k3v1.5:g16", "skvq:k2v2:s16/0=f16", "k16v2/-1=k4v4"])
+@pytest.mark.parametrize("page_size", [16, 32])
+def test_bytes_are_those_of_the_quantized_tensors(policy: str, page_size: int) -> None:
+    layout = quantized(policy, num_layers=3, head_dim=64, page_size=page_size)
+    pages = ring = sinks = 0
+    for layer in layout.layers:
+        if not layer.is_quantized:
+            pages += math.prod(layout.layer_shape) * 2
+            continue
+        keys, values = (row_codec(bits, 64, layer.group_size, 8) for bits in (layer.key_bits, layer.value_bits))
+        codec = LayerCodec(keys, values, Identity(), Identity(), layer.window, layer.num_sinks)
+        cache = QuantizedCache.allocate(codec, CacheSize(1, page_size, 1, layer.window + 2, 1), torch.device("cpu"))
+        pages += cache.pages.nbytes
+        ring += cache.ring_keys.nbytes + cache.ring_values.nbytes
+        sinks += cache.sink_keys.nbytes + cache.sink_values.nbytes
+    assert (pages, ring, sinks) == (layout.bytes_per_page, layout.ring_bytes(130), layout.sink_bytes)
+
+
+def test_short_sequences_save_nothing() -> None:
+    """The window of 128 tokens and 4 sinks take 17.3 MB on that model; the saving must first make up for them."""
+    layout = quantized("k2v2")
+    assert layout.ring_bytes(128) == 16_777_216
+    assert layout.sink_bytes == 524_288
+    n = layout.break_even_tokens
+    beside = layout.ring_bytes(128) + layout.sink_bytes
+    assert (n - 1) * 18_432 + beside > (n - 1) * 131_072
+    assert n * 18_432 + beside <= n * 131_072
+    assert quantized("f16").break_even_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "page_size", "message"),
+    [
+        ("k4v4:s32", 16, "32 sinks do not fit on a page of 16 tokens.*use at most s16"),
+        ("k4v4", 48, "pages of 48 tokens are not one of 16, 32, 64, 128"),
+        ("k4v4:g48", 64, "groups of 48"),
+    ],
+)
+def test_pages_that_cannot_be_are_refused(policy: str, page_size: int, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        quantized(policy, page_size=page_size)
