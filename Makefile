@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL ?=
 ARGS ?=
+NATIVE := $(wildcard kernels/native/*.cpp kernels/native/*.hpp kernels/native/simd/*.hpp kernels/native/CMakeLists.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test check format clean
@@ -15,7 +16,7 @@ ARGS ?=
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Nibble needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,demo]'
