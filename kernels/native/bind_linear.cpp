@@ -41,54 +41,72 @@ bool is_float(const Array& a, uint8_t bits, nb::dlpack::dtype_code code = nb::dl
   return a.dtype().code == (uint8_t)code && a.dtype().bits == bits && a.dtype().lanes == 1;
 }
 
-ScaleType scale_type(const Array& scales) {
+ScaleType scale_type(const Array& scales, const std::optional<std::string>& name) {
+  if (name) {
+    require(is<uint8_t>(scales), "scales with a scale_type must be given as uint8");
+    if (*name == "e8m0") return ScaleType::e8m0;
+    if (*name == "e4m3") return ScaleType::e4m3;
+    throw std::invalid_argument("scale_type must be 'e8m0' or 'e4m3', not '" + *name + "'");
+  }
   if (is_float(scales, 32)) return ScaleType::f32;
   if (is_float(scales, 16)) return ScaleType::f16;
   if (is_float(scales, 16, nb::dlpack::dtype_code::Bfloat)) return ScaleType::bf16;
-  throw std::invalid_argument("scales must be float32, float16 or bfloat16");
+  throw std::invalid_argument("scales must be float32, float16 or bfloat16, or uint8 with a scale_type");
+}
+
+void set_codes(Canonical& from, const Array& codes) {
+  require(from.group_size >= 1 && from.num_channels >= 1, "group_size and num_channels must be positive");
+  require(from.num_channels <= INT32_MAX / 8, "num_channels is too large");
+  require(from.bits >= 1 && from.bits <= 8, "bits must be 1..8");
+  require(codes.ndim() == 2 && is<uint8_t>(codes) && is_contiguous(codes), "codes must be a contiguous uint8 matrix");
+  int64_t expected = (from.num_channels * from.bits + 7) / 8;
+  require((int64_t)codes.shape(1) == expected, "codes have " + std::to_string(codes.shape(1)) +
+                                                   " bytes a row, expected " + std::to_string(expected));
+  from.num_rows = (int64_t)codes.shape(0);
+  from.codes = (const uint8_t*)codes.data();
+  from.codes_stride = expected;
+}
+
+void check_groups(const Canonical& from, const Array& a, const char* name) {
+  int64_t num_groups = (from.num_channels - 1) / from.group_size + 1;
+  require(a.ndim() == 2 && (int64_t)a.shape(0) == from.num_rows && (int64_t)a.shape(1) == num_groups && is_contiguous(a),
+          std::string(name) + " must be a contiguous matrix of " + std::to_string(from.num_rows) + " x " +
+              std::to_string(num_groups));
+}
+
+void set_zeros(Canonical& from, const std::optional<Array>& zeros) {
+  from.zero_type = ZeroType::constant;
+  if (!zeros) return;
+  check_groups(from, *zeros, "zeros");
+  require(is<uint8_t>(*zeros) || is_float(*zeros, 32), "zeros must be uint8 or float32");
+  require(from.table.empty(), "a table has no zero points");
+  from.zero_type = is<uint8_t>(*zeros) ? ZeroType::u8 : ZeroType::f32;
+  from.zeros = zeros->data();
 }
 
 Packed pack_arrays(int bits, int64_t num_channels, int64_t group_size, const Array& codes, const Array& scales,
-                   const std::optional<Array>& zeros, int32_t zero, const std::optional<std::vector<int>>& table) {
-  require(group_size >= 1 && num_channels >= 1, "group_size and num_channels must be positive");
-  require(bits >= 1 && bits <= 8, "bits must be 1..8");
-  require(codes.ndim() == 2 && is<uint8_t>(codes) && is_contiguous(codes), "codes must be a contiguous uint8 matrix");
-  int64_t num_rows = (int64_t)codes.shape(0), num_groups = (num_channels + group_size - 1) / group_size;
-  require((int64_t)codes.shape(1) == (num_channels * bits + 7) / 8,
-          "codes have " + std::to_string(codes.shape(1)) + " bytes a row, expected " +
-              std::to_string((num_channels * bits + 7) / 8));
-  auto check = [&](const Array& a, const char* name) {
-    require(a.ndim() == 2 && (int64_t)a.shape(0) == num_rows && (int64_t)a.shape(1) == num_groups && is_contiguous(a),
-            std::string(name) + " must be a contiguous matrix of " + std::to_string(num_rows) + " x " +
-                std::to_string(num_groups));
-  };
-  check(scales, "scales");
+                   const std::optional<Array>& zeros, int32_t zero, const std::optional<std::vector<float>>& table,
+                   const std::optional<std::string>& scale_type_name, const std::optional<Array>& factors, bool ternary) {
   Canonical from{};
-  from.num_rows = num_rows;
   from.num_channels = num_channels;
   from.group_size = group_size;
   from.bits = bits;
-  from.codes = (const uint8_t*)codes.data();
-  from.codes_stride = (int64_t)codes.shape(1);
-  from.scale_type = scale_type(scales);
+  from.ternary = ternary;
+  set_codes(from, codes);
+  check_groups(from, scales, "scales");
+  from.scale_type = scale_type(scales, scale_type_name);
   from.scales = scales.data();
-  from.zero_type = ZeroType::constant;
-  from.zero = zero;
-  if (zeros) {
-    check(*zeros, "zeros");
-    require(is<uint8_t>(*zeros) || is_float(*zeros, 32), "zeros must be uint8 or float32");
-    require(!table, "a table has no zero points");
-    from.zero_type = is<uint8_t>(*zeros) ? ZeroType::u8 : ZeroType::f32;
-    from.zeros = zeros->data();
-  }
-  int8_t entries[16] = {};
   if (table) {
-    require(table->size() <= 16, "a table has at most 16 entries");
-    for (size_t i = 0; i < table->size(); i++) {
-      require((*table)[i] >= -128 && (*table)[i] <= 127, "table entries must be signed bytes");
-      entries[i] = (int8_t)(*table)[i];
-    }
-    from.table = entries;
+    require(!table->empty() && zero == 0 && !ternary, "a table has 1 to 16 entries, and no zero point");
+    from.table = *table;
+  }
+  from.zero = zero;
+  set_zeros(from, zeros);
+  if (factors) {
+    require(factors->ndim() == 1 && (int64_t)factors->shape(0) == from.num_rows && is_float(*factors, 32) &&
+                is_contiguous(*factors),
+            "factors must be " + std::to_string(from.num_rows) + " contiguous float32");
+    from.factors = (const float*)factors->data();
   }
   return pack(from);
 }
@@ -102,9 +120,9 @@ void bind_linear(nb::module_& m) {
       .def_ro("block_channels", &Packed::block_channels)
       .def_prop_ro("num_bytes", [](const Packed& p) { return p.memory.size(); });
   m.def("pack", &pack_arrays, "bits"_a, "num_channels"_a, "group_size"_a, "codes"_a, "scales"_a,
-        "zeros"_a.none() = nb::none(), "zero"_a = 0, "table"_a.none() = nb::none(),
-        nb::call_guard<nb::gil_scoped_release>());
-  m.def("block_channels_for", &block_channels_for, "group_size"_a, "num_channels"_a);
+        "zeros"_a.none() = nb::none(), "zero"_a = 0, "table"_a.none() = nb::none(), "scale_type"_a.none() = nb::none(),
+        "factors"_a.none() = nb::none(), "ternary"_a = false, nb::call_guard<nb::gil_scoped_release>());
+  m.def("block_channels_for", &block_channels_for, "group_size"_a, "num_channels"_a, "ternary"_a = false);
   nb::class_<Group>(m, "Group")
       .def(nb::init<std::vector<const Packed*>>(), "members"_a, nb::keep_alive<1, 2>())
       .def(

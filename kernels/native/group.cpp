@@ -10,41 +10,26 @@
 namespace nibble {
 namespace {
 
-constexpr int64_t kChunksPerThread = 8;      // of row blocks: enough that a thread held up by others costs little
+constexpr int64_t kChunksPerThread = 8;      // of pairs of row blocks: enough that a thread held up by others costs little
 constexpr int64_t kFewTokens = 8;            // rounded by the caller alone
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-void multiply_row_block(const Packed& w, int64_t index, const Activations& x, float* out) {
-  const LinearOps& ops = *active_isa().linear;
-  int64_t first = index * kRows;
-  if (first + kRows <= w.num_rows) {
-    ops.row_block(w, index, x, out + first, w.num_rows, nullptr);
-    return;
-  }
-  thread_local Buffer whole;  // the last rows: 16 are computed, those that exist are copied
-  whole.reserve((size_t)(x.num_tokens * kRows) * sizeof(float));
-  float* all = (float*)whole.data();
-  ops.row_block(w, index, x, all, kRows, nullptr);
-  for (int64_t t = 0; t < x.num_tokens; t++)
-    for (int64_t n = first; n < w.num_rows; n++) out[t * w.num_rows + n] = all[t * kRows + n - first];
-}
-
 }  // namespace
 
-Group::Group(std::vector<const Packed*> members) : members_(std::move(members)), first_row_block_{0} {
+Group::Group(std::vector<const Packed*> members) : members_(std::move(members)), first_pair_{0} {
   if (members_.empty()) throw std::invalid_argument("a group needs at least one matrix");
   for (const Packed* p : members_) {
     if (p->num_channels != members_[0]->num_channels || p->block_channels != members_[0]->block_channels)
       throw std::invalid_argument("matrices that share activations must have the same channels in the same blocks");
-    first_row_block_.push_back(first_row_block_.back() + p->num_row_blocks());
+    first_pair_.push_back(first_pair_.back() + (p->num_row_blocks() + 1) / 2);
   }
 }
 
 Activations Group::quantize(const float* x, int64_t num_tokens) {
   const Packed& first = *members_[0];
   Activations to{num_tokens, first.num_blocks, first.block_channels, 0, nullptr, nullptr, nullptr};
-  to.stride = round_up((int64_t)first.num_blocks * first.block_channels + 64, 64);
+  to.stride = round_up(first.num_channels + 32, 64);  // a last unit reaches up to 19 channels past the end
   values_.reserve((size_t)(num_tokens * to.stride));
   scales_.reserve((size_t)(num_tokens * to.num_blocks) * sizeof(float));
   sums_.reserve((size_t)(num_tokens * to.num_blocks) * sizeof(int32_t));
@@ -66,14 +51,18 @@ void Group::run(const float* x, int64_t num_tokens, const std::vector<float*>& o
   if (outs.size() != members_.size()) throw std::invalid_argument("a group needs one output for each matrix");
   if (num_tokens <= 0) return;
   Activations a = quantize(x, num_tokens);
-  int64_t total = first_row_block_.back();
+  int64_t total = first_pair_.back();
   int64_t per_chunk = std::max<int64_t>(1, total / (Pool::instance().num_threads() * kChunksPerThread));
+  const LinearOps& ops = *active_isa().linear;
   Pool::instance().run((total + per_chunk - 1) / per_chunk, [&](int64_t chunk) {
-    int64_t stop = std::min(total, (chunk + 1) * per_chunk);
-    size_t member = 0;
-    for (int64_t block = chunk * per_chunk; block < stop; block++) {
-      while (block >= first_row_block_[member + 1]) member++;
-      multiply_row_block(*members_[member], block - first_row_block_[member], a, outs[member]);
+    int64_t pair = chunk * per_chunk, stop = std::min(total, pair + per_chunk);
+    for (size_t member = 0; pair < stop; member++) {
+      if (pair >= first_pair_[member + 1]) continue;
+      const Packed& w = *members_[member];
+      int64_t last = std::min(stop, first_pair_[member + 1]);
+      ops.row_blocks(w, 2 * (pair - first_pair_[member]), std::min(2 * (last - first_pair_[member]), w.num_row_blocks()), a,
+                     outs[member]);
+      pair = last;
     }
   });
 }

@@ -22,7 +22,7 @@ class Group {
   Activations quantize(const float* x, int64_t num_tokens);
 
   std::vector<const Packed*> members_;
-  std::vector<int64_t> first_row_block_;  // of each member, in the group's numbering; one more at the end
+  std::vector<int64_t> first_pair_;  // of row blocks of each member, in the group's numbering; one more at the end
   Buffer values_, scales_, sums_;         // activations of a call, kept between calls
 };
 

@@ -1,166 +1,199 @@
 #include "linear.hpp"
 
+#include "codes.hpp"
 #include "simd/simd.hpp"
 
 namespace nibble::NIBBLE_ISA {
 namespace {
 
-constexpr int kTile = 8;            // tokens whose sums stay in registers
 constexpr int kPrefetchBytes = 1024;  // ahead of the codes
-
-// ---- codes to bytes: each policy turns a unit of packed codes into `steps` vectors of unsigned bytes ----------------
-
-struct U8 {
-  static constexpr int steps = 1, main = 64, extra = 0;
-  static void unpack(const uint8_t* p, const uint8_t*, const Packed&, Bytes* out) { out[0] = bload(p); }
-};
-struct U4 {
-  static constexpr int steps = 2, main = 64, extra = 0;
-  static void unpack(const uint8_t* p, const uint8_t*, const Packed&, Bytes* out) {
-    Bytes low = bset1(0x0f), v = bload(p);
-    out[0] = band(v, low);
-    out[1] = band(bshr<4>(v), low);
-  }
-};
-struct U2 {
-  static constexpr int steps = 4, main = 64, extra = 0;
-  static void unpack(const uint8_t* p, const uint8_t*, const Packed&, Bytes* out) {
-    Bytes low = bset1(3), v = bload(p);
-    out[0] = band(v, low);
-    out[1] = band(bshr<2>(v), low);
-    out[2] = band(bshr<4>(v), low);
-    out[3] = band(bshr<6>(v), low);
-  }
-};
-struct U3 {
-  static constexpr int steps = 4, main = 64, extra = 32;
-  static void unpack(const uint8_t* p, const uint8_t* e, const Packed& w, Bytes* out) {
-    U2::unpack(p, nullptr, w, out);
-    for (int i = 0; i < 4; i++) out[i] = bor(out[i], bspread(e + 8 * i, 4));
-  }
-};
-struct U5 {
-  static constexpr int steps = 4, main = 128, extra = 32;
-  static void unpack(const uint8_t* p, const uint8_t* e, const Packed& w, Bytes* out) {
-    U4::unpack(p, nullptr, w, out);
-    U4::unpack(p + 64, nullptr, w, out + 2);
-    for (int i = 0; i < 4; i++) out[i] = bor(out[i], bspread(e + 8 * i, 16));
-  }
-};
-struct U6 {
-  static constexpr int steps = 4, main = 128, extra = 64;
-  static void unpack(const uint8_t* p, const uint8_t* e, const Packed& w, Bytes* out) {
-    U4::unpack(p, nullptr, w, out);
-    U4::unpack(p + 64, nullptr, w, out + 2);
-    Bytes high = bset1(0x30), v = bload(e);
-    out[0] = bor(out[0], band(bshl<4>(v), high));
-    out[1] = bor(out[1], band(bshl<2>(v), high));
-    out[2] = bor(out[2], band(v, high));
-    out[3] = bor(out[3], band(bshr<2>(v), high));
-  }
-};
-template <class Base>
-struct Lookup {
-  static constexpr int steps = Base::steps, main = Base::main, extra = Base::extra;
-  static void unpack(const uint8_t* p, const uint8_t* e, const Packed& w, Bytes* out) {
-    Base::unpack(p, e, w, out);
-    Bytes table = load_table(w.table);
-    for (int i = 0; i < steps; i++) out[i] = lookup(table, out[i]);
-  }
-};
 
 // ---- scales and zero points -----------------------------------------------------------------------------------------
 
-inline Floats load_scales(const Packed& w, const uint8_t* row_block, int block) {
-  const uint8_t* p = row_block + w.scales_offset;
-  int64_t first = (int64_t)block * kRows;
-  switch (w.scale_type) {
-    case ScaleType::f16: return load_f16((const uint16_t*)p + first);
-    case ScaleType::bf16: return load_bf16((const uint16_t*)p + first);
-    default: return load((const float*)p + first);
+inline Floats load_scales(ScaleType type, const uint8_t* p, int block) {
+  int first = block * kRows;
+  if (type == ScaleType::f16) return load_f16((const uint16_t*)p + first);
+  if (type == ScaleType::bf16) return load_bf16((const uint16_t*)p + first);
+  if (type == ScaleType::f32) return load((const float*)p + first);
+  Ints byte = load_u8(p + first);
+  if (type == ScaleType::e8m0)  // the exponent's place; 2^-127 is subnormal
+    return as_float(imax_unsigned(ishl<23>(byte), iset1(0x00400000)));
+  Ints magnitude = ishl<20>(iand(byte, iset1(0x7f))), sign = ishl<24>(iand(byte, iset1(0x80)));
+  return mul(as_float(iadd(magnitude, sign)), set1(0x1p120f));  // exponents are counted from 7, not 127
+}
+
+inline Floats load_zeros(ZeroType type, const uint8_t* p, int block) {
+  int first = block * kRows;
+  return type == ZeroType::u8 ? to_float(load_u8(p + first)) : load((const float*)p + first);
+}
+
+// ---- integers of one block ------------------------------------------------------------------------------------------
+
+// Where a pass reads: a row block's codes and, `next` bytes on, those of the row block beside it.
+struct Source {
+  const uint8_t* codes;
+  int64_t next;
+  int units;
+};
+
+template <class C, int R, int T, class Unpack>
+inline void add_units(Ints (&dots)[R][T], Source from, const int8_t* a, Unpack unpack) {
+  const uint8_t* codes = from.codes;
+  const uint8_t* extra = codes + (int64_t)from.units * C::main;
+  for (int unit = 0; unit < from.units; unit++) {
+    Bytes u[R][C::steps];
+    for (int r = 0; r < R; r++) {
+      for (int line = 0; line < C::main; line += 64) prefetch(codes + r * from.next + line + kPrefetchBytes);
+      unpack(codes + r * from.next, extra + r * from.next, u[r]);
+    }
+    for (int s = 0; s < C::steps; s++)
+      for (int t = 0; t < T; t++) {
+        Four x = four(a + 4 * (s * T + t));
+        for (int r = 0; r < R; r++) dots[r][t] = C::small ? dot_small(dots[r][t], u[r][s], x) : dot(dots[r][t], u[r][s], x);
+      }
+    codes += C::main;
+    extra += C::extra;
+    a += 4 * C::steps * T;
   }
 }
 
-inline Floats load_zeros(const Packed& w, const uint8_t* row_block, int block) {
-  const uint8_t* p = row_block + w.zeros_offset;
-  int64_t first = (int64_t)block * kRows;
-  return w.zero_type == ZeroType::u8 ? to_float(load_u8(p + first)) : load((const float*)p + first);
+// How codes become integers: as they are, through a table of bytes, or through two (the high plane counts 128).
+template <class C>
+struct Plain {
+  template <int R, int T>
+  static void dots(const Packed&, Ints (&dots)[R][T], Source from, const int8_t* a) {
+    add_units<C>(dots, from, a, [](const uint8_t* p, const uint8_t* e, Bytes* out) { C::unpack(p, e, out); });
+  }
+};
+template <class C>
+struct OnePlane {
+  template <int R, int T>
+  static void dots(const Packed& w, Ints (&dots)[R][T], Source from, const int8_t* a) {
+    Bytes table = load_table(w.planes[0]);
+    add_units<Lookup<C>>(dots, from, a, [=](const uint8_t* p, const uint8_t* e, Bytes* out) {
+      Lookup<C>::unpack(p, e, table, out);
+    });
+  }
+};
+template <class C>
+struct TwoPlanes {
+  template <int R, int T>
+  static void dots(const Packed& w, Ints (&dots)[R][T], Source from, const int8_t* a) {
+    for (int plane = 0; plane < 2; plane++) {
+      Bytes table = load_table(w.planes[plane]);
+      add_units<Lookup<C>>(dots, from, a, [=](const uint8_t* p, const uint8_t* e, Bytes* out) {
+        Lookup<C>::unpack(p, e, table, out);
+      });
+      if (plane == 0)
+        for (int r = 0; r < R; r++)
+          for (int t = 0; t < T; t++) dots[r][t] = ishl<7>(dots[r][t]);
+    }
+  }
+};
+
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+
+// Adds one block to the sums. Integers below 2^24 are exact floats, so a zero point that is an integer gives the same
+// bits whichever way it is subtracted.
+template <class Dots, int R, int T>
+inline void add_block(const Packed& w, Floats (&sums)[R][T], Source from, const uint8_t* parameters, int block,
+                      const int8_t* a, const float* x_scales, const int32_t* x_sums) {
+  Ints dots[R][T];
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) dots[r][t] = izero();
+  Dots::template dots<R, T>(w, dots, from, a);
+  for (int r = 0; r < R; r++) {
+    const uint8_t* p = parameters + r * from.next;
+    Floats scale = w.scale_type == ScaleType::none ? set1(1.0f) : load_scales(w.scale_type, p, block % kParameterBlocks);
+    Floats part[T];
+    if (w.zero_type == ZeroType::constant) {
+      for (int t = 0; t < T; t++) part[t] = to_float(isub(dots[r][t], iset1(w.zero * x_sums[t])));
+    } else {
+      Floats zeros = load_zeros(w.zero_type, p + w.zeros_offset, block % kParameterBlocks);
+      for (int t = 0; t < T; t++) part[t] = fnma(zeros, set1((float)x_sums[t]), to_float(dots[r][t]));
+    }
+    for (int t = 0; t < T; t++) sums[r][t] = fma(part[t], mul(scale, set1(x_scales[t])), sums[r][t]);
+  }
 }
 
-// One block's integers to its part of the sum. Integers below 2^24 are exact floats, so a zero point stored as an integer
-// gives the same bits whichever way it is subtracted.
-template <bool kConstantZero>
-inline Floats add_block(Floats sum, Ints dots, Floats scale, Floats zeros, int32_t zero, float x_scale, int32_t x_sum) {
-  Floats part;
-  if constexpr (kConstantZero)
-    part = to_float(isub(dots, iset1(zero * x_sum)));
-  else
-    part = fnma(zeros, set1((float)x_sum), to_float(dots));
-  return fma(part, mul(scale, set1(x_scale)), sum);
+inline void store_rows(float* out, Floats x, int64_t rows) {
+  if (rows >= kRows) return store(out, x);
+  float all[kRows];
+  store(all, x);
+  for (int64_t i = 0; i < rows; i++) out[i] = all[i];
 }
 
-// ---- kernels --------------------------------------------------------------------------------------------------------
-
-// kTokens tokens from `token` on. Reads the row block's codes once.
-template <class Codes, bool kConstantZero, int kTokens>
-void tile(const Packed& w, const uint8_t* row_block, const Activations& x, int64_t token, float* out, int64_t stride) {
-  Floats sums[kTokens];
-  for (int t = 0; t < kTokens; t++) sums[t] = zero();
+// Row blocks first .. first + R - 1 (the last one twice where there is no other) for T tokens from `token` on.
+template <class Dots, int R, int T>
+void tile(const Packed& w, int64_t first, const Activations& x, int64_t token, float* out) {
+  int64_t num_row_blocks = (w.num_rows + kRows - 1) / kRows;
+  const uint8_t* start = w.start + first * w.row_block_bytes;
+  const int64_t next = first + R <= num_row_blocks ? w.row_block_bytes : 0;
   const int8_t* values = x.values + token * x.stride;
-  const uint8_t* codes = row_block;
+  const float* x_scales = x.scales + token * x.num_blocks;
+  const int32_t* x_sums = x.sums + token * x.num_blocks;
+  Floats sums[R][T];
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) sums[r][t] = zero();
+  const uint8_t* p = start + kFactorBytes;
+  const uint8_t* parameters = p;
+  const int full_units = units_of(w, 0);
   for (int block = 0; block < w.num_blocks; block++) {
-    int channels = w.channels_of(block);
-    int units = (channels + 4 * Codes::steps - 1) / (4 * Codes::steps);
-    const uint8_t* extra = codes + (int64_t)units * Codes::main;
-    Ints dots[kTokens];
-    for (int t = 0; t < kTokens; t++) dots[t] = izero();
-    const int8_t* a = values + (int64_t)block * w.block_channels;
-    for (int unit = 0; unit < units; unit++) {
-      prefetch(codes + unit * Codes::main + kPrefetchBytes);
-      Bytes u[Codes::steps];
-      Codes::unpack(codes + unit * Codes::main, extra + unit * Codes::extra, w, u);
-      for (int step = 0; step < Codes::steps; step++)
-        for (int t = 0; t < kTokens; t++)
-          dots[t] = dot(dots[t], u[step], a + t * x.stride + 4 * (unit * Codes::steps + step));
+    if (block % kParameterBlocks == 0) {
+      parameters = p;
+      p += w.codes_offset;
     }
-    Floats scale = load_scales(w, row_block, block);
-    Floats zeros = kConstantZero ? zero() : load_zeros(w, row_block, block);
-    for (int t = 0; t < kTokens; t++) {
-      int64_t at = (token + t) * x.num_blocks + block;
-      sums[t] = add_block<kConstantZero>(sums[t], dots[t], scale, zeros, w.zero, x.scales[at], x.sums[at]);
-    }
-    codes += w.codes_block_bytes;
+    Source from{p, next, block + 1 < w.num_blocks ? full_units : units_of(w, block)};
+    add_block<Dots, R, T>(w, sums, from, parameters, block, values, x_scales, x_sums);
+    p += w.codes_block_bytes;
+    values += (int64_t)T * w.block_channels;
+    x_scales += T;
+    x_sums += T;
   }
-  for (int t = 0; t < kTokens; t++) store(out + t * stride, sums[t]);
+  for (int r = 0; r < R; r++) {
+    int64_t row = (first + (next ? r : 0)) * kRows;
+    Floats factors = load((const float*)(start + r * next));
+    for (int t = 0; t < T; t++)
+      store_rows(out + (token + t) * w.num_rows + row, mul(sums[r][t], factors), w.num_rows - row);
+  }
 }
 
-template <class Codes, bool kConstantZero>
-void all_tokens(const Packed& w, const uint8_t* row_block, const Activations& x, float* out, int64_t stride) {
-  int64_t token = 0;
-  for (; token + kTile <= x.num_tokens; token += kTile)
-    tile<Codes, kConstantZero, kTile>(w, row_block, x, token, out + token * stride, stride);
-  for (; token + 4 <= x.num_tokens; token += 4)
-    tile<Codes, kConstantZero, 4>(w, row_block, x, token, out + token * stride, stride);
-  for (; token < x.num_tokens; token++)
-    tile<Codes, kConstantZero, 1>(w, row_block, x, token, out + token * stride, stride);
+template <class Dots>
+void all_tokens(const Packed& w, int64_t first, int64_t last, const Activations& x, float* out) {
+  if (x.num_tokens == 1) {
+    for (int64_t i = first; i < last; i++) tile<Dots, 1, 1>(w, i, x, 0, out);
+    return;
+  }
+  for (int64_t i = first; i < last; i += 2) {
+    for (int64_t token = 0; token < x.num_tokens;) {
+      int width = tile_of(token, x.num_tokens).width;
+      switch (width) {
+        case 8: tile<Dots, 2, 8>(w, i, x, token, out); break;
+        case 4: tile<Dots, 2, 4>(w, i, x, token, out); break;
+        case 2: tile<Dots, 2, 2>(w, i, x, token, out); break;
+        default: tile<Dots, 2, 1>(w, i, x, token, out); break;
+      }
+      token += width;
+    }
+  }
 }
 
-template <class Codes>
-void with_codes(const Packed& w, int64_t index, const Activations& x, float* out, int64_t stride) {
-  if (w.zero_type == ZeroType::constant)
-    all_tokens<Codes, true>(w, w.row_block(index), x, out, stride);
-  else
-    all_tokens<Codes, false>(w, w.row_block(index), x, out, stride);
+template <class C>
+void with_table(const Packed& w, int64_t first, int64_t last, const Activations& x, float* out) {
+  if (w.num_planes == 0) return all_tokens<Plain<C>>(w, first, last, x, out);
+  if (w.num_planes == 1) return all_tokens<OnePlane<C>>(w, first, last, x, out);
+  return all_tokens<TwoPlanes<C>>(w, first, last, x, out);
 }
 
-void row_block(const Packed& w, int64_t index, const Activations& x, float* out, int64_t stride, uint8_t*) {
-  switch (w.bits) {
-    case 2: return w.has_table ? with_codes<Lookup<U2>>(w, index, x, out, stride) : with_codes<U2>(w, index, x, out, stride);
-    case 3: return w.has_table ? with_codes<Lookup<U3>>(w, index, x, out, stride) : with_codes<U3>(w, index, x, out, stride);
-    case 4: return w.has_table ? with_codes<Lookup<U4>>(w, index, x, out, stride) : with_codes<U4>(w, index, x, out, stride);
-    case 5: return with_codes<U5>(w, index, x, out, stride);
-    case 6: return with_codes<U6>(w, index, x, out, stride);
-    default: return with_codes<U8>(w, index, x, out, stride);
+void row_blocks(const Packed& w, int64_t first, int64_t last, const Activations& x, float* out) {
+  switch (w.codes) {
+    case Codes::u2: return with_table<U2>(w, first, last, x, out);
+    case Codes::u3: return with_table<U3>(w, first, last, x, out);
+    case Codes::u4: return with_table<U4>(w, first, last, x, out);
+    case Codes::u5: return all_tokens<Plain<U5>>(w, first, last, x, out);
+    case Codes::u6: return all_tokens<Plain<U6>>(w, first, last, x, out);
+    case Codes::u8: return all_tokens<Plain<U8>>(w, first, last, x, out);
+    case Codes::ternary: return all_tokens<Plain<Ternary>>(w, first, last, x, out);
   }
 }
 
@@ -174,8 +207,20 @@ inline Floats load_some(const float* x, int64_t left) {
   return load(padded);
 }
 
+// 16 channels into their place among `width` tokens.
+inline void spread(int8_t* to, int width, Ints q) {
+  if (width == 1) return store_i8(to, q);
+  int8_t bytes[16];
+  store_i8(bytes, q);
+  for (int i = 0; i < 4; i++) __builtin_memcpy(to + 4 * i * width, bytes + 4 * i, 4);
+}
+
 void quantize(const float* x, int64_t num_channels, Activations& to, int64_t token) {
-  int8_t* values = to.values + token * to.stride;
+  Tile tile = tile_of(token, to.num_tokens);
+  int width = tile.width, lane = (int)(token - tile.first);
+  int8_t* values = to.values + tile.first * to.stride + 4 * lane;
+  float* scales = to.scales + tile.first * to.num_blocks + lane;
+  int32_t* sums = to.sums + tile.first * to.num_blocks + lane;
   for (int block = 0; block < to.num_blocks; block++) {
     int64_t first_channel = (int64_t)block * to.block_channels;
     int64_t left = num_channels - first_channel;
@@ -193,19 +238,18 @@ void quantize(const float* x, int64_t num_channels, Activations& to, int64_t tok
     float inverse = finite && peak > 0x1p-120f ? 127.0f / peak : 0.0f;
     Ints sum = izero();
     for (int i = 0; i < channels; i += 16) {
-      Floats v = load_some(in + i, channels - i);
-      Ints q = to_int(mul(v, set1(inverse)));
-      if (!finite) q = izero();
-      store_i8(values + first_channel + i, q);
+      Ints q = finite ? to_int(mul(load_some(in + i, channels - i), set1(inverse))) : izero();
+      spread(values + (first_channel + i) * width, width, q);
       sum = iadd(sum, q);
     }
-    to.scales[token * to.num_blocks + block] = scale;
-    to.sums[token * to.num_blocks + block] = ireduce_add(sum);
+    scales[(int64_t)block * width] = scale;
+    sums[(int64_t)block * width] = ireduce_add(sum);
   }
+  for (int64_t i = (num_channels + 15) / 16 * 16; i < to.stride; i += 16) spread(values + i * width, width, izero());
 }
 
 }  // namespace
 
-const LinearOps linear_ops = {quantize, row_block};
+const LinearOps linear_ops = {quantize, row_blocks};
 
 }  // namespace nibble::NIBBLE_ISA

@@ -1,6 +1,6 @@
 // Integer dot products of packed weights with activations rounded to 8 bits.
 //
-//   y[t, n] = sum_j s[n, j] x[t, j] ( sum_{k in j} u[n, k] a[t, k]  -  z[n, j] sum_{k in j} a[t, k] )
+//   y[t, n] = f[n] sum_j s[n, j] x[t, j] ( sum_{k in j} u[n, k] a[t, k]  -  z[n, j] sum_{k in j} a[t, k] )
 //
 // The inner sums are integers and exact. The outer sum runs over the blocks j in order, one fused multiply-add each, for
 // every output element alike: the result does not depend on how many tokens share the call, on the number of threads or
@@ -13,23 +13,41 @@
 
 namespace nibble {
 
-// Activations of one call: for every token, blocks of signed bytes, each with its scale and the sum of its bytes.
+inline constexpr int kTileTokens = 8;  // tokens that one pass over the codes serves
+
+// Tokens go in tiles of 8, the rest in tiles of 4, 2 and 1.
+struct Tile {
+  int64_t first;
+  int width;
+};
+static inline Tile tile_of(int64_t token, int64_t num_tokens) {
+  int64_t first = token / kTileTokens * kTileTokens, left = num_tokens - first;
+  if (left >= kTileTokens) return {first, kTileTokens};
+  for (int width = kTileTokens / 2; width > 1; width /= 2) {
+    if (!(left & width)) continue;
+    if (token < first + width) return {first, width};
+    first += width;
+  }
+  return {first, 1};
+}
+
+// Activations of one call: for every token, blocks of signed bytes, each with its scale and the sum of its bytes. The
+// tokens of a tile lie together, as the kernels read them: 4 channels of each token, then the next 4 channels.
 struct Activations {
   int64_t num_tokens;
   int num_blocks;
   int block_channels;   // of every block but the last
-  int64_t stride;       // bytes from one token's values to the next: num_blocks * block_channels, padded
-  int8_t* values;       // [num_tokens, stride], zeros past the last channel
-  float* scales;        // [num_tokens, num_blocks]
-  int32_t* sums;        // [num_tokens, num_blocks]
+  int64_t stride;       // bytes of one token: num_blocks * block_channels, padded
+  int8_t* values;       // tiles of [stride / 4, width, 4], zeros past the last channel
+  float* scales;        // tiles of [num_blocks, width]
+  int32_t* sums;        // tiles of [num_blocks, width]
 };
 
 struct LinearOps {
   // Rounds one token: a = round(x * 127 / max|x|), scale = max|x| / 127; NaN when the block holds no finite maximum.
   void (*quantize)(const float* x, int64_t num_channels, Activations& to, int64_t token);
-  // One row block for all tokens. out: element (t, n) at out[t * out_stride + n], n counted from the block's first row.
-  void (*row_block)(const Packed& weights, int64_t row_block, const Activations& x, float* out, int64_t out_stride,
-                    uint8_t* scratch);
+  // Row blocks first to last - 1 for all tokens. out: [num_tokens, num_rows].
+  void (*row_blocks)(const Packed& weights, int64_t first, int64_t last, const Activations& x, float* out);
 };
 
 namespace avx512 {

@@ -1,25 +1,30 @@
 // Weights of one matrix as the integer dot-product kernels stream them.
 //
-//   w[n, k] = scale[n, j] (u[n, k] - zero[n, j]),   j the block of channels that k lies in
+//   w[n, k] = factor[n] scale[n, j] (u[n, k] - zero[n, j]),   j the block of channels that k lies in
 //
-// u is an unsigned byte: the code itself, or what a table of 16 bytes makes of it. Rows go in blocks of 16, one lane of a
-// vector each; of every row block lie in one run
+// u is an unsigned integer: the code itself, or what a table makes of it (128 planes[0][code] + planes[1][code] when the
+// table needs two planes). Rows go in blocks of 16, one lane of a vector each. A row block is one stream in the order the
+// kernels read it:
 //
-//   [codes of block 0][codes of block 1] ... [scales: num_blocks x 16][zeros: num_blocks x 16]
+//   [factors: 16 float32] then for every 4 blocks [scales: 4 x 16][zeros: 4 x 16][codes of block 0] .. [codes of block 3]
 //
 // A *step* is 4 channels of 16 rows: the 64 bytes that one dot-product instruction takes, byte 4 i + j being row i and
-// channel j. A *unit* is the least number of steps that fills whole vectors: codes of step s lie at bits [s b, (s + 1) b)
-// of each byte of its plane. A block's planes follow each other, the low bits first:
+// channel j. A *unit* is 4 steps: codes of step s lie at bits [s b, (s + 1) b) of each byte, as far as a vector goes. A
+// block's planes follow each other, the low bits first:
 //
-//   bits   steps in a unit   planes: bits x bytes of a unit
-//   8      1                 8 x 64
-//   4      2                 4 x 64
-//   2      4                 2 x 64
-//   3      4                 2 x 64, 1 x 32 (bit i of 8 bytes for byte i of the step)
-//   5      4                 4 x 128, 1 x 32
-//   6      4                 4 x 128, 2 x 64
+//   bits   planes: bits x bytes of a unit
+//   8      8 x 256
+//   4      4 x 128
+//   2      2 x 64
+//   3      2 x 64, 1 x 32 (bit i of 8 bytes for byte i of the step)
+//   5      4 x 128, 1 x 32
+//   6      4 x 128, 2 x 64
 //
-// Rows past N have scale 0; channels past the end of the last block multiply activations of 0.
+// Ternary codes can lie five to a byte; a unit is then 5 steps, 20 channels, of 64 bytes: byte = ceil(256 v / 243) where
+// v is the number whose digits in base 3 are the codes, that of step 0 the highest. The digits come out by multiplying
+// by 3: what passes 8 bits is the next digit.
+//
+// Rows past N have factor 0; channels past the end of the last block multiply activations of 0.
 #pragma once
 
 #include <cstdint>
@@ -29,51 +34,63 @@
 
 namespace nibble {
 
-inline constexpr int kRows = 16;             // of a row block
+inline constexpr int kRows = 16;               // of a row block
+inline constexpr int kParameterBlocks = 4;     // blocks whose scales and zeros lie together
+inline constexpr int kFactorBytes = 64;        // at the start of a row block
 inline constexpr int kMaxBlockChannels = 128;  // activations are rounded to 8 bits in blocks no longer than this
+inline constexpr int kTernaryBlockChannels = 160;
+inline constexpr int32_t kMaxZero = 1 << 16;   // so that zero times the sum of a block's activations fits 32 bits
 
-enum class ScaleType : int { f16, bf16, f32 };
+// none: one scale a row, kept in its factor. e8m0: 2^(byte - 127). e4m3: a float of 8 bits, no infinities.
+enum class ScaleType : int { none, f16, bf16, f32, e8m0, e4m3 };
 enum class ZeroType : int { constant, u8, f32 };
+enum class Codes : int { u2, u3, u4, u5, u6, u8, ternary };
 
 struct Canonical {  // what the repacker reads; sizes in elements are checked against the bytes given
   int64_t num_rows, num_channels, group_size;
   int bits;
+  bool ternary;          // codes of 2 bits, 0 to 2, to be packed five to a byte
   const uint8_t* codes;  // [num_rows, codes_stride] little-endian bit stream along the channels
   int64_t codes_stride;  // bytes
   ScaleType scale_type;
-  const void* scales;  // [num_rows, num_groups]
+  const void* scales;    // [num_rows, num_groups]
+  const float* factors;  // [num_rows], or nullptr: 1
   ZeroType zero_type;
-  const void* zeros;   // [num_rows, num_groups], or nullptr
-  int32_t zero;        // of every code, when zero_type is constant
-  const int8_t* table;  // [16] or nullptr: w = scale (table[code] - zero); table entries are signed
+  const void* zeros;     // [num_rows, num_groups], or nullptr
+  int32_t zero;          // of every code, when zero_type is constant
+  std::vector<float> table;  // empty, or w = factor scale table[code]
 };
 
 struct Packed {
   int64_t num_rows, num_channels;
-  int bits;
-  int block_channels;   // of every block but the last
+  Codes codes;
+  int block_channels;  // of every block but the last
   int num_blocks;
   ScaleType scale_type;
   ZeroType zero_type;
-  int32_t zero;         // when constant; counts the 128 by which a table is shifted to unsigned bytes
-  bool has_table;
-  alignas(16) uint8_t table[16];
+  int32_t zero;        // when constant
+  int num_planes;      // of the table; 0 without one
+  alignas(16) uint8_t planes[2][16];
 
-  int64_t codes_block_bytes;  // of every block but the last
-  int64_t scales_offset, zeros_offset, row_block_bytes;
+  int unit_channels;   // 16, or 20 for ternary codes
+  int64_t codes_block_bytes;           // of every block but the last
+  int64_t zeros_offset, codes_offset;  // from the start of 4 blocks' parameters
+  int64_t row_block_bytes;
   Buffer memory;
+  const uint8_t* start;  // of the memory
 
   int64_t num_row_blocks() const { return (num_rows + kRows - 1) / kRows; }
-  const uint8_t* row_block(int64_t i) const { return memory.data() + i * row_block_bytes; }
-  int channels_of(int block) const {
-    int64_t left = num_channels - (int64_t)block * block_channels;
-    return (int)(left < block_channels ? left : block_channels);
-  }
 };
+
+// Internal linkage: kernel files compile it for their own instruction set.
+static inline int units_of(const Packed& w, int block) {
+  int64_t left = w.num_channels - (int64_t)block * w.block_channels;
+  return (int)((left < w.block_channels ? left : w.block_channels) + w.unit_channels - 1) / w.unit_channels;
+}
 
 // The block length for groups of `group_size` channels (the whole row when it is num_channels or more). Throws
 // std::invalid_argument when the kernels cannot serve such groups.
-int block_channels_for(int64_t group_size, int64_t num_channels);
+int block_channels_for(int64_t group_size, int64_t num_channels, bool ternary = false);
 
 // Repacks on the pool's threads. Throws std::invalid_argument naming what is wrong; std::bad_alloc.
 Packed pack(const Canonical& weights);

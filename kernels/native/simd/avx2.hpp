@@ -18,6 +18,7 @@ struct Bytes {
 };
 
 inline constexpr bool kFastDot = false;
+inline constexpr int kRegisters = 8;
 
 #define NIBBLE_PAIR(type, expression_a, expression_b) \
   return type { expression_a, expression_b }
@@ -153,6 +154,25 @@ inline Ints dot(Ints acc, Bytes u, const int8_t* s) {
   __m256i v = _mm256_set1_epi32(four);
   NIBBLE_PAIR(Ints, dot_half(acc.a, u.a, v), dot_half(acc.b, u.b, v));
 }
+struct Four {
+  __m256i word;
+};
+inline Four four(const int8_t* s) {
+  int32_t word;
+  __builtin_memcpy(&word, s, 4);
+  return {_mm256_set1_epi32(word)};
+}
+inline Ints dot(Ints acc, Bytes u, Four s) {
+  NIBBLE_PAIR(Ints, dot_half(acc.a, u.a, s.word), dot_half(acc.b, u.b, s.word));
+}
+// Two products of 127 and -128 fit 16 bits.
+inline __m256i dot_small_half(__m256i acc, __m256i u, __m256i s) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+}
+inline Ints dot_small(Ints acc, Bytes u, Four s) {
+  NIBBLE_PAIR(Ints, dot_small_half(acc.a, u.a, s.word), dot_small_half(acc.b, u.b, s.word));
+}
+inline Bytes badd_where(Bytes a, const uint8_t* mask, uint8_t value) { return badd(a, bspread(mask, value)); }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 inline float reduce_add(Floats x) {

@@ -12,6 +12,7 @@ using Ints = __m512i;   // 16 int32
 using Bytes = __m512i;  // 64 bytes; lane i of a dot product takes bytes 4i .. 4i + 3
 
 inline constexpr bool kFastDot = true;  // dot() is one instruction
+inline constexpr int kRegisters = 32;    // of 16 lanes
 
 inline Floats zero() { return _mm512_setzero_ps(); }
 inline Floats set1(float x) { return _mm512_set1_ps(x); }
@@ -87,6 +88,21 @@ inline Ints dot(Ints acc, Bytes u, const int8_t* s) {
   int32_t four;
   __builtin_memcpy(&four, s, 4);
   return _mm512_dpbusd_epi32(acc, u, _mm512_set1_epi32(four));
+}
+// The four activations a dot product takes, in every lane.
+using Four = __m512i;
+inline Four four(const int8_t* s) {
+  int32_t word;
+  __builtin_memcpy(&word, s, 4);
+  return _mm512_set1_epi32(word);
+}
+inline Ints dot(Ints acc, Bytes u, Four s) { return _mm512_dpbusd_epi32(acc, u, s); }
+inline Ints dot_small(Ints acc, Bytes u, Four s) { return _mm512_dpbusd_epi32(acc, u, s); }  // dot() where u < 128
+// a + value where the bit of `mask` is set (8 bytes, bit i of the whole for byte i).
+inline Bytes badd_where(Bytes a, const uint8_t* mask, uint8_t value) {
+  uint64_t m;
+  __builtin_memcpy(&m, mask, 8);
+  return _mm512_mask_add_epi8(a, (__mmask64)m, a, _mm512_set1_epi8((char)value));
 }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

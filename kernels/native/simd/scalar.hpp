@@ -17,6 +17,7 @@ struct Bytes {
 };
 
 inline constexpr bool kFastDot = false;
+inline constexpr int kRegisters = 8;
 
 template <class Out, int N, class F>
 inline Out lanes(F f) {
@@ -175,6 +176,17 @@ inline Ints dot(Ints acc, Bytes u, const int8_t* s) {
     return sum;
   });
 }
+struct Four {
+  int8_t v[4];
+};
+inline Four four(const int8_t* s) {
+  Four out;
+  std::memcpy(out.v, s, 4);
+  return out;
+}
+inline Ints dot(Ints acc, Bytes u, Four s) { return dot(acc, u, s.v); }
+inline Ints dot_small(Ints acc, Bytes u, Four s) { return dot(acc, u, s.v); }
+inline Bytes badd_where(Bytes a, const uint8_t* mask, uint8_t value) { return badd(a, bspread(mask, value)); }
 inline void prefetch(const void*) {}
 
 inline float reduce_add(Floats x) {
