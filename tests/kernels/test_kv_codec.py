@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.attention.quantized.cache import CacheSize, LayerCodec, QuantizedCache, page_views
-from kernels.attention.quantized.codec import RowCodec, default_clip, default_prescale, encode_parameter
+from kernels.attention.quantized.codec import RowCodec, default_clip, encode_parameter, prescale_for
 from kernels.attention.quantized.layout import WIDTHS, ChunkLayout, LayoutError, RowLayout
 from kernels.attention.quantized.packing import pack, unpack
 from kernels.attention.quantized.transforms import Identity
@@ -238,10 +238,10 @@ def test_default_clip_is_near_the_best(bits: float, group_size: int) -> None:
     assert error(alpha) < min(error(alpha - 0.08), error(alpha + 0.08))
 
 
-def test_default_prescale_is_the_next_power_of_two() -> None:
-    assert [default_prescale(rms) for rms in (0.3, 0.5, 0.6, 3.0)] == [0.5, 0.5, 1.0, 4.0]
+def test_prescale_is_the_next_power_of_two() -> None:
+    assert [prescale_for(rms) for rms in (0.3, 0.5, 0.6, 3.0)] == [0.5, 0.5, 1.0, 4.0]
     with pytest.raises(ValueError, match="positive"):
-        default_prescale(0.0)
+        prescale_for(0.0)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def default_clip(bits: float, group_size: int) -> float:
     return float(torch.tensor(min(1.0, alpha)).half())  # the precision of calibrated ones
 
 
-def default_prescale(root_mean_square: float) -> float:
+def prescale_for(root_mean_square: float) -> float:
     """The power of two next above a head's root mean square: a 4-bit step (a third of it) and the smallest zeros are
     then far above 2^-6, where e4m3 gets coarse, and values up to 448 times the mean still fit."""
     if not root_mean_square > 0 or math.isinf(root_mean_square):
