@@ -1,4 +1,4 @@
-"""What rounding at run time changes:  python -m benchmarks.rounding [--model FOLDER] [--text FILE] [--tokens 2048] [--json]
+"""What rounding at run time changes:  python -m benchmarks.rounding [--model FOLDER] [--text FILE] [--json]
 
 The same text goes through the model as it is stored (activations in float, the output head in its own bits) and with
 activations in 8 bits, with the head in 8 bits, and with both, the default. Of each: the mean and the largest
