@@ -55,3 +55,39 @@ def pack(
     """
 
 def block_channels_for(group_size: int, num_channels: int, ternary: bool = False) -> int: ...
+def rms_norm(x: int, weight: int, num_rows: int, width: int, eps: float, normed: int, /) -> None: ...
+def add_rms_norm(
+    x: int, delta: int, weight: int, num_rows: int, width: int, eps: float, sum: int, normed: int, /
+) -> None: ...
+def rotate(
+    q: tuple[int, int],
+    q_heads: int,
+    k: tuple[int, int],
+    k_heads: int,
+    cos: int,
+    sin: int,
+    num_tokens: int,
+    head_dim: int,
+    /,
+) -> None:
+    """q, k: (input, output), [num_tokens, heads, head_dim]; cos, sin: [num_tokens, head_dim / 2]."""
+
+def swiglu(gate: int, up: int, count: int, out: int, /) -> None: ...
+def gather(table: int, type: FloatType, num_rows: int, width: int, ids: int, num_ids: int, out: int, /) -> None:
+    """out[i] = table[ids[i]] in float32; ids are int64. Raises IndexError naming an id that is no row."""
+
+def argmax(logits: int, size: int, /) -> int:
+    """-1 when a logit is NaN or the largest is not finite."""
+
+def draw(logits: int, size: int, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float, /) -> int:
+    """The id that `uniform` picks; -1 as for argmax."""
+
+def log_probs(logits: int, size: int, token: int, num_top: int, /) -> tuple[float, list[tuple[int, float]]]: ...
+def read_bandwidth(num_threads: int, num_bytes: int = 536870912, seconds: float = 0.3) -> float:
+    """Bytes per second that threads read from memory, each from num_bytes / num_threads of its own."""
+
+def dot_peak(num_threads: int, seconds: float = 0.2) -> float:
+    """Operations per second of the active instruction set's integer dot products."""
+
+def fma_peak(num_threads: int, seconds: float = 0.2) -> float:
+    """Operations per second of float32 multiply-adds."""

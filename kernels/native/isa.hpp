@@ -10,6 +10,7 @@ struct LinearOps;
 struct DenseOps;
 struct AttentionOps;
 struct RowOps;
+struct ProbeOps;
 
 // Every kernel of one instruction set.
 struct Isa {
@@ -18,6 +19,7 @@ struct Isa {
   const DenseOps* dense;
   const AttentionOps* attention;
   const RowOps* rows;
+  const ProbeOps* probe;
 };
 
 const Isa& active_isa();

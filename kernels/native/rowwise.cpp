@@ -1,0 +1,73 @@
+#include "rowwise.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "isa.hpp"
+#include "pool.hpp"
+#include "rows.hpp"
+
+namespace nibble {
+namespace {
+
+constexpr int64_t kShareElements = 32768;  // below this, waking another thread costs as much as the work it takes over
+constexpr int64_t kChunkElements = 8192;
+
+// Calls work(first, last) over [0, count) in pieces of a few rows of `row_elements`.
+template <class Work>
+void share(int64_t count, int64_t row_elements, const Work& work) {
+  if (count * row_elements < kShareElements) {
+    work((int64_t)0, count);
+    return;
+  }
+  int64_t rows = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, row_elements));
+  Pool::instance().run((count + rows - 1) / rows,
+                       [&](int64_t chunk) { work(chunk * rows, std::min(count, (chunk + 1) * rows)); });
+}
+
+}  // namespace
+
+void rms_norm(const NormRows& rows, float eps) {
+  auto norm = active_isa().rows->rms_norm;
+  share(rows.num_rows, rows.width, [&](int64_t first, int64_t last) {
+    for (int64_t i = first * rows.width; i < last * rows.width; i += rows.width)
+      norm(rows.x + i, rows.delta ? rows.delta + i : nullptr, rows.weight, rows.width, eps,
+           rows.delta ? rows.sum + i : nullptr, rows.normed + i);
+  });
+}
+
+void rotate(const HeadRows& q, const HeadRows& k, const float* cos, const float* sin, int64_t num_tokens,
+            int64_t head_dim) {
+  auto turn = active_isa().rows->rotate;
+  share(num_tokens, (q.num_heads + k.num_heads) * head_dim, [&](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; token++) {
+      const float *c = cos + token * (head_dim / 2), *s = sin + token * (head_dim / 2);
+      for (const HeadRows* heads : {&q, &k}) {
+        int64_t start = token * heads->num_heads * head_dim;
+        turn(heads->x + start, c, s, heads->num_heads, head_dim, heads->out + start);
+      }
+    }
+  });
+}
+
+void swiglu(const float* gate, const float* up, int64_t count, float* out) {
+  auto gated = active_isa().rows->swiglu;
+  share(count, 1, [&](int64_t first, int64_t last) { gated(gate + first, up + first, last - first, out + first); });
+}
+
+void gather(const void* table, FloatType type, int64_t num_rows, int64_t width, const int64_t* ids, int64_t num_ids,
+            float* out) {
+  for (int64_t i = 0; i < num_ids; i++)
+    if (ids[i] < 0 || ids[i] >= num_rows)
+      throw std::out_of_range("row " + std::to_string(ids[i]) + " is not one of the matrix's " +
+                              std::to_string(num_rows));
+  int64_t row_bytes = width * (type == FloatType::f32 ? 4 : 2);
+  auto widen = active_isa().rows->widen;
+  share(num_ids, width, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++)
+      widen((const uint8_t*)table + ids[i] * row_bytes, type, width, out + i * width);
+  });
+}
+
+}  // namespace nibble

@@ -1,0 +1,36 @@
+// Row kernels over many rows, shared among threads where there is enough work. A row is computed by one thread in one
+// order: its bits depend neither on the other rows nor on the number of threads. Sizes are the caller's to check.
+#pragma once
+
+#include <cstdint>
+
+#include "quantize.hpp"
+
+namespace nibble {
+
+struct NormRows {
+  const float* x;
+  const float* delta;  // or nullptr: nothing to add
+  const float* weight;  // [width]
+  float* sum;          // x + delta, when there is a delta
+  float* normed;
+  int64_t num_rows, width;
+};
+void rms_norm(const NormRows& rows, float eps);
+
+struct HeadRows {  // the heads of every token turn by the token's angles
+  const float* x;  // [num_tokens, num_heads, head_dim]
+  float* out;      // may be x
+  int64_t num_heads;
+};
+// cos, sin: [num_tokens, head_dim / 2].
+void rotate(const HeadRows& q, const HeadRows& k, const float* cos, const float* sin, int64_t num_tokens,
+            int64_t head_dim);
+
+void swiglu(const float* gate, const float* up, int64_t count, float* out);
+
+// out[i] = table[ids[i]], widened to float32. Throws std::out_of_range, naming the id, before anything is written.
+void gather(const void* table, FloatType type, int64_t num_rows, int64_t width, const int64_t* ids, int64_t num_ids,
+            float* out);
+
+}  // namespace nibble
