@@ -7,7 +7,7 @@ not refuse; nothing falls back silently.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -111,6 +111,7 @@ class AttentionInputs:
     context_lens: tuple[int, ...]  # [num_seqs] tokens in the cache once this step's rows are stored
     block_tables: Tensor  # [num_seqs, max_pages] int64, page ids; rows padded with 0
     slots: Tensor  # [num_tokens] int64, page id * page_size + offset, where each row's key and value go
+    prepared: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)  # by back ends, once
 
 
 class AttentionKernel(Kernel, Protocol):

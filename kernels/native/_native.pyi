@@ -91,3 +91,18 @@ def dot_peak(num_threads: int, seconds: float = 0.2) -> float:
 
 def fma_peak(num_threads: int, seconds: float = 0.2) -> float:
     """Operations per second of float32 multiply-adds."""
+
+class PagedAttention:
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],  # num_pages, num_kv_heads, head_dim, page_size
+        half: bool,
+        query_starts: Sequence[int],
+        context_lens: Sequence[int],
+        block_tables: tuple[int, int],  # address, pages of a row
+        slots: tuple[int, int],  # address, number
+    ) -> None: ...
+    def store(self, k: int, v: int, pages: int) -> None: ...
+    def attend(self, q: int, pages: int, out: int, num_heads: int, scale: float) -> None: ...
+
+def exp2_negative(x: int, y: int, count: int) -> None: ...

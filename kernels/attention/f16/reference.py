@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.attention.f16.layout import CACHE_DTYPES
+from kernels.attention.f16.layout import CACHE_DTYPES, keys_of, values_of
 from kernels.contract import AttentionInputs, AttentionSpec
 
 TILE_ROWS = 4  # query rows of a product; a decode step fills up three of them with zeros
@@ -37,8 +37,8 @@ class F16Reference:
         page_size = pages.shape[3]
         page_ids, rows = inputs.slots // page_size, inputs.slots % page_size  # each [num_tokens]
         limit = torch.finfo(pages.dtype).max
-        for index, values in enumerate((k, v)):
-            pages[page_ids, index, :, rows] = values.clamp(-limit, limit).to(pages.dtype)
+        keys_of(pages)[page_ids, :, :, rows] = k.clamp(-limit, limit).to(pages.dtype)
+        values_of(pages)[page_ids, :, rows] = v.clamp(-limit, limit).to(pages.dtype)
 
     def attend(self, q: Tensor, pages: Tensor, inputs: AttentionInputs, scale: float) -> Tensor:
         """q: [num_tokens, num_heads, head_dim] -> the same shape and dtype."""
@@ -53,18 +53,23 @@ class F16Reference:
 
 
 def _gather(pages: Tensor, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of a sequence by pages, each [num_pages, num_kv_heads, page_size, D] float32, zero beyond it."""
+    """A sequence by pages, in float32, zero beyond its end.
+
+    Returns keys [num_pages, num_kv_heads, D, page_size] and values [num_pages, num_kv_heads, page_size, D].
+    """
     page_size = pages.shape[3]
-    num_pages = -(-context_len // page_size)
+    num_pages, used = -(-context_len // page_size), (context_len - 1) % page_size + 1
     taken = pages.index_select(0, block_table[:num_pages]).float()  # [num_pages, 2, num_kv_heads, page_size, D]
-    taken[-1, :, :, (context_len - 1) % page_size + 1 :] = 0  # may be NaN, which a weight of zero would not hide
-    return taken[:, 0], taken[:, 1]
+    keys, values = keys_of(taken), values_of(taken)
+    keys[-1, :, :, used:] = 0
+    values[-1, :, used:] = 0  # may be NaN, which a weight of zero would not hide
+    return keys, values
 
 
 def _attend_one(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
     """The rows of one sequence, some tiles at a time.
 
-    q: [num_rows, num_heads, D]; keys, values: [num_pages, num_kv_heads, page_size, D]; positions: [num_rows].
+    q: [num_rows, num_heads, D]; keys, values: as _gather returns them; positions: [num_rows].
     """
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[1]
@@ -89,8 +94,8 @@ def _attend_tiles(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, sc
     q: [num_tiles, num_kv_heads, G * TILE_ROWS, D]; positions: [num_tiles, TILE_ROWS] -> q's shape. A page that a row
     does not see adds exact zeros at the end of its sums.
     """
-    num_pages, _, page_size = keys.shape[:3]
-    scores = (q[:, None] @ keys.mT) * scale  # [num_tiles, num_pages, num_kv_heads, G * TILE_ROWS, page_size]
+    num_pages, page_size = keys.shape[0], keys.shape[3]
+    scores = (q[:, None] @ keys) * scale  # [num_tiles, num_pages, num_kv_heads, G * TILE_ROWS, page_size]
     at = torch.arange(num_pages * page_size, device=q.device).view(num_pages, 1, page_size)
     hidden = at > positions[:, None, :, None]  # [num_tiles, num_pages, TILE_ROWS, page_size]
     groups = q.shape[2] // positions.shape[1]

@@ -1,0 +1,158 @@
+#include "paged.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "isa.hpp"
+#include "memory.hpp"
+#include "pool.hpp"
+
+namespace nibble {
+namespace {
+
+constexpr int kUnitRows = 48;            // query rows that share one reading of a context
+constexpr int64_t kItemsPerThread = 8;   // enough that a thread held up by others costs little
+constexpr int64_t kFewStored = 16;       // tokens that the caller writes alone
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+void check_shape(const PagedInputs& in) {
+  const CacheShape& s = in.shape;
+  require(s.num_kv_heads >= 1, "there must be a kv head");
+  require(s.head_dim >= 8 && s.head_dim % 8 == 0, "head_dim must be a multiple of 8");
+  require(s.page_size >= 16 && kSplit % s.page_size == 0, "page_size must be 16, 32, 64, 128, 256 or 512");
+}
+
+void check_rows(const PagedInputs& in) {
+  size_t num_seqs = in.context_lens.size();
+  require(in.query_starts.size() == num_seqs + 1 && in.query_starts[0] == 0, "query_starts must be num_seqs + 1 rows from 0");
+  require(in.query_starts.back() == in.num_slots, "there must be one slot for each row");
+  for (size_t i = 0; i < num_seqs; i++) {
+    int64_t rows = in.query_starts[i + 1] - in.query_starts[i], length = in.context_lens[i];
+    require(rows >= 0 && rows <= length, "a sequence has more rows than tokens");
+    int64_t pages = (length + in.shape.page_size - 1) / in.shape.page_size;
+    require(pages <= in.max_pages, "a block table is shorter than its context");
+    for (int64_t p = 0; p < pages; p++) {
+      int64_t page = in.block_tables[(int64_t)i * in.max_pages + p];
+      require(page >= 0 && page < in.num_pages, "page " + std::to_string(page) + " does not exist");
+    }
+  }
+  for (int64_t i = 0; i < in.num_slots; i++)
+    require(in.slots[i] >= 0 && in.slots[i] < in.num_pages * in.shape.page_size,
+            "slot " + std::to_string(in.slots[i]) + " does not exist");
+}
+
+float* scratch(size_t floats) {
+  thread_local Buffer buffer;
+  buffer.reserve(floats * sizeof(float));
+  return (float*)buffer.data();
+}
+
+}  // namespace
+
+// Splits first .. stop - 1 of a unit. All of them in one item are merged as they come; else each part is kept at
+// `parts`, and the item that ends last merges them.
+struct PagedAttention::Item {
+  int64_t unit;
+  int first, stop, num_items;  // num_items: that share the unit
+  int64_t parts;               // of split 0, floats
+};
+
+struct PagedAttention::Progress {
+  std::atomic<int> num_done{0};
+};
+
+PagedAttention::~PagedAttention() = default;
+
+PagedAttention::PagedAttention(const PagedInputs& in)
+    : shape_(in.shape), query_starts_(in.query_starts), context_lens_(in.context_lens), max_pages_(in.max_pages) {
+  check_shape(in);
+  check_rows(in);
+  block_tables_.assign(in.block_tables, in.block_tables + (int64_t)context_lens_.size() * max_pages_);
+  slots_.assign(in.slots, in.slots + in.num_slots);
+}
+
+void PagedAttention::share_out(int group, int num_threads) {
+  group_ = group, num_threads_ = num_threads;
+  units_.clear();
+  int64_t num_splits = 0, step = std::max(1, kUnitRows / group);
+  for (size_t i = 0; i < context_lens_.size(); i++) {
+    int64_t start = query_starts_[i], rows = query_starts_[i + 1] - start;
+    const int64_t* table = block_tables_.data() + (int64_t)i * max_pages_;
+    for (int64_t row = (rows - 1) / step * step; row >= 0 && rows > 0; row -= step)  // the longest contexts first
+      for (int head = 0; head < shape_.num_kv_heads; head++) {
+        units_.push_back({table, start + row, context_lens_[i] - rows + row, (int)std::min(step, rows - row), head});
+        num_splits += units_.back().num_splits();
+      }
+  }
+  cut(num_splits, num_threads);
+}
+
+void PagedAttention::cut(int64_t num_splits, int num_threads) {
+  items_.clear();
+  parts_floats_ = 0;
+  progress_ = std::make_unique<Progress[]>(units_.size());
+  int64_t per_item = num_threads == 1 ? num_splits : std::max<int64_t>(1, num_splits / (num_threads * kItemsPerThread));
+  Attend call{shape_, group_, 0, nullptr, nullptr, nullptr};
+  for (size_t i = 0; i < units_.size(); i++) {
+    int splits = units_[i].num_splits(), step = (int)std::min<int64_t>(per_item, splits);
+    int num_items = (splits + step - 1) / step;
+    for (int first = 0; first < splits; first += step)
+      items_.push_back({(int64_t)i, first, std::min(first + step, splits), num_items, parts_floats_});
+    if (num_items > 1) parts_floats_ += splits * call.rows_of(units_[i]) * call.part_stride();
+  }
+}
+
+void PagedAttention::store(const float* k, const float* v, uint8_t* pages) const {
+  auto one = [&](int64_t head) {
+    active_isa().attention->store(shape_, k, v, slots_.data(), (int64_t)slots_.size(), pages, (int)head);
+  };
+  if ((int64_t)slots_.size() <= kFewStored) {
+    for (int head = 0; head < shape_.num_kv_heads; head++) one(head);
+  } else {
+    Pool::instance().run(shape_.num_kv_heads, one);
+  }
+}
+
+void PagedAttention::attend(const float* q, const uint8_t* pages, float* out, int num_heads, float scale) {
+  require(num_heads >= 1 && num_heads % shape_.num_kv_heads == 0,
+          std::to_string(num_heads) + " heads are no multiple of " + std::to_string(shape_.num_kv_heads) + " kv heads");
+  int group = num_heads / shape_.num_kv_heads, num_threads = Pool::instance().num_threads();
+  if (group != group_ || num_threads != num_threads_) share_out(group, num_threads);
+  thread_local Buffer kept;
+  kept.reserve((size_t)parts_floats_ * sizeof(float));
+  float* parts = (float*)kept.data();
+  Attend call{shape_, group_, scale, pages, q, out};
+  Pool::instance().run((int64_t)items_.size(), [&](int64_t i) { run_item(call, items_[(size_t)i], parts); });
+}
+
+void PagedAttention::run_whole(const Attend& call, const Unit& unit) const {
+  const AttentionOps& ops = *active_isa().attention;
+  int64_t part = call.rows_of(unit) * call.part_stride();
+  float* merged = scratch((size_t)(2 * part + call.scratch_floats(unit)));
+  for (int split = 0; split < unit.num_splits(); split++) {
+    ops.split(call, unit, split, merged + 2 * part, split ? merged + part : merged);
+    if (split) ops.merge(call, unit, split, merged, merged + part);
+  }
+  ops.finish(call, unit, merged);
+}
+
+void PagedAttention::run_item(const Attend& call, const Item& item, float* parts) {
+  const AttentionOps& ops = *active_isa().attention;
+  const Unit& unit = units_[(size_t)item.unit];
+  if (item.num_items == 1) return run_whole(call, unit);
+  int64_t part = call.rows_of(unit) * call.part_stride();
+  float *first = parts + item.parts, *own = scratch((size_t)call.scratch_floats(unit));
+  for (int split = item.first; split < item.stop; split++) ops.split(call, unit, split, own, first + split * part);
+  std::atomic<int>& num_done = progress_[item.unit].num_done;
+  if (num_done.fetch_add(1, std::memory_order_acq_rel) + 1 < item.num_items) return;
+  num_done.store(0, std::memory_order_relaxed);  // for the next layer
+  for (int split = 1; split < unit.num_splits(); split++) ops.merge(call, unit, split, first, first + split * part);
+  ops.finish(call, unit, first);
+}
+
+}  // namespace nibble

@@ -1,0 +1,55 @@
+// Attention of one step over a paged cache: its rows cut into work, shared among threads. The same for every layer.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "attention.hpp"
+
+namespace nibble {
+
+struct PagedInputs {
+  CacheShape shape;
+  int64_t num_pages;
+  std::vector<int64_t> query_starts;  // [num_seqs + 1]
+  std::vector<int64_t> context_lens;  // [num_seqs]
+  const int64_t* block_tables;        // [num_seqs, max_pages]
+  int64_t max_pages;
+  const int64_t* slots;               // [num_slots], one for each row
+  int64_t num_slots;
+};
+
+class PagedAttention {
+ public:
+  // Copies what it needs. Throws std::invalid_argument for shapes the kernels do not serve, and for pages and slots
+  // that do not exist.
+  explicit PagedAttention(const PagedInputs& inputs);
+  ~PagedAttention();
+
+  // k, v: [num_tokens, num_kv_heads, head_dim] to the slots of `pages`.
+  void store(const float* k, const float* v, uint8_t* pages) const;
+
+  // q, out: [num_tokens, num_heads, head_dim]. `out` may not overlap q. One call at a time. Throws
+  // std::invalid_argument when num_heads is no multiple of num_kv_heads.
+  void attend(const float* q, const uint8_t* pages, float* out, int num_heads, float scale);
+
+ private:
+  struct Item;
+  struct Progress;
+  void share_out(int group, int num_threads);
+  void cut(int64_t num_splits, int num_threads);
+  void run_item(const Attend& call, const Item& item, float* parts);
+  void run_whole(const Attend& call, const Unit& unit) const;
+
+  CacheShape shape_;
+  std::vector<int64_t> query_starts_, context_lens_, block_tables_, slots_;
+  int64_t max_pages_;
+  int group_ = 0, num_threads_ = 0;  // that the work below was cut for
+  std::vector<Unit> units_;
+  std::vector<Item> items_;
+  std::unique_ptr<Progress[]> progress_;  // of units that several items share
+  int64_t parts_floats_ = 0;
+};
+
+}  // namespace nibble
