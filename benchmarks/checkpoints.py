@@ -8,33 +8,43 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-GROUP_SIZE = 128
-BITS = 4
+from benchmarks.shapes import BIASED, Shape
+
+NAMES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+SCALE_BITS = 16
+CONTEXT_LEN = 8192
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of a Llama-architecture model."""
+class Affine:
+    """compressed-tensors "pack-quantized": codes of `bits` in groups, scales in bfloat16, zeros packed like codes."""
 
-    hidden: int
-    intermediate: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
+    bits: int = 4  # 2, 4 or 8
+    group_size: int = 128
+    symmetric: bool = True
 
+    @property
+    def bits_per_weight(self) -> float:
+        parameters = SCALE_BITS if self.symmetric else SCALE_BITS + self.bits
+        return self.bits + parameters / self.group_size
 
-SMALLEST = Shape(128, 128, 1, 2, 1, 64, 128, True)
-SHAPES = {
-    "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 64, 128_256, True),
-    "qwen2.5-0.5b": Shape(896, 4864, 24, 14, 2, 64, 151_936, True),
-}
+    def describe(self) -> str:
+        return f"{self.bits}-bit g{self.group_size} {'symmetric' if self.symmetric else 'asymmetric'}"
 
 
-def write_checkpoint(folder: Path, shape: Shape) -> int:
-    """Write a compressed-tensors 4-bit checkpoint, symmetric, one shard a layer. Returns its tensors' bytes."""
+DEFAULT = Affine()
+
+
+def write_checkpoint(folder: Path, shape: Shape, weights: Affine = DEFAULT) -> int:
+    """Write a checkpoint of the shape, one shard a layer, its embedding in bfloat16. Returns its tensors' bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     outer = {"model.embed_tokens.weight": _dense(shape.vocab, shape.hidden), "model.norm.weight": _norm(shape)}
@@ -42,34 +52,41 @@ def write_checkpoint(folder: Path, shape: Shape) -> int:
         outer["lm_head.weight"] = _dense(shape.vocab, shape.hidden)
     shards = {"model-outer.safetensors": outer}
     for i in range(shape.num_layers):
-        shards[f"model-{i:03d}.safetensors"] = _layer(shape, f"model.layers.{i}", generator)
+        shards[f"model-{i:03d}.safetensors"] = _layer(shape, weights, f"model.layers.{i}", generator)
     weight_map = {name: file for file, tensors in shards.items() for name in tensors}
     for file, tensors in shards.items():
         save_file(tensors, folder / file, metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(_config(shape), indent=1))
+    (folder / "config.json").write_text(json.dumps(_config(shape, weights), indent=1))
     return sum(t.numel() * t.element_size() for tensors in shards.values() for t in tensors.values())
 
 
-def _layer(shape: Shape, name: str, generator: torch.Generator) -> dict[str, Tensor]:
-    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    sizes = {
-        "self_attn.q_proj": (q, shape.hidden),
-        "self_attn.k_proj": (kv, shape.hidden),
-        "self_attn.v_proj": (kv, shape.hidden),
-        "self_attn.o_proj": (shape.hidden, q),
-        "mlp.gate_proj": (shape.intermediate, shape.hidden),
-        "mlp.up_proj": (shape.intermediate, shape.hidden),
-        "mlp.down_proj": (shape.hidden, shape.intermediate),
-    }
+def _layer(shape: Shape, weights: Affine, name: str, generator: torch.Generator) -> dict[str, Tensor]:
     tensors = {f"{name}.{norm}.weight": _norm(shape) for norm in ("input_layernorm", "post_attention_layernorm")}
-    for linear, (rows, columns) in sizes.items():
-        words = torch.randint(-(2**31), 2**31 - 1, (rows, columns * BITS // 32), generator=generator, dtype=torch.int32)
-        tensors[f"{name}.{linear}.weight_packed"] = words
-        scale = torch.full((rows, columns // GROUP_SIZE), 0.3 / columns**0.5, dtype=torch.bfloat16)
-        tensors[f"{name}.{linear}.weight_scale"] = scale
-        tensors[f"{name}.{linear}.weight_shape"] = torch.tensor([rows, columns])
+    for role, (rows, columns) in shape.linears().items():
+        for suffix, tensor in _matrix(weights, rows, columns, generator).items():
+            tensors[f"{name}.{NAMES[role]}.{suffix}"] = tensor
+        if shape.qkv_bias and role in BIASED:
+            tensors[f"{name}.{NAMES[role]}.bias"] = torch.zeros(rows, dtype=torch.bfloat16)
     return tensors
+
+
+def _matrix(weights: Affine, rows: int, columns: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random codes; scales that give the weights a standard deviation near 1 / sqrt(columns)."""
+    num_groups = columns // weights.group_size
+    spread = 2**weights.bits / 12**0.5  # of codes that are all as likely
+    tensors = {
+        "weight_packed": _words(rows, columns * weights.bits // 32, generator),
+        "weight_scale": torch.full((rows, num_groups), 1 / (spread * columns**0.5), dtype=torch.bfloat16),
+        "weight_shape": torch.tensor([rows, columns]),
+    }
+    if not weights.symmetric:
+        tensors["weight_zero_point"] = _words(rows * weights.bits // 32, num_groups, generator)
+    return tensors
+
+
+def _words(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(-(2**31), 2**31 - 1, (rows, columns), generator=generator, dtype=torch.int32)
 
 
 def _dense(rows: int, columns: int) -> Tensor:
@@ -80,10 +97,10 @@ def _norm(shape: Shape) -> Tensor:
     return torch.ones(shape.hidden, dtype=torch.bfloat16)
 
 
-def _config(shape: Shape) -> dict[str, object]:
+def _config(shape: Shape, weights: Affine) -> dict[str, object]:
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen2ForCausalLM" if shape.qkv_bias else "LlamaForCausalLM"],
+        "model_type": "qwen2" if shape.qkv_bias else "llama",
         "hidden_act": "silu",
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
@@ -93,7 +110,7 @@ def _config(shape: Shape) -> dict[str, object]:
         "head_dim": shape.head_dim,
         "vocab_size": shape.vocab,
         "tie_word_embeddings": shape.tied,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": CONTEXT_LEN,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
         "torch_dtype": "bfloat16",
@@ -106,10 +123,10 @@ def _config(shape: Shape) -> dict[str, object]:
                 "group_0": {
                     "targets": ["Linear"],
                     "weights": {
-                        "num_bits": BITS,
+                        "num_bits": weights.bits,
                         "type": "int",
-                        "symmetric": True,
-                        "group_size": GROUP_SIZE,
+                        "symmetric": weights.symmetric,
+                        "group_size": weights.group_size,
                         "strategy": "group",
                         "dynamic": False,
                     },

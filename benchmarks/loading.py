@@ -11,7 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.checkpoints import SHAPES, SMALLEST, write_checkpoint
+from benchmarks.checkpoints import write_checkpoint
+from benchmarks.shapes import SHAPES, SMALLEST
 from engine.config import EngineConfig
 from engine.messages import Done, Sampling, Submit
 from engine.remote import RemoteClient

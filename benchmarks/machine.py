@@ -1,0 +1,57 @@
+"""What this machine can do at most: how fast it reads memory. Speeds are judged against it.
+
+Measured again between the pairs of a comparison, because a shared machine is not the same from minute to minute.
+"""
+
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernels import native
+
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Roof:
+    """One measurement of the machine's limits."""
+
+    read_one: float  # GB/s that one thread reads
+    read_all: float  # GB/s that all threads read
+
+
+def measure_roof(num_threads: int) -> Roof:
+    """Read memory with one thread and with `num_threads`, 0.3 s each. Raises RuntimeError without the C++ library."""
+    one, all_threads = native.read_bandwidth(1), native.read_bandwidth(num_threads)
+    if one is None or all_threads is None:
+        raise RuntimeError(f"the bandwidth probe is part of the C++ library: {native.MISSING}")
+    return Roof(one / GIGA, all_threads / GIGA)
+
+
+def median_roof(roofs: Sequence[Roof]) -> Roof:
+    return Roof(
+        statistics.median(roof.read_one for roof in roofs),
+        statistics.median(roof.read_all for roof in roofs),
+    )
+
+
+def cpu_name() -> str:
+    """The processor's name as the kernel gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def cpu_seconds(process_id: int) -> float:
+    """User and system time that a process has used so far."""
+    fields = Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def load_average() -> float:
+    """Processes that wanted a core during the last minute, this benchmark's own among them."""
+    return os.getloadavg()[0]

@@ -1,0 +1,1 @@
+"""The two sides of a comparison: each a process of its own that answers the requests of `protocol`."""
