@@ -1,0 +1,122 @@
+"""Float products in C++: every instruction set against float64, and the same bits whatever is computed beside a row."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import native
+from kernels.contract import LinearKernel, LinearSpec
+from kernels.linear.dense.layout import DenseWeights
+from kernels.linear.weights import Term
+from tests.kernels.weights import random_dense
+from tests.tolerance import assert_within, dot_bound
+
+if native.MISSING is not None:
+    pytest.skip(native.MISSING, allow_module_level=True)
+
+from kernels.linear.dense.native import DenseNative
+from kernels.native import _native
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+MAX_TOKENS = 33  # tiles of every size the kernels have, and halves widened for many tokens
+
+
+@pytest.fixture(autouse=True)
+def settings_as_before() -> Iterator[None]:
+    isa, num_threads = _native.isa(), _native.num_threads()
+    yield
+    _native.use_isa(isa)
+    _native.set_num_threads(num_threads)
+
+
+def activations(num_tokens: int, in_features: int) -> Tensor:
+    return torch.randn(num_tokens, in_features, generator=torch.Generator().manual_seed(9))
+
+
+def multiply(kernel: LinearKernel, x: Tensor, *terms: Term) -> tuple[Tensor, ...]:
+    return kernel.linear(x, kernel.join([kernel.prepare(term) for term in terms]))
+
+
+@pytest.mark.parametrize("isa", _native.supported_isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_tokens", "k", "n"), [(1, 64, 48), (17, 45, 33), (3, 4096, 7), (5, 1, 1), (0, 64, 8), (14, 600, 130)]
+)
+def test_dense(isa: str, dtype: torch.dtype, num_tokens: int, k: int, n: int) -> None:
+    _native.use_isa(isa)
+    weights, x = random_dense(k, n, dtype, seed=k), activations(num_tokens, k)
+    (result,) = multiply(DenseNative(), x, weights)
+    exact, matrix = x.double(), weights.weight.double()
+    assert_within(result, exact @ matrix.T, dot_bound(exact, matrix), weights.describe())
+
+
+def check_same_bits(kernel: LinearKernel, *terms: Term) -> None:
+    """One result for any number of tokens at once, any number of threads and any instruction set."""
+    x = activations(MAX_TOKENS, terms[0].in_features)
+    joined = kernel.join([kernel.prepare(term) for term in terms])
+    expected = kernel.linear(x, joined)
+    for isa in _native.supported_isas():
+        _native.use_isa(isa)
+        for num_threads in (1, 2):
+            _native.set_num_threads(num_threads)
+            for num_tokens in range(1, MAX_TOKENS + 1):
+                some = kernel.linear(x[MAX_TOKENS - num_tokens :], joined)
+                assert all(torch.equal(a, b[-num_tokens:]) for a, b in zip(some, expected, strict=True)), (
+                    isa,
+                    num_threads,
+                    num_tokens,
+                )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_gives_the_same_bits(dtype: torch.dtype) -> None:
+    check_same_bits(DenseNative(), random_dense(300, 70, dtype, 1), random_dense(300, 9, torch.float32, 2))
+
+
+@pytest.mark.parametrize("isa", _native.supported_isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_are_not_finite_stay_where_they_are(isa: str, dtype: torch.dtype) -> None:
+    """One NaN of a weight reaches its row alone, and the zeros that fill up a panel never meet an infinity."""
+    _native.use_isa(isa)
+    weights, x = random_dense(20, 33, dtype, seed=3), activations(15, 20)
+    weights.weight[30, 4] = torch.nan
+    x[2, 7] = torch.inf
+    (result,) = multiply(DenseNative(), x, weights)
+    finite = torch.ones(15, 33, dtype=torch.bool)
+    finite[2], finite[:, 30] = False, False
+    assert torch.equal(result.isfinite(), finite)
+
+
+def test_weights_that_are_a_view_of_others() -> None:
+    """Half of a fused matrix, and one that was turned: addresses alone would read their neighbours."""
+    whole = random_dense(64, 40, torch.float16, 4).weight
+    for view in (whole[:, :32], whole[10:30], whole.t()):
+        x = activations(2, view.shape[1])
+        copy = view.clone(memory_format=torch.contiguous_format)
+        results = [multiply(DenseNative(), x, DenseWeights(weight))[0] for weight in (view, copy)]
+        assert torch.equal(*results)
+
+
+def test_activations_that_are_a_view_of_others() -> None:
+    weights, x = random_dense(32, 9, torch.float16, 4), activations(4, 64)[:, 16:48]
+    assert torch.equal(*multiply(DenseNative(), x, weights), *multiply(DenseNative(), x.clone(), weights))
+
+
+def test_matrices_of_other_widths_go_one_by_one() -> None:
+    kernel = DenseNative()
+    assert kernel.join([kernel.prepare(random_dense(k, 9, torch.float16, 4)) for k in (32, 64)]) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (LinearSpec(8, 8, torch.device("cuda"), torch.float32), "on the CPU"),
+        (LinearSpec(8, 8, torch.device("cpu"), torch.bfloat16), "float32"),
+    ],
+)
+def test_refusals(spec: LinearSpec, reason: str) -> None:
+    refusal = DenseNative().refuses(spec)
+    assert refusal is not None
+    assert reason in refusal
