@@ -14,9 +14,12 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+import kernels.sampling
 from engine.messages import Logprobs, Sampling
+from kernels.contract import Filters, RowSpec, SamplingKernel, select
 
-HEAD = 1024  # candidates that top_p and min_p are tried on before the whole vocabulary is sorted
+# Logits come to the CPU in float32 wherever they were computed; how many there are changes nothing.
+KERNEL: SamplingKernel = select(kernels.sampling.KERNELS, RowSpec(1, torch.device("cpu"), torch.float32)).kernel
 
 
 class BadLogits(RuntimeError):
@@ -71,22 +74,25 @@ def fault_in(sampling: Sampling) -> str | None:
 
 def choose(logits: Tensor, draw: Draw) -> int:
     """Choose one token id.  logits: [vocab] float32. Raises BadLogits."""
-    if not math.isfinite(float(logits.max())):  # NaN propagates through max; -inf alone means an empty row
+    best = KERNEL.argmax(logits)
+    if best is None:
         raise BadLogits("the model produced logits that are not finite")
     if draw.is_plain_greedy:
-        return int(logits.argmax())
+        return best
     logits = _adjust(logits.clone(), draw)
-    if draw.sampling.temperature == 0:
-        return int(logits.argmax())
-    return _draw(logits, draw)
+    best = KERNEL.argmax(logits)
+    if best is None:
+        raise BadLogits("bias, penalties and min_tokens leave no logit that is finite")
+    s = draw.sampling
+    if s.temperature == 0:
+        return best
+    uniform = uniform_at(draw.seed, draw.index, draw.num_generated)
+    return KERNEL.draw(logits, Filters(s.temperature, s.top_k, s.top_p, s.min_p), uniform)
 
 
 def logprobs_of(logits: Tensor, token: int, num_top: int) -> Logprobs:
     """The raw model's log-probability of `token` and of the `num_top` most likely.  logits: [vocab] float32."""
-    scores = torch.log_softmax(logits, dim=-1)
-    values, ids = scores.topk(min(num_top, scores.numel()))
-    top = list(zip(ids.tolist(), values.tolist(), strict=True))
-    return Logprobs(token, float(scores[token]), top)
+    return Logprobs(token, *KERNEL.log_probs(logits, token, num_top))
 
 
 def _adjust(logits: Tensor, draw: Draw) -> Tensor:
@@ -107,47 +113,6 @@ def _adjust(logits: Tensor, draw: Draw) -> Tensor:
         endings = (*s.stop_token_ids, *(() if s.ignore_eos else draw.eos_token_ids))
         logits[torch.tensor(endings, dtype=torch.long)] = -math.inf
     return logits
-
-
-def _draw(logits: Tensor, draw: Draw) -> int:
-    """Temperature, filters, one draw by inverting the cumulative distribution.  logits: [vocab] float32."""
-    s = draw.sampling
-    scaled = (logits.double() - logits.max()) / s.temperature  # at most 0, however small the temperature
-    probs = torch.softmax(scaled, dim=-1)  # [vocab]; double: the sum of 150,000 terms must not drift
-    uniform = uniform_at(draw.seed, draw.index, draw.num_generated)
-    if s.top_k <= 0 and s.top_p >= 1 and s.min_p <= 0:
-        return _invert(probs, uniform)
-    probs, ids = _most_likely(probs, s)
-    keep = probs >= s.min_p * probs[0]
-    if s.top_p < 1:
-        kept = probs / (probs.sum() if s.top_k > 0 else 1.0)  # the mass that top_k left; all of it otherwise
-        keep &= kept.cumsum(0) - kept < s.top_p
-        keep[0] = True
-    return int(ids[_invert(probs * keep, uniform)])
-
-
-def _most_likely(probs: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The candidates the filters can keep, most likely first, and their ids.  probs: [vocab], sums to 1.
-
-    Without top_k the filters look at the whole vocabulary, but they rarely reach past the head of it: sorting 152,000
-    numbers takes 12 ms, taking the first 1,024 of them less than one.
-    """
-    if 0 < sampling.top_k < probs.numel():
-        return probs.topk(sampling.top_k)
-    if probs.numel() > HEAD:
-        head, ids = probs.topk(HEAD)
-        by_mass = sampling.top_p < 1 and float(head.sum()) >= sampling.top_p
-        if by_mass or float(head[-1]) < sampling.min_p * float(head[0]):
-            return head, ids
-    return probs.sort(descending=True, stable=True)
-
-
-def _invert(probs: Tensor, uniform: float) -> int:
-    """The first index whose cumulative probability exceeds `uniform`.  probs: [num_candidates], need not sum to 1."""
-    cumulative = probs.cumsum(0)
-    index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
-    last = int(probs.nonzero()[-1])  # rounding may push the target past the end
-    return min(index, last)
 
 
 def uniform_at(seed: int, index: int, position: int) -> float:

@@ -130,7 +130,11 @@ class NormKernel(Kernel, Protocol):
     """One back end of RMSNorm."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x: [..., width], weight: [width] of x's dtype -> x's shape and dtype."""
+        """x: [..., width], weight: [width] of x's dtype -> x's shape and dtype. Raises ValueError on another width."""
+        ...
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return (x + delta, its norm): the residual stream and what the next layer reads. delta has x's shape."""
         ...
 
 
@@ -141,12 +145,42 @@ class RopeKernel(Kernel, Protocol):
         """x: [num_tokens, heads, D]; cos, sin: [num_tokens, D / 2] float32 -> x's shape and dtype."""
         ...
 
+    def rotate_pair(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """`rotate` for queries and keys, which differ in heads only. Raises ValueError when shapes disagree."""
+        ...
+
 
 class ActivationKernel(Kernel, Protocol):
     """One back end of SwiGLU."""
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        """gate, up: [num_tokens, width] -> silu(gate) * up, the same shape and dtype."""
+        """gate, up: [num_tokens, width] -> silu(gate) * up, likewise. Raises ValueError when the shapes differ."""
+        ...
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What cuts the tail of a distribution before a draw."""
+
+    temperature: float  # above 0
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0  # 0 to 1
+    min_p: float = 0.0  # 0 to 1
+
+
+class SamplingKernel(Kernel, Protocol):
+    """One back end of what is computed from one row of logits, [vocab] float32, with ties broken by the lower id."""
+
+    def argmax(self, logits: Tensor) -> int | None:
+        """The id of the largest; None when one is NaN or the largest is not finite."""
+        ...
+
+    def draw(self, logits: Tensor, filters: Filters, uniform: float) -> int:
+        """The id that `uniform`, in [0, 1), picks. The largest logit must be finite, none NaN."""
+        ...
+
+    def log_probs(self, logits: Tensor, token: int, num_top: int) -> tuple[float, list[tuple[int, float]]]:
+        """The log softmax of `token`, and (id, log softmax) of the `num_top` most likely ids, falling."""
         ...
 
 

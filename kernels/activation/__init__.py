@@ -1,6 +1,7 @@
 """The gate of an MLP."""
 
+from kernels.activation.native import ActivationNative
 from kernels.activation.reference import ActivationReference
 from kernels.contract import ActivationKernel
 
-KERNELS: tuple[ActivationKernel, ...] = (ActivationReference(),)  # fastest first
+KERNELS: tuple[ActivationKernel, ...] = (ActivationNative(), ActivationReference())  # fastest first

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels.activation.checks import check_gate
 from kernels.contract import RowSpec
 
 
@@ -20,5 +21,6 @@ class ActivationReference:
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """gate, up: [num_tokens, width] -> the same shape and dtype."""
+        check_gate(gate, up)
         wide = gate.float()
         return (wide / (1 + torch.exp(-wide)) * up.float()).to(gate.dtype)

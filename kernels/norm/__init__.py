@@ -1,6 +1,7 @@
 """RMSNorm."""
 
 from kernels.contract import NormKernel
+from kernels.norm.native import NormNative
 from kernels.norm.reference import NormReference
 
-KERNELS: tuple[NormKernel, ...] = (NormReference(),)  # fastest first
+KERNELS: tuple[NormKernel, ...] = (NormNative(), NormReference())  # fastest first

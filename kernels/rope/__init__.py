@@ -1,6 +1,7 @@
 """Rotary position embedding."""
 
 from kernels.contract import RopeKernel
+from kernels.rope.native import RopeNative
 from kernels.rope.reference import RopeReference
 
-KERNELS: tuple[RopeKernel, ...] = (RopeReference(),)  # fastest first
+KERNELS: tuple[RopeKernel, ...] = (RopeNative(), RopeReference())  # fastest first
