@@ -19,7 +19,8 @@ from tests.tolerance import EPS, assert_within
 
 PAGE_SIZE = 16
 WINDOW, SINKS = 20, 4
-TABLES = [[7, 2, 9, 4, 0, 11], [1, 10, 3, 8, 5, 6]]
+NUM_PAGES = 40
+TABLES = [list(range(38, -1, -2)), list(range(39, 0, -2))]
 
 
 def named(kernel: QuantizedKernel) -> str:
@@ -37,7 +38,7 @@ def codec_of(bits: tuple[float, float], window: int = WINDOW, num_sinks: int = S
 def cache_of(codec: LayerCodec, ring_slots: int | None = None, dtype: torch.dtype = torch.float16) -> QuantizedCache:
     """Full of bytes that decode to NaN and of NaN: whatever is read unwritten shows."""
     slots = codec.window if ring_slots is None else ring_slots
-    cache = QuantizedCache.allocate(codec, CacheSize(12, PAGE_SIZE, 3, slots, 3), torch.device("cpu"), dtype)
+    cache = QuantizedCache.allocate(codec, CacheSize(NUM_PAGES, PAGE_SIZE, 3, slots, 3), torch.device("cpu"), dtype)
     cache.pages.fill_(0x7F)
     for rows in (cache.ring_keys, cache.ring_values, cache.sink_keys, cache.sink_values):
         rows.fill_(torch.nan)
@@ -151,16 +152,16 @@ def test_precision(kernel: QuantizedKernel, bits: tuple[float, float], length: i
 
 
 @every_kernel
-@pytest.mark.parametrize("size", [1, 5, 16, 64])
-def test_chunks_do_not_change_a_bit(kernel: QuantizedKernel, size: int) -> None:
-    """Output, pages, ring and sinks: whatever size the prompt was cut to, beside a neighbour or alone."""
-    rows, others = tokens(90, seed=3), tokens(90, seed=4)
+@pytest.mark.parametrize(("size", "length"), [(1, 60), (5, 90), (16, 90), (64, 310)])
+def test_chunks_do_not_change_a_bit(kernel: QuantizedKernel, size: int, length: int) -> None:
+    """Output, pages, ring and sinks: whatever size the prompt was cut to, beside a neighbour or alone, for long."""
+    rows, others = tokens(length, seed=3), tokens(length, seed=4)
     whole = cache_of(codec_of((4.0, 2.0)))
-    expected = run(kernel, rows, whole, [90])
+    expected = run(kernel, rows, whole, [length])
     cache = cache_of(codec_of((4.0, 2.0)))
     start, results = 0, []
-    for n in chunks_of(90, size):
-        neighbour = max(1, 90 - start - n)  # runs the other way round, so that the shapes never agree
+    for n in chunks_of(length, size):
+        neighbour = max(1, length - start - n)  # runs the other way round, so that the shapes never agree
         pairs = zip(cut(others, 0, neighbour), cut(rows, start, start + n), strict=True)
         q, k, v = (torch.cat(pair) for pair in pairs)
         results.append(kernel.attend((q, k, v), cache, inputs_of((0, neighbour, 1), (start, n, 0)), 0.3)[-n:])
@@ -216,7 +217,7 @@ def test_a_shared_prefix_with_its_ring_gives_the_same_bits(kernel: QuantizedKern
     cache.ring_keys[0], cache.ring_values[0] = cache.ring_keys[1], cache.ring_values[1]
     expected = kernel.attend(cut(rows, 32, 50), cache, inputs_of((32, 18, 0)), 0.3)
     inputs = inputs_of((32, 18, 0))
-    table = torch.tensor([[7, 2, 1, 3]])  # the shared pages and two of its own
+    table = torch.tensor([[*TABLES[0][:2], *TABLES[1][:2]]])  # the shared pages and two of its own
     slots = table[0][torch.arange(32, 50) // PAGE_SIZE] * PAGE_SIZE + torch.arange(32, 50) % PAGE_SIZE
     child = replace(inputs, block_tables=table, slots=slots, ring_ids=(0,))
     assert torch.equal(kernel.attend(cut(rows, 32, 50), cache, child, 0.3), expected)
@@ -240,7 +241,7 @@ def test_infinities_saturate_and_nan_shows(kernel: QuantizedKernel) -> None:
     """Bugs: one infinity that turns the rest of a sequence into NaN; a broken model whose NaN a page hides."""
     codec = replace(codec_of((4.0, 4.0), window=2, num_sinks=0), value_transform=Hadamard(), key_transform=Hadamard())
     q, k, v = tokens(8, seed=10)
-    v[1, 0, 3], k[2, 1, 5] = torch.inf, -torch.inf
+    v[1, 0, 3:5], k[2, 1, 5:7] = torch.inf, -torch.inf  # two, which a rotation would subtract
     assert bool(run(kernel, (q, k, v), cache_of(codec), [8]).isfinite().all())
     v[1, 0, 3] = torch.nan
     result = run(kernel, (q, k, v), cache_of(codec), [1] * 8)
