@@ -10,6 +10,7 @@ An architecture file says which layers carry biases and norms; the names below a
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from engine.batch import Batch
@@ -42,11 +43,16 @@ class Decoder:
         """Store the batch's keys and values in `pages`, one tensor per layer; return [num_logits, vocab] float32."""
         x = self.embedding(batch.input_ids)  # [num_tokens, hidden_size]
         rotation = self.rope.angles(batch.positions)
+        delta = torch.zeros_like(x)  # what the next norm adds to the residual stream before it reads it
         for layer, layer_pages in zip(self.layers, pages, strict=True):
-            x = x + layer.attention(layer.input_norm(x), rotation, layer_pages, batch.attention)
-            x = x + layer.mlp(layer.post_attention_norm(x))
-        wanted = self.final_norm(x.index_select(0, batch.logit_rows))  # [num_logits, hidden_size]
-        return self.head(wanted).float()
+            x, normed = layer.input_norm.add(x, delta)
+            x, normed = layer.post_attention_norm.add(
+                x, layer.attention(normed, rotation, layer_pages, batch.attention)
+            )
+            delta = layer.mlp(normed)
+        rows = batch.logit_rows
+        _, wanted = self.final_norm.add(x.index_select(0, rows), delta.index_select(0, rows))
+        return self.head(wanted).float()  # [num_logits, vocab]
 
 
 def build_decoder(config: ModelConfig, parts: Parts) -> Decoder:

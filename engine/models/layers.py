@@ -102,6 +102,10 @@ class RMSNorm:
         """x: [..., width] -> the same shape and dtype."""
         return self._kernel.rms_norm(x, self._weight, self._eps)
 
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """x, delta: [..., width] -> (x + delta, its norm), in one pass where the kernel can."""
+        return self._kernel.add_rms_norm(x, delta, self._weight, self._eps)
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -124,9 +128,9 @@ class Rope:
         radians = positions.float().unsqueeze(1) * self._inv_freq  # [num_tokens, head_dim / 2]
         return Rotation(radians.cos() * self._scale, radians.sin() * self._scale)
 
-    def rotate(self, x: Tensor, rotation: Rotation) -> Tensor:
-        """x: [num_tokens, heads, head_dim] -> the same shape and dtype."""
-        return self._kernel.rotate(x, rotation.cos, rotation.sin)
+    def rotate(self, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """q, k: [num_tokens, heads, head_dim] of their own -> the same shapes and dtype."""
+        return self._kernel.rotate_pair(q, k, rotation.cos, rotation.sin)
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ class Attention:
         q, k, v = (y.view(num_tokens, -1, self.head_dim) for y in self.qkv_proj(x))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.rope.rotate(q, rotation), self.rope.rotate(k, rotation)
+        q, k = self.rope.rotate(q, k, rotation)
         self.kernel.store(k, v, pages, inputs)
         attended = self.kernel.attend(q, pages, inputs, self.head_dim**-0.5)  # [num_tokens, num_heads, head_dim]
         return self.o_proj(attended.flatten(1))

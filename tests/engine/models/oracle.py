@@ -24,6 +24,7 @@ from engine.config import EngineConfig, Plan, resolve
 from engine.loading import load_model, model_facts, open_checkpoint
 from engine.models.decoder import Decoder
 from engine.runner import Runner
+from kernels.attention.f16.layout import keys_of, values_of
 from kvcache.layout import PageLayout
 from kvcache.policy import parse_policy
 from kvcache.storage import PageStorage
@@ -162,7 +163,8 @@ class Session:
 
     def stored(self, table: list[int], num_tokens: int) -> list[Tensor]:
         """What the pages hold of a sequence: per layer [2, num_kv_heads, num_tokens, head_dim]."""
-        return [layer[table].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :num_tokens] for layer in self.pages]
+        taken = [torch.stack((keys_of(layer[table]).mT, values_of(layer[table]))) for layer in self.pages]
+        return [both.transpose(1, 2).flatten(2, 3)[:, :, :num_tokens] for both in taken]
 
 
 def with_chunk(answers: Answers, start: int, chunk: int, table: list[int]) -> BatchRow:
