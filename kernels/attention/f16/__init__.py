@@ -1,6 +1,7 @@
 """Pages of plain floating point: float16, or float32 for the oracle that tests compare with."""
 
+from kernels.attention.f16.native import F16Native
 from kernels.attention.f16.reference import F16Reference
 from kernels.contract import AttentionKernel
 
-KERNELS: tuple[AttentionKernel, ...] = (F16Reference(),)  # fastest first
+KERNELS: tuple[AttentionKernel, ...] = (F16Native(), F16Reference())  # fastest first
