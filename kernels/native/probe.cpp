@@ -6,7 +6,9 @@ namespace nibble::NIBBLE_ISA {
 namespace {
 
 constexpr int kPrefetchBytes = 2048;
-constexpr int kChains = kFastDot ? 12 : 6;  // enough to hide a multiply-add's latency, few enough for the registers
+// Enough to hide a multiply-add's latency, few enough for the registers. They start from different numbers, or the
+// compiler would see that they are one.
+constexpr int kChains = kFastDot ? 12 : 6;
 
 uint8_t read(const uint8_t* p, int64_t num_bytes) {
   Bytes sums[4] = {bset1(0), bset1(0), bset1(0), bset1(0)};
@@ -22,17 +24,20 @@ uint8_t read(const uint8_t* p, int64_t num_bytes) {
 
 int64_t dots(int64_t count) {
   uint8_t codes[64] = {1, 2, 3};
-  int8_t activations[4] = {4, 5, 6, 7};
+  int8_t activations[4 * kChains] = {4, 5, 6, 7};
   Ints sums[kChains];
-  for (Ints& sum : sums) sum = izero();
+#pragma GCC unroll 16
+  for (int j = 0; j < kChains; j++) sums[j] = iset1(j);
   for (int64_t i = 0; i < count; i++) {
     asm volatile("" : : "r"(codes), "r"(activations) : "memory");  // they may have changed: no turn can be left out
     Bytes u = bload(codes);
-    for (Ints& sum : sums) sum = dot(sum, u, activations);
+#pragma GCC unroll 16  // or the sums are kept in memory
+    for (int j = 0; j < kChains; j++) sums[j] = dot(sums[j], u, activations + 4 * j);
   }
   int32_t lanes[16];
-  for (Ints& sum : sums) {
-    istore(lanes, sum);
+#pragma GCC unroll 16
+  for (int j = 0; j < kChains; j++) {
+    istore(lanes, sums[j]);
     asm volatile("" : : "r"(lanes) : "memory");
   }
   return count * kChains * 128;
@@ -41,15 +46,18 @@ int64_t dots(int64_t count) {
 int64_t fmas(int64_t count) {
   float factors[16] = {1e-9f};
   Floats sums[kChains];
-  for (Floats& sum : sums) sum = zero();
+#pragma GCC unroll 16
+  for (int j = 0; j < kChains; j++) sums[j] = set1((float)j);
   for (int64_t i = 0; i < count; i++) {
     asm volatile("" : : "r"(factors) : "memory");
     Floats x = load(factors);
-    for (Floats& sum : sums) sum = fma(x, x, sum);
+#pragma GCC unroll 16
+    for (int j = 0; j < kChains; j++) sums[j] = fma(x, x, sums[j]);
   }
   float lanes[16];
-  for (Floats& sum : sums) {
-    store(lanes, sum);
+#pragma GCC unroll 16
+  for (int j = 0; j < kChains; j++) {
+    store(lanes, sums[j]);
     asm volatile("" : : "r"(lanes) : "memory");
   }
   return count * kChains * 32;
