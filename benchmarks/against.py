@@ -15,12 +15,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks.machine import Roof, cpu_name, cpu_seconds, load_average, measure_roof, median_roof
+from benchmarks.machine import Roof, cpu_name, cpu_seconds, machine_seconds, measure_roof, median_roof, wait_until_quiet
 from benchmarks.peers.protocol import Setup, Work
 from benchmarks.shapes import SHAPES
 
@@ -29,6 +30,8 @@ OURS = "benchmarks.peers.nibble"
 PEERS = {"llama.cpp": "benchmarks.peers.llama_cpp"}
 NEEDED = {"llama.cpp": ("llama_cpp", "gguf")}  # what its interpreter must be able to import
 INSTALL = {"llama.cpp": "pip install llama-cpp-python gguf"}
+
+QUIET_SHARE = 0.05  # of the cores taken by others; above, threads that wait for each other lose more than that share
 
 
 class SideFailed(RuntimeError):
@@ -77,6 +80,14 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Turns:
+    """How the sides take turns."""
+
+    num_pairs: int
+    patience_s: float  # how long to wait, before each pair, for other processes to let go of the cores
+
+
+@dataclass(frozen=True)
 class Pairs:
     """What was measured, turn by turn."""
 
@@ -84,6 +95,7 @@ class Pairs:
     peer: list[float]
     roofs: list[Roof]
     idle_share: float  # of one core, that the waiting side used while the other ran
+    others_share: list[float]  # of all cores, that neither side used, turn by turn
 
     @property
     def ratios(self) -> list[float]:
@@ -99,22 +111,22 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             ours = Setup(args.shape, args.layers, args.bits, args.format, args.cache, args.threads, str(folder), work)
             peer = replace(ours, variant=args.peer_format, cache=args.peer_cache)
+            turns = Turns(args.pairs, args.patience)
             _check_peer(args.peer, args.peer_python)
-            result = compare((sys.executable, OURS, ours), (args.peer_python, PEERS[args.peer], peer), args.pairs)
+            result = compare((sys.executable, OURS, ours), (args.peer_python, PEERS[args.peer], peer), turns)
     except SideFailed as error:
         sys.exit(f"benchmarks.against: {error}")
     print_table(result, sys.stderr if args.json else sys.stdout)
     print(json.dumps(result))
 
 
-def compare(ours: tuple[str, str, Setup], peer: tuple[str, str, Setup], num_pairs: int) -> dict[str, Any]:
+def compare(ours: tuple[str, str, Setup], peer: tuple[str, str, Setup], turns: Turns) -> dict[str, Any]:
     """Run both sides, each an (interpreter, module, setup), and report. Raises SideFailed."""
-    load_before = load_average()
     ours, peer = _prepare(*ours), _prepare(*peer)
     with Side(*ours[:2]) as our_side, Side(*peer[:2]) as peer_side:
         our_facts = our_side.ask(ours[2].to_line("open"))["facts"]
         peer_facts = peer_side.ask(peer[2].to_line("open"))["facts"]
-        pairs = take_turns(our_side, peer_side, num_pairs, ours[2].threads)
+        pairs = take_turns(our_side, peer_side, turns, ours[2].threads)
         peaks = [side.ask('{"finish": {}}')["peak_rss_mib"] for side in (our_side, peer_side)]
     roof = median_roof(pairs.roofs)
     work = ours[2].work
@@ -129,30 +141,36 @@ def compare(ours: tuple[str, str, Setup], peer: tuple[str, str, Setup], num_pair
         "ratio_min": min(pairs.ratios),
         "ratio_max": max(pairs.ratios),
         "pair_ratios": pairs.ratios,
+        "ratio_of_best": max(pairs.ours) / max(pairs.peer),
         "ours": _report(our_facts, pairs.ours, peaks[0], roof, work),
         "peer": _report(peer_facts, pairs.peer, peaks[1], roof, work),
         "read_gb_per_s_1_thread": roof.read_one,
         "read_gb_per_s": roof.read_all,
         "idle_share_of_a_core": pairs.idle_share,
-        "load_average_before": load_before,
+        "others_share": max(pairs.others_share),
+        "others_share_of_each_turn": pairs.others_share,
     }
 
 
-def take_turns(ours: Side, peer: Side, num_pairs: int, num_threads: int) -> Pairs:
+def take_turns(ours: Side, peer: Side, plan: Turns, num_threads: int) -> Pairs:
     """A B A B ..., the machine's roof before each pair."""
-    our_rates: list[float] = []
-    peer_rates: list[float] = []
-    roofs = []
-    idle = 0.0
-    total = 0.0
-    for _ in range(num_pairs):
+    rates: dict[Side, list[float]] = {ours: [], peer: []}
+    roofs: list[Roof] = []
+    others: list[float] = []
+    idle = elapsed = 0.0
+    for _ in range(plan.num_pairs):
+        wait_until_quiet(QUIET_SHARE, plan.patience_s)
         roofs.append(measure_roof(num_threads))
-        for side, waiting, rates in ((ours, peer, our_rates), (peer, ours, peer_rates)):
-            waiting_before, before = waiting.cpu_seconds, side.cpu_seconds
-            rates.append(side.rate())
-            idle += waiting.cpu_seconds - waiting_before
-            total += (side.cpu_seconds - before) / num_threads
-    return Pairs(our_rates, peer_rates, roofs, idle / total)
+        for side, waiting in ((ours, peer), (peer, ours)):
+            busy, total = machine_seconds()
+            own, idled, started = side.cpu_seconds, waiting.cpu_seconds, time.perf_counter()
+            rates[side].append(side.rate())
+            elapsed += time.perf_counter() - started
+            own, idled = side.cpu_seconds - own, waiting.cpu_seconds - idled
+            busy, total = (after - before for after, before in zip(machine_seconds(), (busy, total), strict=True))
+            idle += idled
+            others.append(max(0.0, busy - own - idled) / max(total, 1e-9))
+    return Pairs(rates[ours], rates[peer], roofs, idle / elapsed, others)
 
 
 def describe(work: Work) -> str:
@@ -209,16 +227,17 @@ def print_table(result: dict[str, Any], file: TextIO) -> None:
         values = (side[key] / 1e6 if key == "bytes_per_token" else side[key] for side in (ours, peer))
         cells = ("-" if value is None else format(value, form) for value in values)
         say(f"{label:>22} " + " ".join(f"{cell:>20}" for cell in cells))
+    memory = f"{result['read_gb_per_s']:.1f} GB/s, {result['read_gb_per_s_1_thread']:.1f} with 1 thread"
+    say(f"memory reads at {memory}")
     say(
         f"ratio {result['ratio']:.2f} ({result['ratio_min']:.2f} .. {result['ratio_max']:.2f} in "
-        f"{len(result['pair_ratios'])} pairs); memory reads at {result['read_gb_per_s']:.1f} GB/s, "
-        f"{result['read_gb_per_s_1_thread']:.1f} with 1 thread"
+        f"{len(result['pair_ratios'])} pairs; {result['ratio_of_best']:.2f} of the best turns)"
     )
     for side in (ours, peer):
         for note in (*(f"{key}: {value}" for key, value in side["settings"].items()), *side["notes"]):
             say(f"{side['name']}: {note}")
-    if result["load_average_before"] > 0.5:
-        say(f"warning: other processes were running (load average {result['load_average_before']:.1f})")
+    if result["others_share"] > QUIET_SHARE:
+        say(f"warning: not a fair comparison: others took up to {result['others_share']:.0%} of the cores in a turn")
 
 
 def _prepare(python: str, module: str, setup: Setup) -> tuple[str, str, Setup]:
@@ -259,6 +278,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=64, help="tokens each sequence holds already")
     parser.add_argument("--tokens", type=int, default=32, help="steps in one turn")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--patience", type=float, default=0, metavar="S", help="wait so long for quiet before a pair")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the weight files there for the next run")
     parser.add_argument("--json", action="store_true", help="keep stdout to the line of JSON; the table goes to stderr")

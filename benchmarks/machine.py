@@ -6,6 +6,7 @@ Measured again between the pairs of a comparison, because a shared machine is no
 import os
 import platform
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from kernels import native
 
 GIGA = 1e9
+QUIET_SPAN_S = 1.0  # long enough that the kernel's ticks of 10 ms resolve one percent
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,22 @@ def cpu_seconds(process_id: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def load_average() -> float:
-    """Processes that wanted a core during the last minute, this benchmark's own among them."""
-    return os.getloadavg()[0]
+def machine_seconds() -> tuple[float, float]:
+    """(seconds that cores were busy or taken by the host, seconds that they existed), all cores, since the start."""
+    line = Path("/proc/stat").read_text().splitlines()[0]  # "cpu user nice system idle iowait irq softirq steal ..."
+    ticks = [int(field) for field in line.split()[1:9]]
+    per_second = os.sysconf("SC_CLK_TCK")
+    return (sum(ticks) - ticks[3] - ticks[4]) / per_second, sum(ticks) / per_second
+
+
+def wait_until_quiet(share: float, limit_s: float) -> bool:
+    """Sleep until all processes together use at most `share` of the cores; False when `limit_s` pass before."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        busy, total = machine_seconds()
+        time.sleep(QUIET_SPAN_S)
+        busy_now, total_now = machine_seconds()
+        if busy_now - busy <= share * (total_now - total):
+            return True
+        if time.monotonic() > deadline:
+            return False

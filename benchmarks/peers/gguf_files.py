@@ -59,14 +59,15 @@ class BlockType:
 TYPES = {
     "Q8_0": BlockType((("scale", 2), ("codes", 32)), 74.0),
     "Q4_0": BlockType((("scale", 2), ("codes", 16)), 4.6),
+    "Q5_0": BlockType((("scale", 2), ("codes", 20)), 9.2),
     "IQ4_NL": BlockType((("scale", 2), ("codes", 16)), 70.0),
     "Q4_K": BlockType((("scale", 4), ("codes", 140)), 300.0),  # d, dmin; 6-bit scales and minima; codes
     "Q2_K": BlockType((("codes", 80), ("scale", 4)), 15.0),  # 4-bit scales and minima, codes; d, dmin
     "TQ1_0": BlockType((("codes", 52), ("scale", 2)), 0.82, _trits),
     "TQ2_0": BlockType((("codes", 64), ("scale", 2)), 0.82, _trit_pairs),
 }
-# What llama.cpp's quantizer stores instead where the inputs are no multiple of a type's block of 256.
-FALLBACKS = {"Q4_K": "Q5_0", "Q2_K": "IQ4_NL", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0"}
+# What llama.cpp's quantizer stores instead where the inputs are no multiple of a type's block of 256 (as seen, 0.3.36).
+FALLBACKS = {"Q4_K": "Q5_0", "Q2_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0"}
 
 
 def stored_type(wanted: str, num_inputs: int) -> str:

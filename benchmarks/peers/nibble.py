@@ -50,6 +50,7 @@ class Nibble:
             str(_folder(setup)),
             kv_policy=setup.cache,
             kv_memory=cache * num_tokens + SPARE_BYTES,
+            max_model_len=setup.work.num_positions,
             max_num_seqs=setup.work.batch,
             max_batch_tokens=CHUNK,
             prefix_caching=False,
