@@ -71,7 +71,7 @@ def _allocate(layout: PageLayout, plan: Plan) -> PageStorage:
     """The cache. torch reports a failed allocation as a plain RuntimeError on a CPU. Raises StartError."""
     try:
         return PageStorage(layout, plan.num_pages, torch.device(plan.device))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         num_bytes = layout.bytes_per_page * plan.num_pages
         raise StartError(f"the KV cache of {num_bytes:,} bytes cannot be had; lower --kv-memory ({error})") from error
 
