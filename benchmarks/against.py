@@ -112,7 +112,7 @@ def main() -> None:
             ours = Setup(args.shape, args.layers, args.bits, args.format, args.cache, args.threads, str(folder), work)
             peer = replace(ours, variant=args.peer_format, cache=args.peer_cache)
             turns = Turns(args.pairs, args.patience)
-            _check_peer(args.peer, args.peer_python)
+            check_peer(args.peer, args.peer_python)
             result = compare((sys.executable, OURS, ours), (args.peer_python, PEERS[args.peer], peer), turns)
     except SideFailed as error:
         sys.exit(f"benchmarks.against: {error}")
@@ -146,6 +146,7 @@ def compare(ours: tuple[str, str, Setup], peer: tuple[str, str, Setup], turns: T
         "peer": _report(peer_facts, pairs.peer, peaks[1], roof, work),
         "read_gb_per_s_1_thread": roof.read_one,
         "read_gb_per_s": roof.read_all,
+        "int8_gop_per_s": roof.dot_all,
         "idle_share_of_a_core": pairs.idle_share,
         "others_share": max(pairs.others_share),
         "others_share_of_each_turn": pairs.others_share,
@@ -191,6 +192,9 @@ def _report(facts: dict[str, Any], rates: list[float], peak: float, roof: Roof, 
     rate = statistics.median(rates)
     num_bytes = step_bytes(facts, work)
     tokens_per_step = work.prefill or work.batch
+    shape = SHAPES[facts["shape"]].with_layers(facts["num_layers"])
+    weights_per_token = shape.layer_weights + shape.vocab * shape.hidden / (work.prefill or 1)  # one head a prompt
+    gop_per_s = 2 * weights_per_token * rate / 1e9
     gb_per_s = num_bytes * rate / tokens_per_step / 1e9
     return {
         **facts,
@@ -201,6 +205,7 @@ def _report(facts: dict[str, Any], rates: list[float], peak: float, roof: Roof, 
         "bytes_per_token": num_bytes / tokens_per_step,
         "gb_per_s": gb_per_s,
         "percent_of_bandwidth": None if work.prefill else 100 * gb_per_s / roof.read_all,
+        "percent_of_int8_peak": 100 * gop_per_s / roof.dot_all,
         "peak_rss_mib": peak,
     }
 
@@ -222,13 +227,14 @@ def print_table(result: dict[str, Any], file: TextIO) -> None:
         ("MB read per token", "bytes_per_token", ".1f"),
         ("GB/s", "gb_per_s", ".1f"),
         ("% of bandwidth", "percent_of_bandwidth", ".0f"),
+        ("% of int8 peak", "percent_of_int8_peak", ".0f"),
         ("peak RSS, MiB", "peak_rss_mib", ".0f"),
     ):
         values = (side[key] / 1e6 if key == "bytes_per_token" else side[key] for side in (ours, peer))
         cells = ("-" if value is None else format(value, form) for value in values)
         say(f"{label:>22} " + " ".join(f"{cell:>20}" for cell in cells))
     memory = f"{result['read_gb_per_s']:.1f} GB/s, {result['read_gb_per_s_1_thread']:.1f} with 1 thread"
-    say(f"memory reads at {memory}")
+    say(f"memory reads at {memory}; int8 dot products at {result['int8_gop_per_s']:.0f} GOP/s")
     say(
         f"ratio {result['ratio']:.2f} ({result['ratio_min']:.2f} .. {result['ratio_max']:.2f} in "
         f"{len(result['pair_ratios'])} pairs; {result['ratio_of_best']:.2f} of the best turns)"
@@ -247,7 +253,7 @@ def _prepare(python: str, module: str, setup: Setup) -> tuple[str, str, Setup]:
     return python, module, replace(setup, prepared=prepared)
 
 
-def _check_peer(peer: str, python: str) -> None:
+def check_peer(peer: str, python: str) -> None:
     """Raises SideFailed saying what to install when the interpreter cannot import the peer."""
     command = [python, "-c", "; ".join(f"import {module}" for module in NEEDED[peer])]
     try:
@@ -255,7 +261,7 @@ def _check_peer(peer: str, python: str) -> None:
     except OSError as error:
         raise SideFailed(f"--peer-python {python} cannot be run: {error}") from error
     if done.returncode != 0:
-        reason = done.stderr.strip().splitlines()[-1]
+        reason = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
         raise SideFailed(
             f"{python} cannot import {peer}: {reason}. Run `{INSTALL[peer]}` in any environment and name its "
             "interpreter with --peer-python"

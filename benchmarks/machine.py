@@ -1,4 +1,4 @@
-"""What this machine can do at most: how fast it reads memory. Speeds are judged against it.
+"""What this machine can do at most: read memory and multiply integers. Speeds are judged against it.
 
 Measured again between the pairs of a comparison, because a shared machine is not the same from minute to minute.
 """
@@ -8,10 +8,14 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kernels import native
+
+if native.MISSING is None or TYPE_CHECKING:
+    from kernels.native import _native
 
 GIGA = 1e9
 QUIET_SPAN_S = 1.0  # long enough that the kernel's ticks of 10 ms resolve one percent
@@ -23,21 +27,19 @@ class Roof:
 
     read_one: float  # GB/s that one thread reads
     read_all: float  # GB/s that all threads read
+    dot_all: float  # 10^9 operations per second of int8 dot products, all threads; a multiplication and a sum are two
 
 
 def measure_roof(num_threads: int) -> Roof:
-    """Read memory with one thread and with `num_threads`, 0.3 s each. Raises RuntimeError without the C++ library."""
-    one, all_threads = native.read_bandwidth(1), native.read_bandwidth(num_threads)
-    if one is None or all_threads is None:
-        raise RuntimeError(f"the bandwidth probe is part of the C++ library: {native.MISSING}")
-    return Roof(one / GIGA, all_threads / GIGA)
+    """Half a second of reading and multiplying. Raises RuntimeError without the C++ library."""
+    if native.MISSING is not None:
+        raise RuntimeError(f"the probes are part of the C++ library: {native.MISSING}")
+    rates = (_native.read_bandwidth(1), _native.read_bandwidth(num_threads), _native.dot_peak(num_threads))
+    return Roof(*(rate / GIGA for rate in rates))
 
 
 def median_roof(roofs: Sequence[Roof]) -> Roof:
-    return Roof(
-        statistics.median(roof.read_one for roof in roofs),
-        statistics.median(roof.read_all for roof in roofs),
-    )
+    return Roof(*(statistics.median(getattr(roof, field.name) for roof in roofs) for field in fields(Roof)))
 
 
 def cpu_name() -> str:

@@ -110,6 +110,8 @@ class LlamaCpp:
             "name": "llama.cpp",
             "versions": {package: importlib.metadata.version(package) for package in ("llama-cpp-python", "gguf")},
             "features": lib.llama_print_system_info().decode().strip(" |"),
+            "shape": setup.shape,
+            "num_layers": shape.num_layers,
             **_bytes_of(shape, weight_type, setup),
             "settings": {"fastest of those tried": str(choice)},
             "notes": [*_fallback_notes(shape, weight_type), *self._loaded.log.notes()],
@@ -210,7 +212,6 @@ def _bytes_of(shape: Shape, weight_type: str, setup: Setup) -> dict[str, Any]:
     layer = sum(matrix_bytes(stored_type(weight_type, columns), rows, columns) for rows, columns in sizes)
     cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * CACHE_BYTES[setup.cache]
     return {
-        "num_layers": shape.num_layers,
         "weights": weight_type,
         "bits_per_weight": shape.num_layers * layer * 8 / shape.layer_weights,
         "layer_bytes": shape.num_layers * layer,

@@ -71,6 +71,8 @@ class Nibble:
             "name": "nibble",
             "versions": {package: importlib.metadata.version(package) for package in ("nibble-server", "torch")},
             "features": f"native kernels: {native.isa() or native.MISSING}",
+            "shape": setup.shape,
+            "num_layers": shape.num_layers,
             **_bytes_of(shape, weights, plan.kv_bytes_per_token),
             "cache": setup.cache,
             "settings": {use.what: use.kernel for use in plan.kernels},
@@ -127,7 +129,6 @@ def _bytes_of(shape: Shape, weights: Affine, cache: float) -> dict[str, Any]:
     """What a step must read, by the sizes of the formats."""
     head = Affine(8, HEAD_GROUP)
     return {
-        "num_layers": shape.num_layers,
         "weights": weights.describe(),
         "bits_per_weight": weights.bits_per_weight,
         "layer_bytes": shape.layer_weights * weights.bits_per_weight / 8,
