@@ -297,7 +297,7 @@ void check(const Canonical& from) {
   if (from.num_rows < 1 || from.num_channels < 1) refuse("a matrix needs at least one row and one channel");
   if (from.num_rows > INT32_MAX || from.num_channels > INT32_MAX / 8) refuse("the matrix is too large");
   if (from.group_size < 1) refuse("group_size must be positive");
-  if (!from.table.empty() && (from.bits > 4 || from.table.size() > 1u << from.bits))
+  if (!from.table.empty() && (from.bits < 1 || from.bits > 4 || from.table.size() > 1u << from.bits))
     refuse("a table has at most 16 entries, one for each code");
   if (from.zero > kMaxZero || from.zero < -kMaxZero) refuse("zero must lie within " + std::to_string(kMaxZero));
 }
