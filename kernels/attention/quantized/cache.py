@@ -20,7 +20,7 @@ window. All of it holds *transformed* keys (after RoPE) and values: queries turn
     codec       one LayerCodec for each layer, the same for as long as the pages live, and part of the prefix salt.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -42,6 +42,16 @@ class LayerCodec:
     value_transform: HeadTransform
     window: int  # W tokens
     num_sinks: int  # S tokens
+
+    def to(self, device: torch.device) -> "LayerCodec":
+        """The same with its tensors on `device`."""
+        return replace(
+            self,
+            keys=self.keys.to(device),
+            values=self.values.to(device),
+            key_transform=self.key_transform.to(device),
+            value_transform=self.value_transform.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,10 @@ class QuantizedCache:
     def allocate(
         codec: LayerCodec, size: CacheSize, device: torch.device, dtype: torch.dtype = torch.float16
     ) -> "QuantizedCache":
-        """Zeroed memory. Raises LayoutError or ValueError, naming the sizes, when they do not fit together."""
+        """Zeroed memory on `device`, where the codec moves too.
+
+        Raises LayoutError or ValueError, naming the sizes, when they do not fit together.
+        """
         layout = ChunkLayout(codec.keys.layout, codec.values.layout, size.page_size)
         if size.ring_slots < codec.window:
             raise ValueError(f"rings of {size.ring_slots} slots cannot hold a window of {codec.window} tokens")
@@ -89,7 +102,7 @@ class QuantizedCache:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         return QuantizedCache(
-            codec,
+            codec.to(device),
             layout,
             torch.zeros(size.num_pages, heads, layout.chunk_bytes, dtype=torch.uint8, device=device),
             zeros(size.num_rings, heads, dim, size.ring_slots),

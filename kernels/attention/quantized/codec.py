@@ -28,7 +28,7 @@ in a float16 cache. Infinities saturate. A group of one value decodes to z ps, p
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,9 @@ class RowCodec:
     @property
     def num_heads(self) -> int:
         return self.prescale.shape[0]
+
+    def to(self, device: torch.device) -> "RowCodec":
+        return replace(self, clip=self.clip.to(device), prescale=self.prescale.to(device))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [..., num_kv_heads, D] float32 -> bytes of the row [..., num_kv_heads, row_bytes] and of its parameters

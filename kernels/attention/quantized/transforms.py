@@ -25,6 +25,10 @@ class HeadTransform(Protocol):
         """The inverse of `apply`."""
         ...
 
+    def to(self, device: torch.device) -> "HeadTransform":
+        """The same with its tensors on `device`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -35,6 +39,9 @@ class Identity:
 
     def invert(self, x: Tensor) -> Tensor:
         return x
+
+    def to(self, device: torch.device) -> HeadTransform:
+        return self
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,9 @@ class Hadamard:
     def invert(self, x: Tensor) -> Tensor:
         return self.apply(x)
 
+    def to(self, device: torch.device) -> HeadTransform:
+        return self
+
 
 @dataclass(frozen=True)
 class Permutation:
@@ -72,6 +82,9 @@ class Permutation:
 
     def invert(self, x: Tensor) -> Tensor:
         return self._gather(x, self.order.argsort(-1))
+
+    def to(self, device: torch.device) -> HeadTransform:
+        return Permutation(self.order.to(device))
 
     def _gather(self, x: Tensor, order: Tensor) -> Tensor:
         group = x.shape[1] // order.shape[0]
@@ -89,6 +102,9 @@ class Rotation:
 
     def invert(self, x: Tensor) -> Tensor:
         return self._multiply(x, self.matrices)
+
+    def to(self, device: torch.device) -> HeadTransform:
+        return Rotation(self.matrices.to(device))
 
     def _multiply(self, x: Tensor, matrices: Tensor) -> Tensor:
         num_tokens, num_heads, head_dim = x.shape
@@ -119,3 +135,6 @@ class Chain:
         for part in reversed(self.parts):
             x = part.invert(x)
         return x
+
+    def to(self, device: torch.device) -> HeadTransform:
+        return Chain(tuple(part.to(device) for part in self.parts))
