@@ -174,6 +174,7 @@ inline Ints dot_small(Ints acc, Bytes u, Four s) {
 }
 inline Bytes badd_where(Bytes a, const uint8_t* mask, uint8_t value) { return badd(a, bspread(mask, value)); }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+inline void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 inline float reduce_add(Floats x) {
   __m256 a = _mm256_add_ps(x.a, x.b);

@@ -105,6 +105,7 @@ inline Bytes badd_where(Bytes a, const uint8_t* mask, uint8_t value) {
   return _mm512_mask_add_epi8(a, (__mmask64)m, a, _mm512_set1_epi8((char)value));
 }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+inline void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }  // into the second cache only
 
 // The sum of 16 lanes, in the order ((0+8)+(4+12)) + ... that every instruction set follows.
 inline float reduce_add(Floats x) {

@@ -188,6 +188,7 @@ inline Ints dot(Ints acc, Bytes u, Four s) { return dot(acc, u, s.v); }
 inline Ints dot_small(Ints acc, Bytes u, Four s) { return dot(acc, u, s.v); }
 inline Bytes badd_where(Bytes a, const uint8_t* mask, uint8_t value) { return badd(a, bspread(mask, value)); }
 inline void prefetch(const void*) {}
+inline void prefetch_l2(const void*) {}
 
 inline float reduce_add(Floats x) {
   for (int half = 8; half > 0; half /= 2)
