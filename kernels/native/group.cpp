@@ -22,13 +22,17 @@ Group::Group(std::vector<const Packed*> members) : members_(std::move(members)),
   for (const Packed* p : members_) {
     if (p->num_channels != members_[0]->num_channels || p->block_channels != members_[0]->block_channels)
       throw std::invalid_argument("matrices that share activations must have the same channels in the same blocks");
+    if (zero_index(*p) == zeros_.size()) zeros_.push_back(p->zero_type == ZeroType::constant ? p->zero : 0);
     first_pair_.push_back(first_pair_.back() + (p->num_row_blocks() + 1) / 2);
   }
 }
 
 Activations Group::quantize(const float* x, int64_t num_tokens) {
   const Packed& first = *members_[0];
-  Activations to{num_tokens, first.num_blocks, first.block_channels, 0, nullptr, nullptr, nullptr};
+  Activations to{};
+  to.num_tokens = num_tokens;
+  to.num_blocks = first.num_blocks;
+  to.block_channels = first.block_channels;
   to.stride = round_up(first.num_channels + 32, 64);  // a last unit reaches up to 19 channels past the end
   values_.reserve((size_t)(num_tokens * to.stride));
   scales_.reserve((size_t)(num_tokens * to.num_blocks) * sizeof(float));
@@ -44,7 +48,17 @@ Activations Group::quantize(const float* x, int64_t num_tokens) {
   } else {
     Pool::instance().run(num_tokens, one);
   }
+  int64_t count = num_tokens * to.num_blocks;
+  offsets_.reserve(zeros_.size() * (size_t)count * sizeof(int32_t));
+  int32_t* offsets = (int32_t*)offsets_.data();
+  for (int32_t zero : zeros_)
+    for (int64_t i = 0; i < count; i++) *offsets++ = -zero * to.sums[i];
   return to;
+}
+
+size_t Group::zero_index(const Packed& member) const {
+  int32_t zero = member.zero_type == ZeroType::constant ? member.zero : 0;
+  return (size_t)(std::find(zeros_.begin(), zeros_.end(), zero) - zeros_.begin());
 }
 
 void Group::run(const float* x, int64_t num_tokens, const std::vector<float*>& outs) {
@@ -60,7 +74,9 @@ void Group::run(const float* x, int64_t num_tokens, const std::vector<float*>& o
       if (pair >= first_pair_[member + 1]) continue;
       const Packed& w = *members_[member];
       int64_t last = std::min(stop, first_pair_[member + 1]);
-      ops.row_blocks(w, 2 * (pair - first_pair_[member]), std::min(2 * (last - first_pair_[member]), w.num_row_blocks()), a,
+      Activations x = a;
+      x.offsets = (const int32_t*)offsets_.data() + (int64_t)zero_index(w) * a.num_tokens * a.num_blocks;
+      ops.row_blocks(w, 2 * (pair - first_pair_[member]), std::min(2 * (last - first_pair_[member]), w.num_row_blocks()), x,
                      outs[member]);
       pair = last;
     }

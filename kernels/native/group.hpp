@@ -20,10 +20,12 @@ class Group {
 
  private:
   Activations quantize(const float* x, int64_t num_tokens);
+  size_t zero_index(const Packed& member) const;
 
   std::vector<const Packed*> members_;
   std::vector<int64_t> first_pair_;  // of row blocks of each member, in the group's numbering; one more at the end
-  Buffer values_, scales_, sums_;         // activations of a call, kept between calls
+  std::vector<int32_t> zeros_;       // constant zero points of the members, each once
+  Buffer values_, scales_, sums_, offsets_;  // activations of a call, kept between calls
 };
 
 }  // namespace nibble

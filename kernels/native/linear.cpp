@@ -46,9 +46,12 @@ inline void add_units(Ints (&dots)[R][T], Source from, const int8_t* a, Unpack u
       for (int line = 0; line < C::main; line += 64) prefetch(codes + r * from.next + line + kPrefetchBytes);
       unpack(codes + r * from.next, extra + r * from.next, u[r]);
     }
+    NIBBLE_UNROLL
     for (int s = 0; s < C::steps; s++)
+      NIBBLE_UNROLL
       for (int t = 0; t < T; t++) {
         Four x = four(a + 4 * (s * T + t));
+        NIBBLE_UNROLL
         for (int r = 0; r < R; r++) dots[r][t] = C::small ? dot_small(dots[r][t], u[r][s], x) : dot(dots[r][t], u[r][s], x);
       }
     codes += C::main;
@@ -57,18 +60,28 @@ inline void add_units(Ints (&dots)[R][T], Source from, const int8_t* a, Unpack u
   }
 }
 
+// Sums start at -zero times the sum of the activations, so that a constant zero point costs nothing.
+template <int R, int T>
+inline void start(Ints (&dots)[R][T], const int32_t* offsets) {
+  NIBBLE_UNROLL
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++) dots[r][t] = iset1(offsets[t]);
+}
+
 // How codes become integers: as they are, through a table of bytes, or through two (the high plane counts 128).
 template <class C>
 struct Plain {
   template <int R, int T>
-  static void dots(const Packed&, Ints (&dots)[R][T], Source from, const int8_t* a) {
+  static void dots(const Packed&, Ints (&dots)[R][T], Source from, const int8_t* a, const int32_t* offsets) {
+    start(dots, offsets);
     add_units<C>(dots, from, a, [](const uint8_t* p, const uint8_t* e, Bytes* out) { C::unpack(p, e, out); });
   }
 };
 template <class C>
 struct OnePlane {
   template <int R, int T>
-  static void dots(const Packed& w, Ints (&dots)[R][T], Source from, const int8_t* a) {
+  static void dots(const Packed& w, Ints (&dots)[R][T], Source from, const int8_t* a, const int32_t* offsets) {
+    start(dots, offsets);
     Bytes table = load_table(w.planes[0]);
     add_units<Lookup<C>>(dots, from, a, [=](const uint8_t* p, const uint8_t* e, Bytes* out) {
       Lookup<C>::unpack(p, e, table, out);
@@ -78,41 +91,53 @@ struct OnePlane {
 template <class C>
 struct TwoPlanes {
   template <int R, int T>
-  static void dots(const Packed& w, Ints (&dots)[R][T], Source from, const int8_t* a) {
+  static void dots(const Packed& w, Ints (&dots)[R][T], Source from, const int8_t* a, const int32_t* offsets) {
+    constexpr int32_t none[T] = {};
+    start(dots, none);
     for (int plane = 0; plane < 2; plane++) {
+      if (plane == 1)
+        for (int t = 0; t < T; t++)
+          for (int r = 0; r < R; r++) dots[r][t] = iadd(ishl<7>(dots[r][t]), iset1(offsets[t]));
       Bytes table = load_table(w.planes[plane]);
       add_units<Lookup<C>>(dots, from, a, [=](const uint8_t* p, const uint8_t* e, Bytes* out) {
         Lookup<C>::unpack(p, e, table, out);
       });
-      if (plane == 0)
-        for (int r = 0; r < R; r++)
-          for (int t = 0; t < T; t++) dots[r][t] = ishl<7>(dots[r][t]);
     }
   }
 };
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
+// One block of T tokens' activations.
+struct Block {
+  const int8_t* values;
+  const float* scales;
+  const int32_t* sums;
+  const int32_t* offsets;
+};
+
 // Adds one block to the sums. Integers below 2^24 are exact floats, so a zero point that is an integer gives the same
 // bits whichever way it is subtracted.
 template <class Dots, int R, int T>
-inline void add_block(const Packed& w, Floats (&sums)[R][T], Source from, const uint8_t* parameters, int block,
-                      const int8_t* a, const float* x_scales, const int32_t* x_sums) {
+inline void add_block(const Packed& w, Floats (&sums)[R][T], Source from, const uint8_t* parameters, int slot, Block x) {
   Ints dots[R][T];
-  for (int r = 0; r < R; r++)
-    for (int t = 0; t < T; t++) dots[r][t] = izero();
-  Dots::template dots<R, T>(w, dots, from, a);
+  Dots::template dots<R, T>(w, dots, from, x.values, x.offsets);
+  NIBBLE_UNROLL
   for (int r = 0; r < R; r++) {
     const uint8_t* p = parameters + r * from.next;
-    Floats scale = w.scale_type == ScaleType::none ? set1(1.0f) : load_scales(w.scale_type, p, block % kParameterBlocks);
-    Floats part[T];
+    Floats scale = w.scale_type == ScaleType::none ? set1(1.0f) : load_scales(w.scale_type, p, slot);
     if (w.zero_type == ZeroType::constant) {
-      for (int t = 0; t < T; t++) part[t] = to_float(isub(dots[r][t], iset1(w.zero * x_sums[t])));
-    } else {
-      Floats zeros = load_zeros(w.zero_type, p + w.zeros_offset, block % kParameterBlocks);
-      for (int t = 0; t < T; t++) part[t] = fnma(zeros, set1((float)x_sums[t]), to_float(dots[r][t]));
+      NIBBLE_UNROLL
+      for (int t = 0; t < T; t++)
+        sums[r][t] = fma(to_float(dots[r][t]), mul(scale, set1(x.scales[t])), sums[r][t]);
+      continue;
     }
-    for (int t = 0; t < T; t++) sums[r][t] = fma(part[t], mul(scale, set1(x_scales[t])), sums[r][t]);
+    Floats zeros = load_zeros(w.zero_type, p + w.zeros_offset, slot);
+    NIBBLE_UNROLL
+    for (int t = 0; t < T; t++) {
+      Floats part = fnma(zeros, to_float(iset1(x.sums[t])), to_float(dots[r][t]));
+      sums[r][t] = fma(part, mul(scale, set1(x.scales[t])), sums[r][t]);
+    }
   }
 }
 
@@ -129,26 +154,24 @@ void tile(const Packed& w, int64_t first, const Activations& x, int64_t token, f
   int64_t num_row_blocks = (w.num_rows + kRows - 1) / kRows;
   const uint8_t* start = w.start + first * w.row_block_bytes;
   const int64_t next = first + R <= num_row_blocks ? w.row_block_bytes : 0;
-  const int8_t* values = x.values + token * x.stride;
-  const float* x_scales = x.scales + token * x.num_blocks;
-  const int32_t* x_sums = x.sums + token * x.num_blocks;
   Floats sums[R][T];
-  for (int r = 0; r < R; r++)
-    for (int t = 0; t < T; t++) sums[r][t] = zero();
+  NIBBLE_UNROLL
+  for (int i = 0; i < R * T; i++) sums[i / T][i % T] = zero();
+  const int64_t before = token * x.num_blocks;
+  Block at{x.values + token * x.stride, x.scales + before, x.sums + before, x.offsets + before};
   const uint8_t* p = start + kFactorBytes;
   const uint8_t* parameters = p;
   const int full_units = units_of(w, 0);
   for (int block = 0; block < w.num_blocks; block++) {
-    if (block % kParameterBlocks == 0) {
+    int slot = block % kParameterBlocks;
+    if (slot == 0) {
       parameters = p;
       p += w.codes_offset;
     }
     Source from{p, next, block + 1 < w.num_blocks ? full_units : units_of(w, block)};
-    add_block<Dots, R, T>(w, sums, from, parameters, block, values, x_scales, x_sums);
+    add_block<Dots, R, T>(w, sums, from, parameters, slot, at);
     p += w.codes_block_bytes;
-    values += (int64_t)T * w.block_channels;
-    x_scales += T;
-    x_sums += T;
+    at = {at.values + (int64_t)T * w.block_channels, at.scales + T, at.sums + T, at.offsets + T};
   }
   for (int r = 0; r < R; r++) {
     int64_t row = (first + (next ? r : 0)) * kRows;

@@ -41,6 +41,7 @@ struct Activations {
   int8_t* values;       // tiles of [stride / 4, width, 4], zeros past the last channel
   float* scales;        // tiles of [num_blocks, width]
   int32_t* sums;        // tiles of [num_blocks, width]
+  const int32_t* offsets;  // -zero * sums of the matrix that reads them; 0 where its zero points are not one constant
 };
 
 struct LinearOps {

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#define NIBBLE_UNROLL _Pragma("GCC unroll 16")  // before a loop whose arrays are to stay in registers
+
 namespace nibble::avx2 {
 
 struct Floats {
@@ -173,6 +175,14 @@ inline Ints dot_small(Ints acc, Bytes u, Four s) {
   NIBBLE_PAIR(Ints, dot_small_half(acc.a, u.a, s.word), dot_small_half(acc.b, u.b, s.word));
 }
 inline Bytes badd_where(Bytes a, const uint8_t* mask, uint8_t value) { return badd(a, bspread(mask, value)); }
+inline Ints word_shr(Bytes x, int n) { NIBBLE_PAIR(Ints, _mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)); }
+inline __m256 choose_half(Floats table, __m256i index) {
+  __m256 low = _mm256_permutevar8x32_ps(table.a, index), high = _mm256_permutevar8x32_ps(table.b, index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+inline Floats choose(Floats table, Ints index) {
+  NIBBLE_PAIR(Floats, choose_half(table, index.a), choose_half(table, index.b));
+}
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 inline void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 

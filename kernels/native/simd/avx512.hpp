@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#define NIBBLE_UNROLL _Pragma("GCC unroll 16")  // before a loop whose arrays are to stay in registers
+
 namespace nibble::avx512 {
 
 using Floats = __m512;  // 16 float32
@@ -104,6 +106,10 @@ inline Bytes badd_where(Bytes a, const uint8_t* mask, uint8_t value) {
   __builtin_memcpy(&m, mask, 8);
   return _mm512_mask_add_epi8(a, (__mmask64)m, a, _mm512_set1_epi8((char)value));
 }
+// 32-bit lanes of bytes moved down by n bits; zeros follow.
+inline Ints word_shr(Bytes a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }
+// table[index & 15]
+inline Floats choose(Floats table, Ints index) { return _mm512_permutexvar_ps(index, table); }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 inline void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }  // into the second cache only
 

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#define NIBBLE_UNROLL  // lanes are loops already: unrolled, a kernel takes minutes to compile
+
 namespace nibble::scalar {
 
 struct Floats {
@@ -187,6 +189,14 @@ inline Four four(const int8_t* s) {
 inline Ints dot(Ints acc, Bytes u, Four s) { return dot(acc, u, s.v); }
 inline Ints dot_small(Ints acc, Bytes u, Four s) { return dot(acc, u, s.v); }
 inline Bytes badd_where(Bytes a, const uint8_t* mask, uint8_t value) { return badd(a, bspread(mask, value)); }
+inline Ints word_shr(Bytes a, int n) {
+  return ieach([&](int i) {
+    uint32_t word;
+    std::memcpy(&word, a.v + 4 * i, 4);
+    return wrap(word >> n);
+  });
+}
+inline Floats choose(Floats table, Ints index) { return each([&](int i) { return table.v[index.v[i] & 15]; }); }
 inline void prefetch(const void*) {}
 inline void prefetch_l2(const void*) {}
 
