@@ -29,8 +29,8 @@ struct F32 {
   static void write(float* p, Floats x) { NIBBLE_ISA::store(p, x); }
 };
 
-// 2^x for x <= 0, NaN for NaN. x = n + f with |f| <= 1/2; 2^f as a polynomial of degree 6 (error 2e-9 of the minimax fit,
-// far below a rounding), n into the exponent. Within 1 ulp of the exact value; below -125 it stays at 2^-125.
+// 2^x for x <= 0, NaN for NaN. x = n + f with |f| <= 1/2; 2^f by a polynomial of degree 6, fitted for the least largest
+// relative error (2e-9, far below a rounding); n goes into the exponent. Within 1 ulp; below -125 it stays at 2^-125.
 inline Floats exp2_negative(Floats x) {
   x = max(set1(-125.0f), x);
   Floats n = round(x);
@@ -55,7 +55,7 @@ inline int max_of(int a, int b) { return a > b ? a : b; }
 
 // ---- the two products -----------------------------------------------------------------------------------------------
 //
-// Both fetch a page while they read the one before, into the second cache: the first has some 24 misses in flight, which
+// Both fetch a page while they read the one before, into the second cache: the first keeps few misses in flight, which
 // held a thread to 11 GB/s where it now reads 21.
 
 // scores[r, 16 n + lane] = sum over channels of q[r, d] k[d, token]; keys[n] is the first channel of 16 tokens.

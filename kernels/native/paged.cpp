@@ -29,7 +29,8 @@ void check_shape(const PagedInputs& in) {
 
 void check_rows(const PagedInputs& in) {
   size_t num_seqs = in.context_lens.size();
-  require(in.query_starts.size() == num_seqs + 1 && in.query_starts[0] == 0, "query_starts must be num_seqs + 1 rows from 0");
+  require(in.query_starts.size() == num_seqs + 1 && in.query_starts[0] == 0,
+          "query_starts must be num_seqs + 1 rows from 0");
   require(in.query_starts.back() == in.num_slots, "there must be one slot for each row");
   for (size_t i = 0; i < num_seqs; i++) {
     int64_t rows = in.query_starts[i + 1] - in.query_starts[i], length = in.context_lens[i];
