@@ -39,11 +39,68 @@ class Affine:
     def describe(self) -> str:
         return f"{self.bits}-bit g{self.group_size} {'symmetric' if self.symmetric else 'asymmetric'}"
 
+    def matrix(self, rows: int, columns: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random codes; scales that give the weights a standard deviation near 1 / sqrt(columns)."""
+        num_groups = columns // self.group_size
+        spread = 2**self.bits / 12**0.5  # of codes that are all as likely
+        tensors = {
+            "weight_packed": _words(rows, columns * self.bits // 32, generator),
+            "weight_scale": torch.full((rows, num_groups), 1 / (spread * columns**0.5), dtype=torch.bfloat16),
+            "weight_shape": torch.tensor([rows, columns]),
+        }
+        if not self.symmetric:
+            tensors["weight_zero_point"] = _words(rows * self.bits // 32, num_groups, generator)
+        return tensors
 
+    def config(self) -> dict[str, object]:
+        """The quantization_config."""
+        weights = {
+            "num_bits": self.bits,
+            "type": "int",
+            "symmetric": self.symmetric,
+            "group_size": self.group_size,
+            "strategy": "group",
+            "dynamic": False,
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head"],
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": weights,
+                    "input_activations": None,
+                    "output_activations": None,
+                }
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """BitNet: -1, 0 and 1 in 2 bits, one scale for a matrix. Five of them fit a byte, and may be kept so in memory."""
+
+    bits_per_weight: float = 2.0
+
+    def describe(self) -> str:
+        return "ternary"
+
+    def matrix(self, rows: int, columns: int, generator: torch.Generator) -> dict[str, Tensor]:
+        quarters = torch.randint(0, 3, (4, rows // 4, columns), generator=generator, dtype=torch.uint8)
+        packed = quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
+        return {"weight": packed, "weight_scale": torch.tensor([(columns * 2 / 3) ** 0.5], dtype=torch.bfloat16)}
+
+    def config(self) -> dict[str, object]:
+        return {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"}
+
+
+Weights = Affine | Ternary
 DEFAULT = Affine()
 
 
-def write_checkpoint(folder: Path, shape: Shape, weights: Affine = DEFAULT) -> int:
+def write_checkpoint(folder: Path, shape: Shape, weights: Weights = DEFAULT) -> int:
     """Write a checkpoint of the shape, one shard a layer, its embedding in bfloat16. Returns its tensors' bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
@@ -61,27 +118,13 @@ def write_checkpoint(folder: Path, shape: Shape, weights: Affine = DEFAULT) -> i
     return sum(t.numel() * t.element_size() for tensors in shards.values() for t in tensors.values())
 
 
-def _layer(shape: Shape, weights: Affine, name: str, generator: torch.Generator) -> dict[str, Tensor]:
+def _layer(shape: Shape, weights: Weights, name: str, generator: torch.Generator) -> dict[str, Tensor]:
     tensors = {f"{name}.{norm}.weight": _norm(shape) for norm in ("input_layernorm", "post_attention_layernorm")}
     for role, (rows, columns) in shape.linears().items():
-        for suffix, tensor in _matrix(weights, rows, columns, generator).items():
+        for suffix, tensor in weights.matrix(rows, columns, generator).items():
             tensors[f"{name}.{NAMES[role]}.{suffix}"] = tensor
         if shape.qkv_bias and role in BIASED:
             tensors[f"{name}.{NAMES[role]}.bias"] = torch.zeros(rows, dtype=torch.bfloat16)
-    return tensors
-
-
-def _matrix(weights: Affine, rows: int, columns: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random codes; scales that give the weights a standard deviation near 1 / sqrt(columns)."""
-    num_groups = columns // weights.group_size
-    spread = 2**weights.bits / 12**0.5  # of codes that are all as likely
-    tensors = {
-        "weight_packed": _words(rows, columns * weights.bits // 32, generator),
-        "weight_scale": torch.full((rows, num_groups), 1 / (spread * columns**0.5), dtype=torch.bfloat16),
-        "weight_shape": torch.tensor([rows, columns]),
-    }
-    if not weights.symmetric:
-        tensors["weight_zero_point"] = _words(rows * weights.bits // 32, num_groups, generator)
     return tensors
 
 
@@ -97,7 +140,7 @@ def _norm(shape: Shape) -> Tensor:
     return torch.ones(shape.hidden, dtype=torch.bfloat16)
 
 
-def _config(shape: Shape, weights: Affine) -> dict[str, object]:
+def _config(shape: Shape, weights: Weights) -> dict[str, object]:
     return {
         "architectures": ["Qwen2ForCausalLM" if shape.qkv_bias else "LlamaForCausalLM"],
         "model_type": "qwen2" if shape.qkv_bias else "llama",
@@ -114,25 +157,5 @@ def _config(shape: Shape, weights: Affine) -> dict[str, object]:
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
         "torch_dtype": "bfloat16",
-        "quantization_config": {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "ignore": ["lm_head"],
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": {
-                        "num_bits": weights.bits,
-                        "type": "int",
-                        "symmetric": weights.symmetric,
-                        "group_size": weights.group_size,
-                        "strategy": "group",
-                        "dynamic": False,
-                    },
-                    "input_activations": None,
-                    "output_activations": None,
-                }
-            },
-        },
+        "quantization_config": weights.config(),
     }

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkpoints import Affine, write_checkpoint
+from benchmarks.checkpoints import Affine, Ternary, Weights, write_checkpoint
 from benchmarks.peers.protocol import Refused, Setup, answer_requests
 from benchmarks.shapes import SHAPES, Shape
 from engine.assembly import StartError, build
@@ -25,6 +25,7 @@ FORMATS = {
 }
 DEFAULT_FORMAT = "g32"
 BITS = (2, 4, 8)
+TERNARY_BITS = 1.6
 CHUNK = 512  # tokens of a prompt in one step: the engine's default
 SPARE_BYTES = 1 << 20
 WARM_TOKEN = 5
@@ -115,17 +116,19 @@ def _folder(setup: Setup) -> Path:
     )
 
 
-def _weights(setup: Setup) -> Affine:
+def _weights(setup: Setup) -> Weights:
     """Raises Refused for a format that cannot be written."""
     name = setup.variant or DEFAULT_FORMAT
+    if setup.bits == TERNARY_BITS:
+        return Ternary()
     if setup.bits not in BITS:
-        raise Refused(f"{setup.bits} bits: no checkpoint format for them is served yet; use --bits 2, 4 or 8")
+        raise Refused(f"{setup.bits} bits are not one of {', '.join(map(str, BITS))}, or {TERNARY_BITS} for ternary")
     if name not in FORMATS:
         raise Refused(f"format {name!r} is not known: use one of {', '.join(FORMATS)}")
     return Affine(int(setup.bits), FORMATS[name].group_size, FORMATS[name].symmetric)
 
 
-def _bytes_of(shape: Shape, weights: Affine, cache: float) -> dict[str, Any]:
+def _bytes_of(shape: Shape, weights: Weights, cache: float) -> dict[str, Any]:
     """What a step must read, by the sizes of the formats."""
     head = Affine(8, HEAD_GROUP)
     return {

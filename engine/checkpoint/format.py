@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from engine.checkpoint import awq, compressed_tensors, gptq
+from engine.checkpoint import awq, bitnet, compressed_tensors, gptq
 from engine.checkpoint.dense import Dense
 from engine.checkpoint.errors import FormatRefused
 from engine.checkpoint.source import Source
@@ -39,6 +39,7 @@ class Format(Protocol):
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = MappingProxyType(
     {
         "awq": awq.read_config,
+        "bitnet": bitnet.read_config,
         "compressed-tensors": compressed_tensors.read_config,
         "gptq": gptq.read_config,
     }

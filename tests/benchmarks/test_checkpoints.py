@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.checkpoints import Affine, write_checkpoint
+from benchmarks.checkpoints import Affine, Ternary, Weights, write_checkpoint
 from benchmarks.peers.nibble import Nibble, prepare
 from benchmarks.peers.protocol import Refused, Setup, Work
 from benchmarks.shapes import SHAPES, SMALLEST, Shape
@@ -15,8 +15,8 @@ DECODE = Work(prefill=0, batch=2, context=4, tokens=2)
 
 
 @pytest.mark.parametrize("shape", [SMALLEST, BIASED])
-@pytest.mark.parametrize("weights", [Affine(2, 32), Affine(4, 32), Affine(4, 32, symmetric=False), Affine(8, 32)])
-def test_matrices_have_the_bits_they_claim(tmp_path: Path, shape: Shape, weights: Affine) -> None:
+@pytest.mark.parametrize("weights", [Affine(2, 32), Affine(4, 32), Affine(4, 32, symmetric=False), Affine(8, 32), Ternary()])
+def test_matrices_have_the_bits_they_claim(tmp_path: Path, shape: Shape, weights: Weights) -> None:
     """Bug: a comparison at equal bits whose bits are not equal."""
     num_bytes = write_checkpoint(tmp_path, shape, weights)
     expected = shape.layer_weights * weights.bits_per_weight / 8
@@ -41,8 +41,8 @@ def test_our_side_does_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_formats_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
-    """Bug: 1.6 bits silently measured as 2."""
-    with pytest.raises(Refused, match=r"1\.6 bits"):
-        prepare(Setup("llama-3.2-1b", 1, 1.6, "", "f16", 1, str(tmp_path), DECODE))
+    """Bug: 3.5 bits silently measured as 4."""
+    with pytest.raises(Refused, match=r"3\.5 bits"):
+        prepare(Setup("llama-3.2-1b", 1, 3.5, "", "f16", 1, str(tmp_path), DECODE))
     with pytest.raises(Refused, match="g99"):
         prepare(Setup("llama-3.2-1b", 1, 4, "g99", "f16", 1, str(tmp_path), DECODE))

@@ -18,7 +18,7 @@ def test_every_weight_is_within_half_a_step(dtype: torch.dtype, rows: int, chann
     step = weight.float().view(rows, -1, group).abs().amax(-1, keepdim=True) / 127  # [rows, groups, 1]
     error = (rounded.dequantize() - weight.float()).view(rows, -1, group).abs()
     assert bool((error <= step * (0.5 + 2**-4)).all())
-    assert rounded.num_bytes == rows * channels + 3 * rows * channels // group  # codes, float16 scales, zero points
+    assert rounded.num_bytes == rows * channels + 2 * rows * channels // group  # codes and float16 scales
 
 
 def test_zeros_stay_zero_and_tiny_weights_keep_their_digits() -> None:

@@ -53,8 +53,14 @@ class AffineWeights:
         return -(-self.in_features // self.group_size)
 
     @property
+    def has_one_zero(self) -> bool:
+        """Whether the format stores no zero points: one number stands for all."""
+        return all(stride == 0 or size == 1 for size, stride in zip(self.zeros.shape, self.zeros.stride(), strict=True))
+
+    @property
     def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.codes, self.scales, self.zeros))
+        zeros = 0 if self.has_one_zero else self.zeros.numel() * self.zeros.element_size()
+        return self.codes.numel() + self.scales.numel() * self.scales.element_size() + zeros
 
     def describe(self) -> str:
         return f"{self.bits}-bit g{self.group_size}"
