@@ -10,6 +10,25 @@ using namespace nb::literals;
 
 namespace nibble {
 
+namespace {
+
+template <class Matrix>
+void bind_group(nb::module_& m, const char* name) {
+  using Group = FloatGroup<Matrix>;
+  nb::class_<Group>(m, name)
+      .def(nb::init<std::vector<const Matrix*>>(), "members"_a, nb::keep_alive<1, 2>())
+      .def(
+          "run",
+          [](const Group& group, uintptr_t x, int64_t num_tokens, const std::vector<uintptr_t>& outs) {
+            std::vector<float*> pointers;
+            for (uintptr_t out : outs) pointers.push_back((float*)out);
+            group.run((const float*)x, num_tokens, pointers);
+          },
+          "x"_a, "num_tokens"_a, "outs"_a, nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace
+
 void bind_dense(nb::module_& m) {
   nb::class_<DenseMatrix>(m, "DenseMatrix")
       .def_ro("num_rows", &DenseMatrix::num_rows)
@@ -21,16 +40,8 @@ void bind_dense(nb::module_& m) {
         return pack_dense((const void*)weights, type, num_rows, num_channels);
       },
       "weights"_a, "type"_a, "num_rows"_a, "num_channels"_a, nb::call_guard<nb::gil_scoped_release>());
-  nb::class_<DenseGroup>(m, "DenseGroup")
-      .def(nb::init<std::vector<const DenseMatrix*>>(), "members"_a, nb::keep_alive<1, 2>())
-      .def(
-          "run",
-          [](const DenseGroup& group, uintptr_t x, int64_t num_tokens, const std::vector<uintptr_t>& outs) {
-            std::vector<float*> pointers;
-            for (uintptr_t out : outs) pointers.push_back((float*)out);
-            group.run((const float*)x, num_tokens, pointers);
-          },
-          "x"_a, "num_tokens"_a, "outs"_a, nb::call_guard<nb::gil_scoped_release>());
+  bind_group<DenseMatrix>(m, "DenseGroup");
+  bind_group<Packed>(m, "ExactGroup");
 }
 
 }  // namespace nibble

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "memory.hpp"
+#include "packed.hpp"
 #include "quantize.hpp"
 
 namespace nibble {
@@ -33,6 +34,9 @@ struct DenseOps {
   // n counted from the panel's first row; scratch: kPanelChannels * kPanelRows floats.
   void (*panel)(const DenseMatrix& weights, int64_t panel, const float* x, int64_t num_tokens, float* out,
                 int64_t out_stride, float* scratch);
+  // The same for packed weights (exact.hpp).
+  void (*packed_panel)(const Packed& weights, int64_t panel, const float* x, int64_t num_tokens, float* out,
+                       int64_t out_stride, float* scratch);
 };
 
 namespace avx512 {

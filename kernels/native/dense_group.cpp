@@ -22,18 +22,25 @@ void turn_panel(const T* from, int64_t num_rows, int64_t num_channels, T* to) {
   }
 }
 
-void multiply_panel(const DenseMatrix& w, int64_t index, const float* x, int64_t num_tokens, float* out) {
+int64_t panels_of(const DenseMatrix& w) { return w.num_panels(); }
+int64_t panels_of(const Packed& w) { return (w.num_rows + kPanelRows - 1) / kPanelRows; }
+
+auto panel_kernel(const DenseMatrix&) { return active_isa().dense->panel; }
+auto panel_kernel(const Packed&) { return active_isa().dense->packed_panel; }
+
+template <class Matrix>
+void multiply_panel(const Matrix& w, int64_t index, const float* x, int64_t num_tokens, float* out) {
   thread_local Buffer scratch, whole;
   scratch.reserve(kPanelChannels * kPanelRows * sizeof(float));
-  const DenseOps& ops = *active_isa().dense;
+  auto kernel = panel_kernel(w);
   int64_t first = index * kPanelRows;
   if (first + kPanelRows <= w.num_rows) {
-    ops.panel(w, index, x, num_tokens, out + first, w.num_rows, (float*)scratch.data());
+    kernel(w, index, x, num_tokens, out + first, w.num_rows, (float*)scratch.data());
     return;
   }
   whole.reserve((size_t)(num_tokens * kPanelRows) * sizeof(float));  // the last rows: those that exist are copied
   float* all = (float*)whole.data();
-  ops.panel(w, index, x, num_tokens, all, kPanelRows, (float*)scratch.data());
+  kernel(w, index, x, num_tokens, all, kPanelRows, (float*)scratch.data());
   for (int64_t t = 0; t < num_tokens; t++)
     std::copy(all + t * kPanelRows, all + t * kPanelRows + w.num_rows - first, out + t * w.num_rows + first);
 }
@@ -56,16 +63,18 @@ DenseMatrix pack_dense(const void* weights, FloatType type, int64_t num_rows, in
   return to;
 }
 
-DenseGroup::DenseGroup(std::vector<const DenseMatrix*> members) : members_(std::move(members)), first_panel_{0} {
+template <class Matrix>
+FloatGroup<Matrix>::FloatGroup(std::vector<const Matrix*> members) : members_(std::move(members)), first_panel_{0} {
   if (members_.empty()) throw std::invalid_argument("a group needs at least one matrix");
-  for (const DenseMatrix* m : members_) {
+  for (const Matrix* m : members_) {
     if (m->num_channels != members_[0]->num_channels)
       throw std::invalid_argument("matrices that share activations must have the same channels");
-    first_panel_.push_back(first_panel_.back() + m->num_panels());
+    first_panel_.push_back(first_panel_.back() + panels_of(*m));
   }
 }
 
-void DenseGroup::run(const float* x, int64_t num_tokens, const std::vector<float*>& outs) const {
+template <class Matrix>
+void FloatGroup<Matrix>::run(const float* x, int64_t num_tokens, const std::vector<float*>& outs) const {
   if (outs.size() != members_.size()) throw std::invalid_argument("a group needs one output for each matrix");
   if (num_tokens <= 0) return;
   int64_t total = first_panel_.back();
@@ -79,5 +88,8 @@ void DenseGroup::run(const float* x, int64_t num_tokens, const std::vector<float
     }
   });
 }
+
+template class FloatGroup<DenseMatrix>;
+template class FloatGroup<Packed>;
 
 }  // namespace nibble

@@ -1,4 +1,4 @@
-// Dense matrices that read the same activations, multiplied in one pass over the threads.
+// Matrices that read the same float activations, multiplied in one pass over the threads.
 #pragma once
 
 #include <cstdint>
@@ -12,17 +12,24 @@ namespace nibble {
 // empty; std::bad_alloc.
 DenseMatrix pack_dense(const void* weights, FloatType type, int64_t num_rows, int64_t num_channels);
 
-class DenseGroup {
+// Matrix: DenseMatrix, or Packed for float activations.
+template <class Matrix>
+class FloatGroup {
  public:
   // The matrices must outlive the group. Throws std::invalid_argument when they differ in channels.
-  explicit DenseGroup(std::vector<const DenseMatrix*> members);
+  explicit FloatGroup(std::vector<const Matrix*> members);
 
   // x: [num_tokens, channels] float32; outs[i]: [num_tokens, rows of member i] float32.
   void run(const float* x, int64_t num_tokens, const std::vector<float*>& outs) const;
 
  private:
-  std::vector<const DenseMatrix*> members_;
+  std::vector<const Matrix*> members_;
   std::vector<int64_t> first_panel_;  // of each member, in the group's numbering; one more at the end
 };
+
+extern template class FloatGroup<DenseMatrix>;
+extern template class FloatGroup<Packed>;
+using DenseGroup = FloatGroup<DenseMatrix>;
+using ExactGroup = FloatGroup<Packed>;
 
 }  // namespace nibble

@@ -213,6 +213,7 @@ double set_table(const std::vector<float>& table, Packed& to) {
   to.zero = to.num_planes == 1 ? -*low : kMaxEntry + 1;
   for (int i = 0; i < 16; i++) {
     int u = integers[i] + to.zero;
+    to.entries[i] = i < (int)table.size() ? (float)(table[i] / step) : 0.0f;
     to.planes[0][i] = (uint8_t)(to.num_planes == 1 ? u : u >> 7);
     to.planes[1][i] = (uint8_t)(to.num_planes == 1 ? 0 : u & 127);
   }

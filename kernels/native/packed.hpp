@@ -71,6 +71,7 @@ struct Packed {
   int32_t zero;        // when constant
   int num_planes;      // of the table; 0 without one
   alignas(16) uint8_t planes[2][16];
+  float entries[16];   // of the table, in the unit of the planes but not rounded to it
 
   int unit_channels;   // 16, or 20 for ternary codes
   int64_t codes_block_bytes;           // of every block but the last

@@ -19,7 +19,7 @@ struct Bytes {
 };
 
 inline constexpr bool kFastDot = false;
-inline constexpr int kRegisters = 8;
+inline constexpr int kRegisters = 0;
 
 template <class Out, int N, class F>
 inline Out lanes(F f) {
