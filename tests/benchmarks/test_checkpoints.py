@@ -15,14 +15,17 @@ DECODE = Work(prefill=0, batch=2, context=4, tokens=2)
 
 
 @pytest.mark.parametrize("shape", [SMALLEST, BIASED])
-@pytest.mark.parametrize("weights", [Affine(2, 32), Affine(4, 32), Affine(4, 32, symmetric=False), Affine(8, 32), Ternary()])
+@pytest.mark.parametrize(
+    "weights", [Affine(2, 32), Affine(4, 32), Affine(4, 32, symmetric=False), Affine(8, 32), Ternary()]
+)
 def test_matrices_have_the_bits_they_claim(tmp_path: Path, shape: Shape, weights: Weights) -> None:
     """Bug: a comparison at equal bits whose bits are not equal."""
     num_bytes = write_checkpoint(tmp_path, shape, weights)
     expected = shape.layer_weights * weights.bits_per_weight / 8
     dense = 2 * (shape.vocab * shape.hidden + shape.hidden * (1 + 2 * shape.num_layers))
     biases = 2 * sum(shape.linears()[role][0] for role in "qkv") if shape.qkv_bias else 0
-    sizes = 7 * shape.num_layers * 16  # weight_shape of each matrix, two int64
+    each = 2 if isinstance(weights, Ternary) else 16  # bytes of weight_scale [1], or of weight_shape [2]
+    sizes = 7 * shape.num_layers * each
     assert num_bytes == expected + dense + biases + sizes
     assert open_checkpoint(tmp_path).config.qkv_bias == shape.qkv_bias
 
