@@ -10,20 +10,20 @@
 namespace nibble {
 namespace {
 
-constexpr int64_t kChunksPerThread = 8;      // of pairs of row blocks: enough that a thread held up by others costs little
+constexpr int64_t kChunksPerThread = 8;      // of row blocks: enough that a thread held up by others costs little
 constexpr int64_t kFewTokens = 8;            // rounded by the caller alone
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 }  // namespace
 
-Group::Group(std::vector<const Packed*> members) : members_(std::move(members)), first_pair_{0} {
+Group::Group(std::vector<const Packed*> members) : members_(std::move(members)), first_row_block_{0} {
   if (members_.empty()) throw std::invalid_argument("a group needs at least one matrix");
   for (const Packed* p : members_) {
     if (p->num_channels != members_[0]->num_channels || p->block_channels != members_[0]->block_channels)
       throw std::invalid_argument("matrices that share activations must have the same channels in the same blocks");
     if (zero_index(*p) == zeros_.size()) zeros_.push_back(p->zero_type == ZeroType::constant ? p->zero : 0);
-    first_pair_.push_back(first_pair_.back() + (p->num_row_blocks() + 1) / 2);
+    first_row_block_.push_back(first_row_block_.back() + p->num_row_blocks());
   }
 }
 
@@ -65,20 +65,19 @@ void Group::run(const float* x, int64_t num_tokens, const std::vector<float*>& o
   if (outs.size() != members_.size()) throw std::invalid_argument("a group needs one output for each matrix");
   if (num_tokens <= 0) return;
   Activations a = quantize(x, num_tokens);
-  int64_t total = first_pair_.back();
+  int64_t total = first_row_block_.back();
   int64_t per_chunk = std::max<int64_t>(1, total / (Pool::instance().num_threads() * kChunksPerThread));
   const LinearOps& ops = *active_isa().linear;
   Pool::instance().run((total + per_chunk - 1) / per_chunk, [&](int64_t chunk) {
-    int64_t pair = chunk * per_chunk, stop = std::min(total, pair + per_chunk);
-    for (size_t member = 0; pair < stop; member++) {
-      if (pair >= first_pair_[member + 1]) continue;
+    int64_t block = chunk * per_chunk, stop = std::min(total, block + per_chunk);
+    for (size_t member = 0; block < stop; member++) {
+      if (block >= first_row_block_[member + 1]) continue;
       const Packed& w = *members_[member];
-      int64_t last = std::min(stop, first_pair_[member + 1]);
+      int64_t last = std::min(stop, first_row_block_[member + 1]);
       Activations x = a;
       x.offsets = (const int32_t*)offsets_.data() + (int64_t)zero_index(w) * a.num_tokens * a.num_blocks;
-      ops.row_blocks(w, 2 * (pair - first_pair_[member]), std::min(2 * (last - first_pair_[member]), w.num_row_blocks()), x,
-                     outs[member]);
-      pair = last;
+      ops.row_blocks(w, block - first_row_block_[member], last - first_row_block_[member], x, outs[member]);
+      block = last;
     }
   });
 }

@@ -23,7 +23,7 @@ class Group {
   size_t zero_index(const Packed& member) const;
 
   std::vector<const Packed*> members_;
-  std::vector<int64_t> first_pair_;  // of row blocks of each member, in the group's numbering; one more at the end
+  std::vector<int64_t> first_row_block_;  // of each member, in the group's numbering; one more at the end
   std::vector<int32_t> zeros_;       // constant zero points of the members, each once
   Buffer values_, scales_, sums_, offsets_;  // activations of a call, kept between calls
 };
