@@ -141,12 +141,12 @@ class NormKernel(Kernel, Protocol):
 class RopeKernel(Kernel, Protocol):
     """One back end of the rotary position embedding."""
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: [num_tokens, heads, D]; cos, sin: [num_tokens, D / 2] float32 -> x's shape and dtype."""
-        ...
-
     def rotate_pair(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """`rotate` for queries and keys, which differ in heads only. Raises ValueError when shapes disagree."""
+        """Queries and keys turned, each in its own shape and dtype.
+
+        q: [num_tokens, heads, D]; k: [num_tokens, kv_heads, D]; cos, sin: [num_tokens, D / 2] float32. Raises
+        ValueError, naming the shapes, when they disagree.
+        """
         ...
 
 
@@ -198,15 +198,20 @@ class Choice(Generic[KernelT]):
 def select(kernels: Sequence[KernelT], spec: object, only: str | None = None) -> Choice[KernelT]:
     """Return the first of `kernels` (fastest first) that serves `spec`.
 
-    `only` names the one back end the user insists on. Raises KernelRefused, with every reason, when none is left.
+    `only` names the one back end the user insists on; its variants ("native-float" of "native") answer to it too.
+    Raises KernelRefused, with every reason, when none is left.
     """
     names = [kernel.name for kernel in kernels]
-    if only is not None and only not in names:
+    if only is not None and not any(_answers(name, only) for name in names):
         raise KernelRefused(f"there is no kernel {only!r} for {spec}; there is: {', '.join(names) or 'none'}")
     refusals: list[str] = []
     for kernel in kernels:
-        reason = f"not the requested {only!r}" if only not in (None, kernel.name) else kernel.refuses(spec)
+        reason = f"not the requested {only!r}" if only and not _answers(kernel.name, only) else kernel.refuses(spec)
         if reason is None:
             return Choice(kernel, tuple(refusals))
         refusals.append(f"{kernel.name}: {reason}")
     raise KernelRefused(f"no kernel serves {spec}: " + "; ".join(refusals))
+
+
+def _answers(name: str, asked: str) -> bool:
+    return name == asked or name.startswith(f"{asked}-")

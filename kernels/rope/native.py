@@ -28,12 +28,8 @@ class RopeNative:
     def refuses(self, spec: RowSpec) -> str | None:
         return native.refusal(spec.device, spec.dtype)
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: [num_tokens, heads, D]; cos, sin: [num_tokens, D / 2]; all float32 -> x's shape."""
-        return self.rotate_pair(x, x[:, :0], cos, sin)[0]
-
     def rotate_pair(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """q: [num_tokens, heads, D]; k: [num_tokens, kv_heads, D]; angles as for `rotate`."""
+        """q: [num_tokens, heads, D]; k: [num_tokens, kv_heads, D]; cos, sin: [num_tokens, D / 2]; all float32."""
         check_heads(q, cos, sin)
         check_heads(k, cos, sin)
         q, k, cos, sin = q.contiguous(), k.contiguous(), cos.contiguous(), sin.contiguous()

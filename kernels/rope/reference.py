@@ -21,13 +21,14 @@ class RopeReference:
     def refuses(self, spec: RowSpec) -> str | None:
         return None
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: [num_tokens, heads, D]; cos, sin: [num_tokens, D / 2] float32 -> x's shape and dtype."""
-        check_heads(x, cos, sin)
-        low, high = x.float().chunk(2, dim=-1)  # each [num_tokens, heads, D / 2]
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [num_tokens, 1, D / 2]
-        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
-
     def rotate_pair(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """q: [num_tokens, heads, D]; k: [num_tokens, kv_heads, D]; angles as for `rotate`."""
-        return self.rotate(q, cos, sin), self.rotate(k, cos, sin)
+        """q: [num_tokens, heads, D]; k: [num_tokens, kv_heads, D]; cos, sin: [num_tokens, D / 2] float32."""
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [num_tokens, heads, D] -> x's shape and dtype."""
+    check_heads(x, cos, sin)
+    low, high = x.float().chunk(2, dim=-1)  # each [num_tokens, heads, D / 2]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [num_tokens, 1, D / 2]
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)

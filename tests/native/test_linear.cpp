@@ -47,12 +47,18 @@ void test_products(Random& random, Matrix& matrix, const std::string& what) {
   matrix.fill(random);
   Packed packed = pack(matrix.header);
   Group group({&packed});
+  FloatGroup<Packed> exact({&packed});  // activations that are not rounded
   int64_t rows = packed.num_rows, channels = packed.num_channels;
   for (int64_t num_tokens : {1, 3, 8, 19}) {
     std::vector<float> x = floats(random, num_tokens * channels);
     std::vector<float> together = same_bits(what, [&] {
       std::vector<float> out((size_t)(num_tokens * rows));
       group.run(x.data(), num_tokens, {out.data()});
+      return out;
+    });
+    same_bits(what + ", exact", [&] {
+      std::vector<float> out((size_t)(num_tokens * rows));
+      exact.run(x.data(), num_tokens, {out.data()});
       return out;
     });
     std::vector<float> alone((size_t)rows);  // bug: a token's sums in another order in a larger batch
