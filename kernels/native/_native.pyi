@@ -73,9 +73,6 @@ def rotate(
     """q, k: (input, output), [num_tokens, heads, head_dim]; cos, sin: [num_tokens, head_dim / 2]."""
 
 def swiglu(gate: int, up: int, count: int, out: int, /) -> None: ...
-def gather(table: int, type: FloatType, num_rows: int, width: int, ids: int, num_ids: int, out: int, /) -> None:
-    """out[i] = table[ids[i]] in float32; ids are int64. Raises IndexError naming an id that is no row."""
-
 def argmax(logits: int, size: int, /) -> int:
     """-1 when a logit is NaN or the largest is not finite."""
 

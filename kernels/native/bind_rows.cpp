@@ -36,29 +36,32 @@ std::pair<double, std::vector<std::pair<int64_t, double>>> all_log_probs(Address
 }  // namespace
 
 void bind_rows(nb::module_& m) {
-  // One token's row takes less time than letting go of the interpreter and taking it back would add.
-  m.def("rms_norm", [](Address x, Address weight, int64_t num_rows, int64_t width, float eps, Address normed) {
-    rms_norm(NormRows{floats(x), nullptr, floats(weight), nullptr, floats(normed), num_rows, width}, eps);
-  });
-  m.def("add_rms_norm", [](Address x, Address delta, Address weight, int64_t num_rows, int64_t width, float eps,
-                           Address sum, Address normed) {
-    rms_norm(NormRows{floats(x), floats(delta), floats(weight), floats(sum), floats(normed), num_rows, width}, eps);
-  });
-  m.def("rotate", [](std::pair<Address, Address> q, int64_t q_heads, std::pair<Address, Address> k, int64_t k_heads,
-                     Address cos, Address sin, int64_t num_tokens, int64_t head_dim) {
-    rotate(HeadRows{floats(q.first), floats(q.second), q_heads}, HeadRows{floats(k.first), floats(k.second), k_heads},
-           floats(cos), floats(sin), num_tokens, head_dim);
-  });
-  m.def("swiglu", [](Address gate, Address up, int64_t count, Address out) {
-    swiglu(floats(gate), floats(up), count, floats(out));
-  });
-  m.def(
-      "gather",
-      [](Address table, FloatType type, int64_t num_rows, int64_t width, Address ids, int64_t num_ids, Address out) {
-        gather((const void*)table, type, num_rows, width, (const int64_t*)ids, num_ids, floats(out));
-      },
-      nb::call_guard<nb::gil_scoped_release>());
   auto release = nb::call_guard<nb::gil_scoped_release>();
+  m.def(
+      "rms_norm",
+      [](Address x, Address weight, int64_t num_rows, int64_t width, float eps, Address normed) {
+        rms_norm({floats(x), nullptr, floats(weight), nullptr, floats(normed), num_rows, width}, eps);
+      },
+      release);
+  m.def(
+      "add_rms_norm",
+      [](Address x, Address delta, Address weight, int64_t num_rows, int64_t width, float eps, Address sum,
+         Address normed) {
+        rms_norm({floats(x), floats(delta), floats(weight), floats(sum), floats(normed), num_rows, width}, eps);
+      },
+      release);
+  m.def(
+      "rotate",
+      [](std::pair<Address, Address> q, int64_t q_heads, std::pair<Address, Address> k, int64_t k_heads, Address cos,
+         Address sin, int64_t num_tokens, int64_t head_dim) {
+        rotate({floats(q.first), floats(q.second), q_heads}, {floats(k.first), floats(k.second), k_heads}, floats(cos),
+               floats(sin), num_tokens, head_dim);
+      },
+      release);
+  m.def(
+      "swiglu",
+      [](Address gate, Address up, int64_t count, Address out) { swiglu(floats(gate), floats(up), count, floats(out)); },
+      release);
   m.def("argmax", [](Address logits, int64_t size) { return argmax(floats(logits), size); }, release);
   m.def("draw", &draw_id, release);
   m.def("log_probs", &all_log_probs, release);

@@ -73,24 +73,6 @@ void swiglu(const float* gate, const float* up, int64_t count, float* out) {
   }
 }
 
-template <class T, class Load>
-inline void widen_with(const T* x, int64_t count, float* out, Load load_lanes) {
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) store(out + i, load_lanes(x + i));
-  if (i == count) return;
-  T padded[16] = {};
-  for (int64_t j = i; j < count; j++) padded[j - i] = x[j];
-  store_some(out + i, load_lanes(padded), count - i);
-}
-
-void widen(const void* x, FloatType type, int64_t count, float* out) {
-  switch (type) {
-    case FloatType::f16: return widen_with((const uint16_t*)x, count, out, [](const uint16_t* p) { return load_f16(p); });
-    case FloatType::bf16: return widen_with((const uint16_t*)x, count, out, [](const uint16_t* p) { return load_bf16(p); });
-    default: return widen_with((const float*)x, count, out, [](const float* p) { return load(p); });
-  }
-}
-
 float highest(const float* x, int64_t count) {
   Floats best = set1(x[0]);
   Ints magnitude = izero();  // magnitudes compare as integers, and NaN as the largest of them
@@ -131,6 +113,6 @@ double exponentials(const float* logits, int64_t count, float highest, double te
 
 }  // namespace
 
-const RowOps rows_ops = {rms_norm, rotate, swiglu, widen, highest, exponentials};
+const RowOps rows_ops = {rms_norm, rotate, swiglu, highest, exponentials};
 
 }  // namespace nibble::NIBBLE_ISA

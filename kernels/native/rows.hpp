@@ -1,10 +1,8 @@
-// Operations on rows: norms, rotary embedding, gates, widening, and the two passes over logits that sampling needs.
+// Operations on rows: norms, rotary embedding, gates, and the two passes over logits that sampling needs.
 // One call is one row (one token); rowwise.hpp and sampling.hpp share rows among threads.
 #pragma once
 
 #include <cstdint>
-
-#include "quantize.hpp"
 
 namespace nibble {
 
@@ -17,7 +15,6 @@ struct RowOps {
   void (*rotate)(const float* x, const float* cos, const float* sin, int64_t num_heads, int64_t head_dim, float* out);
   // out = gate / (1 + e^-gate) up
   void (*swiglu)(const float* gate, const float* up, int64_t count, float* out);
-  void (*widen)(const void* x, FloatType type, int64_t count, float* out);
   // The largest of count > 0 numbers, NaN when one of them is.
   float (*highest)(const float* x, int64_t count);
   // weights[i] = e^((logits[i] - highest) / temperature) for logits of at most `highest`; returns their sum. An exponent

@@ -1,8 +1,6 @@
 #include "rowwise.hpp"
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "isa.hpp"
 #include "pool.hpp"
@@ -54,20 +52,6 @@ void rotate(const HeadRows& q, const HeadRows& k, const float* cos, const float*
 void swiglu(const float* gate, const float* up, int64_t count, float* out) {
   auto gated = active_isa().rows->swiglu;
   share(count, 1, [&](int64_t first, int64_t last) { gated(gate + first, up + first, last - first, out + first); });
-}
-
-void gather(const void* table, FloatType type, int64_t num_rows, int64_t width, const int64_t* ids, int64_t num_ids,
-            float* out) {
-  for (int64_t i = 0; i < num_ids; i++)
-    if (ids[i] < 0 || ids[i] >= num_rows)
-      throw std::out_of_range("row " + std::to_string(ids[i]) + " is not one of the matrix's " +
-                              std::to_string(num_rows));
-  int64_t row_bytes = width * (type == FloatType::f32 ? 4 : 2);
-  auto widen = active_isa().rows->widen;
-  share(num_ids, width, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++)
-      widen((const uint8_t*)table + ids[i] * row_bytes, type, width, out + i * width);
-  });
 }
 
 }  // namespace nibble

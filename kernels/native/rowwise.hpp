@@ -4,8 +4,6 @@
 
 #include <cstdint>
 
-#include "quantize.hpp"
-
 namespace nibble {
 
 struct NormRows {
@@ -28,9 +26,5 @@ void rotate(const HeadRows& q, const HeadRows& k, const float* cos, const float*
             int64_t head_dim);
 
 void swiglu(const float* gate, const float* up, int64_t count, float* out);
-
-// out[i] = table[ids[i]], widened to float32. Throws std::out_of_range, naming the id, before anything is written.
-void gather(const void* table, FloatType type, int64_t num_rows, int64_t width, const int64_t* ids, int64_t num_ids,
-            float* out);
 
 }  // namespace nibble

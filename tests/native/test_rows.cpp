@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <stdexcept>
 
 #include "check.hpp"
 #include "rowwise.hpp"
@@ -32,31 +31,6 @@ void test_rotate(Random& random, int64_t num_tokens, int64_t heads, int64_t kv_h
     q_out.insert(q_out.end(), k_out.begin(), k_out.end());
     return q_out;
   });
-}
-
-void test_gather(Random& random, FloatType type, int64_t width) {
-  int64_t num_rows = 7, num_ids = 2200;
-  int64_t element_bytes = type == FloatType::f32 ? 4 : 2;
-  std::vector<uint8_t> table = bytes(random, num_rows * width * element_bytes);
-  for (int64_t i = element_bytes - 1; i < (int64_t)table.size(); i += element_bytes) table[(size_t)i] &= 0x3f;  // finite
-  std::vector<int64_t> ids((size_t)num_ids);
-  for (int64_t& id : ids) id = pick(random, 0, num_rows - 1);
-  auto all = [&] {
-    std::vector<float> out((size_t)(num_ids * width));
-    gather(table.data(), type, num_rows, width, ids.data(), num_ids, out.data());
-    return out;
-  };
-  same_bits("rows of " + std::to_string(width), all);
-  for (int64_t wrong : {(int64_t)-1, num_rows}) {
-    ids.back() = wrong;
-    bool is_refused = false;
-    try {
-      all();
-    } catch (const std::out_of_range&) {
-      is_refused = true;
-    }
-    CHECK(is_refused, "row %lld of %lld was read", (long long)wrong, (long long)num_rows);
-  }
 }
 
 // Bug: rows that go to several threads, or rows beside others, computed in another order than one row alone.
@@ -115,8 +89,6 @@ void test_rows() {
       return out;
     });
   }
-  for (FloatType type : {FloatType::f16, FloatType::bf16, FloatType::f32})
-    for (int64_t width : {1, 15, 16, 33}) test_gather(random, type, width);
   test_neighbours(random);
 }
 
