@@ -1,6 +1,6 @@
 """Every back end of every weight family against float64, on odd shapes, within the derived bound."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ SHAPES = [  # num_tokens, in_features, out_features, group_size
 
 
 def spec_of(term: Term, dtype: torch.dtype) -> LinearSpec:
-    """What the loader asks kernels about, where activations must not be rounded: the bound is that of a float product."""
+    """What the loader asks about where activations must not be rounded: the bound is that of a float product."""
     return LinearSpec(
         in_features=term.in_features,
         out_features=term.out_features,
@@ -132,6 +132,26 @@ def test_an_unknown_family_is_named_with_those_that_exist() -> None:
 def test_a_kernel_asked_for_by_name_is_never_replaced() -> None:
     with pytest.raises(KernelRefused, match=r"no kernel 'native2' for .*there is: .*reference"):
         select(kernels_for("affine"), LinearSpec(7, 3, torch.device("cpu"), torch.float32), only="native2")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A kernel that serves what its reason, if any, does not refuse."""
+
+    name: str
+    reason: str | None = None
+
+    def refuses(self, spec: object) -> str | None:
+        return self.reason
+
+
+def test_a_variant_answers_to_the_name_of_its_back_end() -> None:
+    """Asking for 'native' and for exact activations must not end in a refusal while there is native-float."""
+    kernels = (Named("native", "rounds"), Named("native-float"), Named("reference"))
+    assert select(kernels, "a layer", only="native").kernel.name == "native-float"
+    assert select(kernels, "a layer", only="reference").kernel.name == "reference"
+    with pytest.raises(KernelRefused, match="no kernel 'nati' for a layer; there is: native, native-float"):
+        select(kernels[:2], "a layer", only="nati")
 
 
 @pytest.mark.parametrize("family", families("kernels.linear"))

@@ -1,6 +1,7 @@
 """Float products in C++: every instruction set against float64, and the same bits whatever is computed beside a row."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,17 +10,29 @@ from torch import Tensor
 from kernels import native
 from kernels.contract import LinearKernel, LinearSpec
 from kernels.linear.dense.layout import DenseWeights
+from kernels.linear.table.layout import SCALE_DTYPES
+from kernels.linear.table.tables import BINARY, E2M1, FP4, NF4, TERNARY
 from kernels.linear.weights import Term
-from tests.kernels.weights import random_dense
+from tests.kernels.weights import random_affine, random_dense, random_table
 from tests.tolerance import assert_within, dot_bound
 
 if native.MISSING is not None:
     pytest.skip(native.MISSING, allow_module_level=True)
 
+from kernels.linear.affine.native import AffineNativeFloat
 from kernels.linear.dense.native import DenseNative
+from kernels.linear.table.native import TableNativeFloat
 from kernels.native import _native
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TABLES = {"nf4": NF4, "fp4": FP4, "e2m1": E2M1, "ternary": TERNARY, "binary": BINARY}
+PACKED_SHAPES = [  # num_tokens, in_features, out_features, group_size
+    (1, 64, 48, 32),
+    (4, 45, 33, 16),  # a short last group, a last panel of one row block, a unit of 13 channels
+    (5, 350, 70, 64),
+    (13, 330, 9, 1000),  # one scale a row
+    (2, 7, 1, 16),
+]
 MAX_TOKENS = 33  # tiles of every size the kernels have, and halves widened for many tokens
 
 
@@ -52,6 +65,33 @@ def test_dense(isa: str, dtype: torch.dtype, num_tokens: int, k: int, n: int) ->
     assert_within(result, exact @ matrix.T, dot_bound(exact, matrix), weights.describe())
 
 
+def check_packed(kernel: LinearKernel, term: Term, num_tokens: int) -> None:
+    x = activations(num_tokens, term.in_features)
+    exact, matrix = x.double(), term.dequantize().double()
+    for isa in _native.supported_isas():
+        _native.use_isa(isa)
+        (result,) = multiply(kernel, x, term)
+        assert_within(result, exact @ matrix.T, dot_bound(exact, matrix), f"{term.describe()} on {isa}")
+
+
+@pytest.mark.parametrize(("num_tokens", "k", "n", "group"), PACKED_SHAPES)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_affine(bits: int, num_tokens: int, k: int, n: int, group: int) -> None:
+    """Integer zero points that differ, float ones, and one for all, each unpacked in a way of its own."""
+    weights = random_affine(bits, k, n, group, torch.float16, seed=bits)
+    one = torch.tensor([[2 ** (bits - 1)]], dtype=torch.uint8).expand(weights.zeros.shape)
+    for zeros in (weights.zeros, weights.zeros + 0.3, one):
+        check_packed(AffineNativeFloat(), replace(weights, zeros=zeros), num_tokens)
+
+
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+@pytest.mark.parametrize("table", TABLES)
+def test_table(table: str, scale_dtype: torch.dtype) -> None:
+    """Entries are multiplied as they are: NF4 rounded to the integers of the other kernels exceeds the bound."""
+    for num_tokens, k, n, group in PACKED_SHAPES:
+        check_packed(TableNativeFloat(), random_table(TABLES[table], k, n, group, scale_dtype, seed=k), num_tokens)
+
+
 def check_same_bits(kernel: LinearKernel, *terms: Term) -> None:
     """One result for any number of tokens at once, any number of threads and any instruction set."""
     x = activations(MAX_TOKENS, terms[0].in_features)
@@ -73,6 +113,18 @@ def check_same_bits(kernel: LinearKernel, *terms: Term) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_gives_the_same_bits(dtype: torch.dtype) -> None:
     check_same_bits(DenseNative(), random_dense(300, 70, dtype, 1), random_dense(300, 9, torch.float32, 2))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_affine_gives_the_same_bits(bits: int) -> None:
+    terms = [random_affine(bits, 300, rows, group, torch.float16, rows) for rows, group in ((70, 64), (9, 32))]
+    check_same_bits(AffineNativeFloat(), *terms)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_table_gives_the_same_bits(table: str) -> None:
+    terms = [random_table(TABLES[table], 300, rows, group, torch.float16, rows) for rows, group in ((70, 64), (9, 300))]
+    check_same_bits(TableNativeFloat(), *terms)
 
 
 @pytest.mark.parametrize("isa", _native.supported_isas())

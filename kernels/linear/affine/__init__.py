@@ -1,7 +1,7 @@
 """The affine family: w = scale * (code - zero) per group of input channels, 1 to 8 bits."""
 
 from kernels.contract import LinearKernel
-from kernels.linear.affine.native import AffineNative
+from kernels.linear.affine.native import AffineNative, AffineNativeFloat
 from kernels.linear.affine.reference import AffineReference
 
-KERNELS: tuple[LinearKernel, ...] = (AffineNative(), AffineReference())  # fastest first
+KERNELS: tuple[LinearKernel, ...] = (AffineNative(), AffineNativeFloat(), AffineReference())  # fastest first

@@ -1,7 +1,9 @@
-"""The affine family in C++: integer dot products with activations rounded to 8 bits (kernels/native/linear.hpp)."""
+"""The affine family in C++, with activations rounded to 8 bits (kernels/native/linear.hpp) or as they are (exact.hpp).
+
+Both read the same packed weights.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,21 +12,11 @@ from torch import Tensor
 from kernels import native
 from kernels.contract import LinearSpec
 from kernels.linear.affine.layout import AffineWeights
-from kernels.linear.blocks import check_width
+from kernels.linear.bitstream import unpack_codes
+from kernels.linear.joined import Joined, multiply, packed_refusal
 
 if native.MISSING is None or TYPE_CHECKING:
     from kernels.native import _native
-
-BITS = (2, 3, 4, 5, 6, 8)
-
-
-@dataclass(frozen=True)
-class Joined:
-    """Matrices that read the same activations."""
-
-    group: "_native.Group"
-    in_features: int
-    rows: tuple[int, ...]  # out_features of each
 
 
 class AffineNative:
@@ -40,30 +32,14 @@ class AffineNative:
     name = "native"
 
     def refuses(self, spec: LinearSpec) -> str | None:
-        if (reason := native.refusal(spec.device, spec.dtype)) is not None:
+        if (reason := packed_refusal(spec)) is not None:
             return reason
         if spec.exact_activations:
             return "rounds activations to 8 bits, and exact ones were asked for"
-        if spec.bits not in BITS:
-            return f"{spec.bits}-bit codes have no packed form; {', '.join(map(str, BITS))} bits have"
-        if spec.group_size % 16 and spec.group_size < spec.in_features:
-            return f"groups of {spec.group_size} channels are neither a multiple of 16 nor the whole row"
         return None
 
     def prepare(self, weights: AffineWeights) -> "_native.Packed":
-        """Repack into blocks of 16 rows. Raises ValueError for groups the kernels do not serve."""
-        first = weights.zeros.flatten()[0] if weights.zeros.numel() else torch.tensor(0)
-        constant = weights.zeros.dtype == torch.uint8 and bool((weights.zeros == first).all())
-        zeros = weights.zeros.contiguous() if weights.zeros.dtype == torch.uint8 else weights.zeros.float().contiguous()
-        return _native.pack(
-            weights.bits,
-            weights.in_features,
-            weights.group_size,
-            weights.codes.contiguous(),
-            weights.scales.contiguous(),
-            None if constant else zeros,
-            int(first) if constant else 0,
-        )
+        return pack(weights)
 
     def join(self, prepared: "Sequence[_native.Packed]") -> Joined | None:
         """None when the matrices cut their channels into blocks of different lengths."""
@@ -74,8 +50,52 @@ class AffineNative:
 
     def linear(self, x: Tensor, joined: Joined) -> tuple[Tensor, ...]:
         """x: [num_tokens, K] float32 -> [num_tokens, N] float32 for each matrix."""
-        check_width(x, joined.in_features)
-        x = x.contiguous()
-        outs = tuple(torch.empty(x.shape[0], rows) for rows in joined.rows)
-        joined.group.run(x.data_ptr(), x.shape[0], [out.data_ptr() for out in outs])
-        return outs
+        return multiply(x, joined)
+
+
+class AffineNativeFloat:
+    """y[t, n] = sum_j s[n, j] sum_{k in j} x[t, k] (q[n, k] - z[n, j]),  j the same blocks
+
+    Activations are not rounded. Both sums run in order in float32: a result has the same bits for any batch, any number
+    of threads and any instruction set.
+
+    Reads num_bytes of weights once for up to 4 tokens; 2 T N K operations, and 3 to 5 for each weight to unpack it.
+    """
+
+    name = "native-float"
+
+    def refuses(self, spec: LinearSpec) -> str | None:
+        return packed_refusal(spec)
+
+    def prepare(self, weights: AffineWeights) -> "_native.Packed":
+        return pack(weights)
+
+    def join(self, prepared: "Sequence[_native.Packed]") -> Joined:
+        rows = tuple(packed.num_rows for packed in prepared)
+        return Joined(_native.ExactGroup(list(prepared)), prepared[0].num_channels, rows)
+
+    def linear(self, x: Tensor, joined: Joined) -> tuple[Tensor, ...]:
+        """x: [num_tokens, K] float32 -> [num_tokens, N] float32 for each matrix."""
+        return multiply(x, joined)
+
+
+def pack(weights: AffineWeights) -> "_native.Packed":
+    """Repack into blocks of 16 rows. Codes of 1 and 7 bits take 2 and 8.
+
+    Raises ValueError for groups without a packed form.
+    """
+    first = weights.zeros.flatten()[0] if weights.zeros.numel() else torch.tensor(0)
+    constant = weights.zeros.dtype == torch.uint8 and bool((weights.zeros == first).all())
+    zeros = weights.zeros.contiguous() if weights.zeros.dtype == torch.uint8 else weights.zeros.float().contiguous()
+    bits, codes = weights.bits, weights.codes.contiguous()
+    if bits == 7:
+        bits, codes = 8, unpack_codes(codes, bits, weights.in_features)
+    return _native.pack(
+        bits,
+        weights.in_features,
+        weights.group_size,
+        codes,
+        weights.scales.contiguous(),
+        None if constant else zeros,
+        int(first) if constant else 0,
+    )

@@ -1,7 +1,6 @@
 """The dense family in C++: float products in one fixed order (kernels/native/dense.hpp)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,22 +8,13 @@ from torch import Tensor
 
 from kernels import native
 from kernels.contract import LinearSpec
-from kernels.linear.blocks import check_width
 from kernels.linear.dense.layout import DenseWeights
+from kernels.linear.joined import Joined, multiply
 
 if native.MISSING is None or TYPE_CHECKING:
     from kernels.native import _native
 
 TYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
-
-
-@dataclass(frozen=True)
-class Joined:
-    """Matrices that read the same activations."""
-
-    group: "_native.DenseGroup"
-    in_features: int
-    rows: tuple[int, ...]  # out_features of each
 
 
 class DenseNative:
@@ -56,8 +46,4 @@ class DenseNative:
 
     def linear(self, x: Tensor, joined: Joined) -> tuple[Tensor, ...]:
         """x: [num_tokens, K] float32 -> [num_tokens, N] float32 for each matrix."""
-        check_width(x, joined.in_features)
-        x = x.contiguous()
-        outs = tuple(torch.empty(x.shape[0], rows) for rows in joined.rows)
-        joined.group.run(x.data_ptr(), x.shape[0], [out.data_ptr() for out in outs])
-        return outs
+        return multiply(x, joined)
