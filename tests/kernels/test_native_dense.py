@@ -21,7 +21,7 @@ if native.MISSING is not None:
 
 from kernels.linear.affine.native import AffineNativeFloat
 from kernels.linear.dense.native import DenseNative
-from kernels.linear.table.native import TableNativeFloat
+from kernels.linear.table.native import TableNative, TableNativeFloat
 from kernels.native import _native
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -125,6 +125,21 @@ def test_affine_gives_the_same_bits(bits: int) -> None:
 def test_table_gives_the_same_bits(table: str) -> None:
     terms = [random_table(TABLES[table], 300, rows, group, torch.float16, rows) for rows, group in ((70, 64), (9, 300))]
     check_same_bits(TableNativeFloat(), *terms)
+
+
+@pytest.mark.parametrize("isa", _native.supported_isas())
+@pytest.mark.parametrize("k", [110, 330])
+def test_ternary_codes_five_to_a_byte(isa: str, k: int) -> None:
+    """The form that the int8 kernels prefer is read by the float ones too, in units of 20 channels."""
+    _native.use_isa(isa)
+    kernel, weights, x = TableNativeFloat(), random_table(TERNARY, k, 70, k, torch.float16, k), activations(7, k)
+    five, two = TableNative().prepare(weights), kernel.prepare(weights)
+    assert five.num_bytes < two.num_bytes
+    joined = kernel.join([five])
+    (result,) = kernel.linear(x, joined)
+    exact, matrix = x.double(), weights.dequantize().double()
+    assert_within(result, exact @ matrix.T, dot_bound(exact, matrix))
+    assert torch.equal(kernel.linear(x[6:], joined)[0], result[6:])
 
 
 @pytest.mark.parametrize("isa", _native.supported_isas())
