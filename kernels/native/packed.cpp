@@ -75,7 +75,9 @@ void unpack_stream(const uint8_t* stream, int num_codes, uint8_t* codes) {
   for (int j = 0; i + j < num_codes; j++) codes[i + j] = (uint8_t)(word >> (kBits * j) & mask);
 }
 
-void unpack_bytes(const uint8_t* stream, int num_codes, uint8_t* codes) { std::memcpy(codes, stream, (size_t)num_codes); }
+void unpack_bytes(const uint8_t* stream, int num_codes, uint8_t* codes) {
+  std::memcpy(codes, stream, (size_t)num_codes);
+}
 
 using Unpack = void (*)(const uint8_t*, int, uint8_t*);
 Unpack unpack_for(int bits) {
@@ -94,8 +96,8 @@ void join_pairs(const uint8_t* steps, uint8_t* out) {  // the low 4 bits of 4 st
 
 void join_fours(const uint8_t* steps, int shift, uint8_t* out) {  // bits shift and shift + 1 of 4 steps
   for (int i = 0; i < kStepBytes; i++)
-    out[i] = (uint8_t)((steps[i] >> shift & 3) | (steps[64 + i] >> shift & 3) << 2 | (steps[128 + i] >> shift & 3) << 4 |
-                       (steps[192 + i] >> shift & 3) << 6);
+    out[i] = (uint8_t)((steps[i] >> shift & 3) | (steps[64 + i] >> shift & 3) << 2 |
+                       (steps[128 + i] >> shift & 3) << 4 | (steps[192 + i] >> shift & 3) << 6);
 }
 
 void join_bits(const uint8_t* steps, int shift, uint8_t* out) {  // bit `shift` of 4 steps
@@ -183,8 +185,8 @@ bool is_nan(ScaleType type, uint8_t byte) {
 
 constexpr int kMaxEntry = 16383;  // of a table in two planes
 
-// Integers t and a step so that entry = step t: exactly where entries are multiples of a common step of which the largest
-// is at most 16383 times, else the nearest, within 2^-15 of the largest entry.
+// Integers t and a step so that entry = step t: exactly where entries are multiples of a common step of which the
+// largest is at most 16383 times, else the nearest, within 2^-15 of the largest entry.
 double integers_of(const std::vector<float>& table, int (&integers)[16]) {
   double highest = 0;
   for (float entry : table) {
@@ -311,7 +313,8 @@ void set_layout(const Canonical& from, Packed& to) {
   to.codes_offset = to.zeros_offset + kParameterBlocks * kRows * zero_size(to.zero_type);
   to.codes_block_bytes = (int64_t)units_of(to, 0) * unit_bytes(to.codes);
   int64_t parameters = (to.num_blocks + kParameterBlocks - 1) / kParameterBlocks * to.codes_offset;
-  int64_t codes = (to.num_blocks - 1) * to.codes_block_bytes + (int64_t)units_of(to, to.num_blocks - 1) * unit_bytes(to.codes);
+  int64_t last_units = units_of(to, to.num_blocks - 1);
+  int64_t codes = (to.num_blocks - 1) * to.codes_block_bytes + last_units * unit_bytes(to.codes);
   to.row_block_bytes = round_up(kFactorBytes + parameters + codes, 64);
 }
 
