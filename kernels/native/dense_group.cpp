@@ -50,7 +50,7 @@ void multiply_panel(const Matrix& w, int64_t index, const float* x, int64_t num_
 DenseMatrix pack_dense(const void* weights, FloatType type, int64_t num_rows, int64_t num_channels) {
   if (num_rows < 1 || num_channels < 1) throw std::invalid_argument("a matrix needs at least one row and one channel");
   DenseMatrix to{num_rows, num_channels, type, {}};
-  to.memory = Buffer((size_t)(to.num_panels() * to.panel_bytes()));
+  to.memory = Buffer::of_slab((size_t)(to.num_panels() * to.panel_bytes()));
   Pool::instance().run(to.num_panels(), [&](int64_t i) {
     int64_t first = i * kPanelRows, rows = std::min<int64_t>(kPanelRows, num_rows - first);
     const uint8_t* from = (const uint8_t*)weights + first * num_channels * to.element_bytes();

@@ -1,20 +1,21 @@
-// Memory for weights and scratch: aligned, zeroed, in huge pages where it is large.
+// Memory for weights and scratch: aligned to 64 bytes, zeroed, in huge pages where it is large.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace nibble {
 
-// Owns `size` bytes, aligned to 64. From 2 MiB on it is aligned to huge pages and asks for them: with 4 KiB pages two
-// threads read 35 GB/s of weights on a machine where huge pages give 63. Throws std::bad_alloc.
+// Owns `size` bytes. Throws std::bad_alloc.
 class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(size_t size);
-  Buffer(Buffer&& other) noexcept;
-  Buffer& operator=(Buffer&& other) noexcept;
-  ~Buffer();
+
+  // A part of a slab of 64 MiB in huge pages, which all weights share: a matrix by itself would end in pages of 4 KiB,
+  // and from those two threads read 35 GB/s where huge pages give 63. A slab is given back with the last of its parts.
+  static Buffer of_slab(size_t size);
 
   uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
@@ -25,8 +26,7 @@ class Buffer {
  private:
   uint8_t* data_ = nullptr;
   size_t size_ = 0;
-  void* mapped_ = nullptr;
-  size_t mapped_size_ = 0;
+  std::shared_ptr<void> memory_;
 };
 
 }  // namespace nibble

@@ -342,7 +342,7 @@ Packed pack(const Canonical& from) {
   to.zero = from.zero;
   double step = from.table.empty() ? 1 : set_table(from.table, to);
   set_layout(from, to);
-  to.memory = Buffer((size_t)(to.num_row_blocks() * to.row_block_bytes));
+  to.memory = Buffer::of_slab((size_t)(to.num_row_blocks() * to.row_block_bytes));
   to.start = to.memory.data();
   Repacker repacker{from, to, step, (from.num_channels + from.group_size - 1) / from.group_size};
   Pool::instance().run(to.num_row_blocks(), [&](int64_t i) { repacker.row_block(i); });

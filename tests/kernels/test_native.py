@@ -1,0 +1,75 @@
+"""The extension module itself: that it is there, what it runs on, and what is said when it is not."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels import native
+from kernels.contract import LinearSpec, select
+from kernels.linear.registry import kernels_for
+
+
+def test_it_is_built_where_there_is_a_compiler() -> None:
+    """Bug: a mistake in the C++ sources that the install passes over, so that everything runs on reference kernels."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    assert native.MISSING is None
+
+
+def test_an_instruction_set_that_does_not_exist_is_refused() -> None:
+    if native.MISSING is not None:
+        pytest.skip(native.MISSING)
+    from kernels.native import _native
+
+    assert _native.supported_isas()[-1] == "scalar"
+    assert _native.isa() in _native.supported_isas()
+    with pytest.raises(ValueError, match=r"'mmx' is not one of .*scalar"):
+        _native.use_isa("mmx")
+
+
+def test_threads_are_counted_with_the_caller_and_come_and_go() -> None:
+    """Bug: a pool that keeps workers of an earlier setting, or takes 0 for all."""
+    if native.MISSING is not None:
+        pytest.skip(native.MISSING)
+    from kernels.native import _native
+
+    before = _native.num_threads()
+    for count in (3, 1, 2, before):
+        native.set_num_threads(count)
+        assert _native.num_threads() == count
+    with pytest.raises(ValueError, match="at least 1"):
+        native.set_num_threads(0)
+
+
+WITHOUT = """
+import sys
+sys.modules["kernels.native._native"] = None  # what an import finds where nothing was built
+import torch
+from kernels import native
+from kernels.contract import LinearSpec, select
+from kernels.linear.registry import kernels_for
+native.set_num_threads(2)
+assert native.isa() is None and native.read_bandwidth(1) is None
+spec = LinearSpec(64, 64, torch.device("cpu"), torch.float32, "4-bit", 4, 32)
+for family in ("affine", "dense", "table"):
+    print(select(kernels_for(family), spec))
+"""
+
+
+def test_without_it_the_reference_runs_and_says_what_to_do() -> None:
+    """Bug: an install without a compiler that does not even start, or is slow and does not say why."""
+    result = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for line in result.stdout.splitlines():
+        assert line.startswith("reference (native: the C++ kernels are not built")
+        assert "install a C++20 compiler and install Nibble again" in line
+
+
+def test_another_dtype_is_refused_with_the_reason() -> None:
+    spec = LinearSpec(64, 64, torch.device("cpu"), torch.bfloat16, "4-bit", 4, 32)
+    choice = select(kernels_for("affine"), spec)
+    assert choice.kernel.name == "reference"
+    assert native.MISSING is not None or "take float32 activations" in choice.refusals[0]
