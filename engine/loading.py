@@ -207,8 +207,8 @@ class CheckpointParts:
 
     def _bind_term(self, term: Term) -> BoundTerm:
         choice = select(kernels.linear.registry.kernels_for(term.family), self._spec(term), self._plan.kernel)
-        kernel = self._note(f"{term.family} {term.describe()}", choice, term.num_bytes)
-        return BoundTerm(kernel, kernel.prepare(self._place(term)))
+        prepared = choice.kernel.prepare(self._place(term))
+        return BoundTerm(self._note(f"{term.family} {term.describe()}", choice, prepared.num_bytes), prepared)
 
     def _spec(self, term: Term) -> LinearSpec:
         return LinearSpec(

@@ -80,7 +80,7 @@ class LinearKernel(Kernel, Protocol):
     """One back end of one weight family."""
 
     def prepare(self, weights: Any) -> Any:
-        """Repack canonical weights for this back end, once, at load."""
+        """Repack canonical weights for this back end, once, at load. The result has `num_bytes`, read once a step."""
         ...
 
     def join(self, prepared: Sequence[Any]) -> Any | None:

@@ -15,6 +15,7 @@ from engine.assembly import StartError, build
 from engine.batch import BatchRow, build_batch
 from engine.config import EngineConfig
 from engine.loading import HEAD_GROUP
+from engine.messages import PlanSummary
 from kernels import native
 
 FORMATS = {
@@ -74,7 +75,7 @@ class Nibble:
             "features": f"native kernels: {native.isa() or native.MISSING}",
             "shape": setup.shape,
             "num_layers": shape.num_layers,
-            **_bytes_of(shape, weights, plan.kv_bytes_per_token),
+            **_bytes_of(shape, weights, plan),
             "cache": setup.cache,
             "settings": {use.what: use.kernel for use in plan.kernels},
             "notes": list(plan.notes),
@@ -128,16 +129,18 @@ def _weights(setup: Setup) -> Weights:
     return Affine(int(setup.bits), FORMATS[name].group_size, FORMATS[name].symmetric)
 
 
-def _bytes_of(shape: Shape, weights: Weights, cache: float) -> dict[str, Any]:
-    """What a step must read, by the sizes of the formats."""
+def _bytes_of(shape: Shape, weights: Weights, plan: PlanSummary) -> dict[str, Any]:
+    """What a step must read, as the kernels keep it."""
     head = Affine(8, HEAD_GROUP)
+    head_bytes = shape.vocab * shape.hidden * head.bits_per_weight / 8
+    layer_bytes = sum(use.num_bytes for use in plan.kernels) - head_bytes
     return {
         "weights": weights.describe(),
-        "bits_per_weight": weights.bits_per_weight,
-        "layer_bytes": shape.layer_weights * weights.bits_per_weight / 8,
+        "bits_per_weight": 8 * layer_bytes / shape.layer_weights,
+        "layer_bytes": layer_bytes,
         "head": head.describe(),
-        "head_bytes": shape.vocab * shape.hidden * head.bits_per_weight / 8,
-        "cache_bytes_per_token": cache,
+        "head_bytes": head_bytes,
+        "cache_bytes_per_token": plan.kv_bytes_per_token,
     }
 
 

@@ -91,7 +91,7 @@ def test_equal_layers_are_summed_up() -> None:
 
 def test_layers_know_what_they_read() -> None:
     """Bug: a roofline that leaves out scales, or counts the embedding, of which a step reads one row."""
-    loaded = load(FIXTURES / "gptq-v1-4bit-sym-g32", head_bits=16)
+    loaded = load(FIXTURES / "gptq-v1-4bit-sym-g32", head_bits=16, kernel="reference")
     config = open_checkpoint(FIXTURES / "gptq-v1-4bit-sym-g32").config
     hidden, inner = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -103,7 +103,7 @@ def test_layers_know_what_they_read() -> None:
 
 @pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
 def test_a_head_in_16_bits_is_rounded_to_8_and_says_so() -> None:
-    """Bug: an output head as large as all other layers together, read in 16 bits for every token, or rounded in silence."""
+    """Bug: a head as large as all other layers together, read in 16 bits for every token, or rounded in silence."""
     folder = FIXTURES / "gptq-v1-4bit-sym-g32"
     rounded, kept = load(folder), load(folder, head_bits=16)
     assert [use.kernel for use in rounded.kernels if "affine 8-bit g32" in use.what] == ["native"]
