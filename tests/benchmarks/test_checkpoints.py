@@ -40,7 +40,7 @@ def test_our_side_does_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     seconds, tokens = model.measure()
     assert seconds > 0
     assert tokens == (work.prefill or work.batch * work.tokens)
-    assert model.facts["bits_per_weight"] == pytest.approx(4.5, rel=0.03)  # the head's row factors count here
+    assert 4.5 <= model.facts["bits_per_weight"] < 5  # a factor for each row beside them: much on rows this short
 
 
 def test_formats_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
