@@ -58,11 +58,12 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
     """What a decode step reads, layer by layer, and how fast that can be."""
     plan, total = inspection.plan, inspection.weight_bytes_per_token
     layers = Table(box=None, padding=(0, 2), header_style="bold cyan")
-    for title in ("layers", "kernel", "read per token", "share", "why no faster kernel"):
+    refused = any(use.refusals for use in plan.kernels)
+    for title in ("layers", "kernel", "read per token", "share", *(["why no faster kernel"] if refused else [])):
         layers.add_column(title, justify="right" if title in ("read per token", "share") else "left", overflow="fold")
     for use in plan.kernels:
         read = (size(use.num_bytes), f"{use.num_bytes / total:.0%}") if use.num_bytes else ("", "")
-        layers.add_row(use.what, use.kernel, *read, use.refusals)
+        layers.add_row(use.what, use.kernel, *read, *([use.refusals] if refused else []))
     console.print(f"[bold]{plan.architecture}[/bold], {escape(plan.format)}, from {escape(plan.model)}\n")
     console.print(layers)
     console.print()

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from engine.messages import KernelUse, Loading
-from server.screen import LoadingBar, curl, print_start, size
+from engine.messages import Inspection, KernelUse, Loading
+from server.screen import LoadingBar, curl, print_inspection, print_start, size
 from tests.fakes import PLAN
 
 
@@ -97,3 +97,41 @@ def test_loading_bar_follows_the_engine() -> None:
 )
 def test_sizes(num_bytes: int, text: str) -> None:
     assert size(num_bytes) == text
+
+
+def inspection(**changes: Any) -> str:
+    out = io.StringIO()
+    plan = msgspec.structs.replace(PLAN, notes=("head rounded",), **changes)
+    found = Inspection(plan, weight_bytes_per_token=4 << 20, bandwidth=40e9, isa="avx512")
+    print_inspection(Console(file=out, width=120, highlight=False), found)
+    return out.getvalue()
+
+
+def test_inspection_shows_what_is_read_and_how_fast_it_could_be() -> None:
+    """Bug: a roof computed from another number than the bytes shown, or one for a context the model cannot have."""
+    text = inspection()
+    for fact in (
+        "linear 4-bit g64",
+        "1.0 MiB",
+        "25%",  # of the 4 MiB
+        "native: not built",
+        "40.0 GB/s read by 1 thread, avx512",
+        "9,536.7 tokens/s for one sequence, 0 tokens",  # 40e9 / 4 MiB
+        "8,477.1 tokens/s for one sequence, 512 tokens",  # 1 KiB more for each of them
+        "100.0 tokens/s with an empty cache, 1% of it",
+        "head rounded",
+    ):
+        assert fact in text
+    assert "4,096 tokens in the cache" not in text
+
+
+def test_inspection_without_refusals_has_no_column_for_them() -> None:
+    assert "why" not in inspection(kernels=[KernelUse("7 x affine", "native", "", 1 << 20)])
+    assert "why" in inspection()
+
+
+def test_inspection_without_the_library_says_so() -> None:
+    out = io.StringIO()
+    print_inspection(Console(file=out, width=120), Inspection(PLAN, 4 << 20, bandwidth=None, isa=None))
+    assert "not measured: the C++ kernels are not built" in out.getvalue()
+    assert "roof" not in out.getvalue()
