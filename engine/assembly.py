@@ -9,15 +9,15 @@ import torch
 from engine.checkpoint.errors import CheckpointError
 from engine.config import ConfigError, EngineConfig, Plan, resolve
 from engine.core import EngineCore, Parts
-from engine.loading import Checkpoint, LoadedModel, load_model, model_facts, open_checkpoint
+from engine.loading import Checkpoint, LoadedModel, load_model, model_facts, open_checkpoint, page_layout
 from engine.messages import Cancel, Failed, Inbound, Loading, PlanSummary, Sampling, Submit
 from engine.models.config import UnsupportedModel
 from engine.runner import Runner
 from kernels import native
 from kernels.contract import KernelRefused
 from kvcache.layout import PageLayout
-from kvcache.manager import KVCacheManager
-from kvcache.policy import PolicyError, parse_policy
+from kvcache.manager import KVCacheManager, RecentSizes
+from kvcache.policy import PolicyError
 from kvcache.storage import PageStorage
 
 MEASURED_TOKENS = 8  # decode steps timed at start: enough for a median
@@ -35,12 +35,13 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
     started = time.monotonic()
     try:
         checkpoint = open_checkpoint(Path(config.model), _progress(on_loading))
-        plan = resolve(config, model_facts(checkpoint, config.kv_policy, config.device))
+        plan = resolve(config, model_facts(checkpoint, config))
         torch.set_num_threads(plan.threads)
         native.set_num_threads(plan.threads)
         loaded = load_model(checkpoint, plan)
         torch.set_num_threads(_torch_threads(loaded, plan))
-        storage = _allocate(_layout(checkpoint, plan), plan)
+        layout = page_layout(checkpoint, plan.kv_policy, plan.page_size)
+        storage = _allocate(layout, plan)
     except (CheckpointError, ConfigError, KernelRefused, PolicyError, UnsupportedModel) as error:
         raise StartError(str(error)) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -52,10 +53,10 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
     def core(manager: KVCacheManager) -> EngineCore:
         return EngineCore(Parts(plan, runner, storage, manager, checkpoint.config.vocab_size, eos_token_ids))
 
-    speed = measure_decode(core(_manager(plan, "measurement")), plan)
-    salt = f"{checkpoint.folder.resolve()}:{plan.kv_policy}"
+    speed = measure_decode(core(make_manager(plan, layout, "measurement")), plan)
+    salt = f"{checkpoint.folder.resolve()}:{layout.policy}"
     summary = _summary(checkpoint, plan, loaded, (load_seconds, speed))
-    return core(_manager(plan, salt)), summary
+    return core(make_manager(plan, layout, salt)), summary
 
 
 def _torch_threads(loaded: LoadedModel, plan: Plan) -> int:
@@ -70,9 +71,9 @@ def _torch_threads(loaded: LoadedModel, plan: Plan) -> int:
 def _allocate(layout: PageLayout, plan: Plan) -> PageStorage:
     """The cache. torch reports a failed allocation as a plain RuntimeError on a CPU. Raises StartError."""
     try:
-        return PageStorage(layout, plan.num_pages, torch.device(plan.device))
+        return PageStorage(layout, plan.num_pages, torch.device(plan.device), plan.num_recent_pages)
     except (RuntimeError, MemoryError) as error:
-        num_bytes = layout.bytes_per_page * plan.num_pages
+        num_bytes = layout.bytes_per_page * plan.num_pages + layout.bytes_per_recent_page * plan.num_recent_pages
         raise StartError(f"the KV cache of {num_bytes:,} bytes cannot be had; lower --kv-memory ({error})") from error
 
 
@@ -109,19 +110,15 @@ def _progress(on_loading: OnLoading | None) -> Callable[[int, int], None] | None
     return lambda done, total: on_loading(Loading(done, total))
 
 
-def _layout(checkpoint: Checkpoint, plan: Plan) -> PageLayout:
-    config = checkpoint.config
-    return PageLayout(
-        parse_policy(plan.kv_policy), config.num_layers, config.num_kv_heads, config.head_dim, plan.page_size
-    )
-
-
-def _manager(plan: Plan, salt: str) -> KVCacheManager:
-    return KVCacheManager(plan.num_pages, plan.page_size, salt, plan.prefix_caching)
+def make_manager(plan: Plan, layout: PageLayout, salt: str) -> KVCacheManager:
+    """The book-keeping of the plan's pages. salt: what names their content besides the tokens."""
+    recent = None if layout.read_rule is None else RecentSizes(plan.num_recent_pages, layout.read_rule)
+    return KVCacheManager(plan.num_pages, plan.page_size, salt, plan.prefix_caching, recent)
 
 
 def _summary(checkpoint: Checkpoint, plan: Plan, loaded: LoadedModel, timing: tuple[float, float]) -> PlanSummary:
     load_seconds, tokens_per_s = timing
+    layout = page_layout(checkpoint, plan.kv_policy, plan.page_size)
     return PlanSummary(
         model=str(checkpoint.folder),
         architecture=checkpoint.config.architecture,
@@ -132,7 +129,8 @@ def _summary(checkpoint: Checkpoint, plan: Plan, loaded: LoadedModel, timing: tu
         kv_policy=plan.kv_policy,
         page_size=plan.page_size,
         num_pages=plan.num_pages,
-        kv_bytes_per_token=_layout(checkpoint, plan).bytes_per_token,
+        kv_bytes_per_token=layout.bytes_per_token,
+        num_recent_pages=plan.num_recent_pages,
         weight_bytes=loaded.weight_bytes,
         max_model_len=plan.max_model_len,
         max_num_seqs=plan.max_num_seqs,
@@ -143,7 +141,7 @@ def _summary(checkpoint: Checkpoint, plan: Plan, loaded: LoadedModel, timing: tu
         load_seconds=load_seconds,
         decode_tokens_per_s=tokens_per_s,
         eos_token_ids=checkpoint.config.eos_token_ids,
-        notes=(*checkpoint.config.notes, *loaded.notes, *_memory_note(checkpoint, plan)),
+        notes=(*checkpoint.config.notes, *loaded.notes, *_memory_note(checkpoint, plan), *_recent_note(layout, plan)),
     )
 
 
@@ -152,3 +150,14 @@ def _memory_note(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     if plan.max_model_len < context_len and plan.max_model_len == plan.num_kv_tokens:
         return (f"context limited to {plan.max_model_len:,} of {context_len:,} tokens by the memory of the KV cache",)
     return ()
+
+
+def _recent_note(layout: PageLayout, plan: Plan) -> tuple[str, ...]:
+    """What the bytes of a token leave out."""
+    if layout.read_rule is None:
+        return ()
+    num_bytes = plan.num_recent_pages * layout.bytes_per_recent_page
+    return (
+        f"the last {layout.read_rule.window} tokens and the first {layout.read_rule.num_sinks} of a sequence are read "
+        f"in float16: {num_bytes:,} bytes beside the pages",
+    )

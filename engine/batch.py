@@ -1,13 +1,14 @@
 """What one forward pass reads, and how it is made from ids and counts."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from kernels.contract import AttentionInputs
+from kernels.attention.quantized.layout import RECENT_TOKENS
+from kernels.contract import AttentionInputs, RecentInputs
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class BatchRow:
     block_table: list[int]  # page ids; covers start + len(token_ids) tokens, may be longer
     page_size: int  # tokens
     num_logits: int  # how many of the last rows need logits: 0 while a prompt is unfinished, usually 1
+    recent_table: Mapping[int, int] = field(default_factory=dict)  # position // RECENT_TOKENS -> recent page id
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,12 @@ class Batch:
         """The same batch with its tensors on `device`; itself when they are there already."""
         if self.input_ids.device == device:
             return self
+        recent = self.attention.recent
         attention = replace(
             self.attention,
             block_tables=self.attention.block_tables.to(device),
             slots=self.attention.slots.to(device),
+            recent=None if recent is None else RecentInputs(recent.tables.to(device), recent.slots.to(device)),
         )
         return Batch(self.input_ids.to(device), self.positions.to(device), attention, self.logit_rows.to(device))
 
@@ -65,6 +69,7 @@ def build_batch(rows: Sequence[BatchRow]) -> Batch:
         context_lens=tuple(row.start + len(row.token_ids) for row in rows),
         block_tables=block_tables,
         slots=torch.tensor(slots, dtype=torch.int64),
+        recent=_recent(rows) if any(row.recent_table for row in rows) else None,
     )
     return Batch(
         input_ids=torch.tensor(input_ids, dtype=torch.int64),
@@ -78,3 +83,17 @@ def _slots(row: BatchRow, stop: int) -> list[int]:
     """Where each token of the row is stored: page id * page_size + offset in the page."""
     table, size = row.block_table, row.page_size
     return [table[position // size] * size + position % size for position in range(row.start, stop)]
+
+
+def _recent(rows: Sequence[BatchRow]) -> RecentInputs:
+    """Recent pages, by sequence and by row."""
+    width = max(max(row.recent_table) for row in rows if row.recent_table) + 1
+    tables = torch.full((len(rows), width), -1, dtype=torch.int64)
+    slots: list[int] = []
+    for table, row in zip(tables, rows, strict=True):
+        held = row.recent_table
+        table[torch.tensor(list(held), dtype=torch.int64)] = torch.tensor(list(held.values()), dtype=torch.int64)
+        for position in range(row.start, row.start + len(row.token_ids)):
+            page = held.get(position // RECENT_TOKENS)
+            slots.append(-1 if page is None else page * RECENT_TOKENS + position % RECENT_TOKENS)
+    return RecentInputs(tables, torch.tensor(slots, dtype=torch.int64))

@@ -14,6 +14,8 @@ HeadBits = Literal[8, 16]
 PAGE_SIZES = (16, 32, 64, 128)
 KV_SHARE_OF_FREE_MEMORY = 0.5  # of what is free once weights are counted, when --kv-memory is not given
 SMALL_MODEL_BYTES = 16 << 20  # below this one thread decodes faster: waiting for the others costs more than their help
+RECENT_TOKENS = 16  # of a recent page (kernels/attention/quantized/layout.py)
+TYPICAL_TOKENS = 1024  # of a sequence: how many windows are provided for
 ACTIVATION_RESERVE_BYTES = 256 << 20  # working memory of one step, kept out of the cache
 
 
@@ -43,11 +45,13 @@ class ModelFacts(msgspec.Struct, frozen=True):
     """What `resolve` must know of the model and the machine."""
 
     max_position: int  # the context the checkpoint was made for, after RoPE scaling
-    kv_bytes_per_token: int  # all layers, keys and values
+    kv_bytes_per_token: int  # of a page, all layers, keys and values
     weight_bytes: int
     free_memory: int  # bytes available before the weights are read
     num_cores: int
     has_cuda: bool
+    bytes_per_recent_page: int = 0  # all layers; 0 where the cache keeps no window in high precision
+    recent_pages_per_sequence: int = 0  # at most
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -65,6 +69,7 @@ class Plan(msgspec.Struct, frozen=True):
     threads: int
     activations: Activations
     head_bits: HeadBits
+    num_recent_pages: int = 0  # RECENT_TOKENS tokens each, in high precision
 
     @property
     def num_kv_tokens(self) -> int:
@@ -75,7 +80,7 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Plan:
     """Decide every "auto". Raises ConfigError naming the setting that cannot be honoured."""
     _check(config, facts)
     max_model_len = config.max_model_len or facts.max_position
-    num_pages = _num_pages(config, facts, max_model_len)
+    num_pages, num_recent_pages = _num_pages(config, facts, max_model_len)
     capacity = num_pages * config.page_size
     if config.max_model_len is not None and capacity < config.max_model_len:
         raise ConfigError(
@@ -95,6 +100,7 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Plan:
         threads=config.threads or (1 if facts.weight_bytes < SMALL_MODEL_BYTES else facts.num_cores),
         activations=config.activations,
         head_bits=config.head_bits,
+        num_recent_pages=num_recent_pages,
     )
 
 
@@ -118,24 +124,52 @@ def _check(config: EngineConfig, facts: ModelFacts) -> None:
         raise ConfigError("device cuda was asked for, but torch finds no CUDA device: use --device cpu")
 
 
-def _num_pages(config: EngineConfig, facts: ModelFacts, max_model_len: int) -> int:
-    """Pages of the cache: the byte budget, or a share of free memory, no more than max_num_seqs full contexts."""
-    page_bytes = facts.kv_bytes_per_token * config.page_size
+def _num_pages(config: EngineConfig, facts: ModelFacts, max_model_len: int) -> tuple[int, int]:
+    """Pages of the cache, and recent pages: the byte budget, or a share of free memory, no more than max_num_seqs full
+    contexts."""
     free = facts.free_memory - facts.weight_bytes - ACTIVATION_RESERVE_BYTES
+    most = config.max_num_seqs * math.ceil(max_model_len / config.page_size)
     if config.kv_memory is not None:
         if config.kv_memory > max(free, 0):
             raise ConfigError(
                 f"kv_memory {config.kv_memory:,} bytes is more than the {max(free, 0):,} that are free beside the "
                 "weights: lower --kv-memory"
             )
-        num_pages = config.kv_memory // page_bytes
+        num_pages = _pages_within(config.kv_memory, config, facts)
         if num_pages < 1:
-            raise ConfigError(f"kv_memory {config.kv_memory:,} bytes holds no page of {page_bytes:,} bytes")
-        return num_pages
-    num_pages = int(max(free, 0) * KV_SHARE_OF_FREE_MEMORY) // page_bytes
-    if num_pages < 1:
-        raise ConfigError(
-            f"{facts.free_memory:,} bytes are free and the weights take {facts.weight_bytes:,}: no room is left for a "
-            "KV cache. Use a smaller model or free memory, or set --kv-memory yourself"
-        )
-    return min(num_pages, config.max_num_seqs * math.ceil(max_model_len / config.page_size))
+            least = _cache_bytes(1, config, facts)
+            raise ConfigError(f"kv_memory {config.kv_memory:,} bytes holds no page: one needs {least:,} bytes")
+    else:
+        num_pages = min(most, _pages_within(int(max(free, 0) * KV_SHARE_OF_FREE_MEMORY), config, facts))
+        if num_pages < 1:
+            raise ConfigError(
+                f"{facts.free_memory:,} bytes are free and the weights take {facts.weight_bytes:,}: no room is left "
+                "for a KV cache. Use a smaller model or free memory, or set --kv-memory yourself"
+            )
+    return num_pages, _recent_pages(num_pages, config, facts)
+
+
+def _recent_pages(num_pages: int, config: EngineConfig, facts: ModelFacts) -> int:
+    """The windows and sinks of as many sequences of TYPICAL_TOKENS tokens as the pages hold, at least one and no more
+    than may run; and the rows of one step, which all lie in recent pages until it ends."""
+    if facts.recent_pages_per_sequence == 0:
+        return 0
+    num_seqs = min(config.max_num_seqs, math.ceil(num_pages * config.page_size / TYPICAL_TOKENS))
+    return num_seqs * facts.recent_pages_per_sequence + math.ceil(config.max_batch_tokens / RECENT_TOKENS)
+
+
+def _cache_bytes(num_pages: int, config: EngineConfig, facts: ModelFacts) -> int:
+    pages = num_pages * config.page_size * facts.kv_bytes_per_token
+    return pages + _recent_pages(num_pages, config, facts) * facts.bytes_per_recent_page
+
+
+def _pages_within(num_bytes: int, config: EngineConfig, facts: ModelFacts) -> int:
+    """The most pages that fit together with their recent pages."""
+    low, high = 0, num_bytes // (config.page_size * facts.kv_bytes_per_token)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _cache_bytes(middle, config, facts) <= num_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -170,7 +170,8 @@ class EngineCore:
         sequence = item.sequence
         tokens = sequence.tokens[item.start : item.start + item.num_tokens]
         num_logits = item.num_tokens if sequence.wants_prompt_logprobs else int(item.completes)
-        return BatchRow(tokens, item.start, item.block_table, self.parts.plan.page_size, num_logits)
+        page_size = self.parts.plan.page_size
+        return BatchRow(tokens, item.start, item.block_table, page_size, num_logits, item.recent_table)
 
     def _advance(self, slices: Items[Slice], rows: Items[BatchRow], logits: Tensor) -> None:
         """Account for what the step stored, and sample for every sequence that is caught up."""

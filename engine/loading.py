@@ -20,13 +20,14 @@ import kernels.norm
 import kernels.rope
 from engine.checkpoint.format import Format, detect
 from engine.checkpoint.source import Progress, Source
-from engine.config import ModelFacts, Plan
+from engine.config import EngineConfig, ModelFacts, Plan
 from engine.machine import free_memory, has_cuda, num_cores
 from engine.messages import KernelUse
 from engine.models.config import ModelConfig, read_json
 from engine.models.decoder import Decoder
 from engine.models.layers import BoundTerm, Embedding, Linear, RMSNorm, Rope
 from engine.models.registry import ModelDescription, describe
+from kernels.attention.quantized.cache import QuantizedKernel, QuantizedSpec
 from kernels.contract import (
     ActivationKernel,
     AttentionKernel,
@@ -40,11 +41,11 @@ from kernels.contract import (
 from kernels.linear.affine.quantize import quantize_symmetric
 from kernels.linear.dense.layout import DenseWeights
 from kernels.linear.weights import LinearWeights, Term
+from kvcache.calibration import FILE_NAME
 from kvcache.layout import PageLayout
-from kvcache.policy import parse_policy
-from kvcache.storage import PAGE_DTYPES
+from kvcache.policy import PolicyError, read_policy
+from kvcache.storage import page_dtype
 
-CODECS = {"f16": "f16", "f32": "f16"}  # cache policy -> the folder under kernels/attention that serves it
 HEAD_GROUP = 32  # channels that share a scale of a rounded output head: 8.5 bits a weight
 ACTIVATION_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}  # by device
 
@@ -87,17 +88,32 @@ def open_checkpoint(folder: Path, on_progress: Progress | None = None) -> Checkp
     return Checkpoint(folder, description, source, detect(read_json(folder), source))
 
 
-def model_facts(checkpoint: Checkpoint, kv_policy: str, device: str = "cpu") -> ModelFacts:
-    """What `resolve` must know before a weight is read. Raises PolicyError when the policy is not known."""
-    config = checkpoint.config
-    layout = PageLayout(parse_policy(kv_policy), config.num_layers, config.num_kv_heads, config.head_dim, page_size=1)
+def page_layout(checkpoint: Checkpoint, kv_policy: str, page_size: int) -> PageLayout:
+    """What a page of the cache holds. Raises PolicyError when the policy is not known or cannot serve the model."""
+    policy, config = read_policy(kv_policy), checkpoint.config
+    artifact = checkpoint.folder / FILE_NAME
+    if policy.is_calibrated and artifact.exists():
+        raise PolicyError(
+            f"KV cache policy {policy}: {artifact} cannot be used yet. Move it elsewhere to serve the policy without "
+            f"calibration, or use {str(policy).replace('skvq:', '')}, which needs none"
+        )
+    return PageLayout(policy, config.num_layers, config.num_kv_heads, config.head_dim, page_size)
+
+
+def model_facts(checkpoint: Checkpoint, config: EngineConfig) -> ModelFacts:
+    """What `resolve` must know before a weight is read. Raises PolicyError when the cache policy is not known or cannot
+    serve the model."""
+    layout = page_layout(checkpoint, config.kv_policy, config.page_size)
+    device = config.device
     return ModelFacts(
-        max_position=config.context_len,
-        kv_bytes_per_token=layout.bytes_per_token,
+        max_position=checkpoint.config.context_len,
+        kv_bytes_per_token=-(-layout.bytes_per_page // config.page_size),
         weight_bytes=checkpoint.source.total_bytes,
         free_memory=torch.cuda.mem_get_info()[0] if device == "cuda" and has_cuda() else free_memory(),
         num_cores=num_cores(),
         has_cuda=has_cuda(),
+        bytes_per_recent_page=layout.bytes_per_recent_page,
+        recent_pages_per_sequence=0 if layout.read_rule is None else layout.read_rule.max_pages,
     )
 
 
@@ -128,6 +144,7 @@ class CheckpointParts:
         self._source = checkpoint.source
         self._format = checkpoint.format
         self._plan = plan
+        self._layout = page_layout(checkpoint, plan.kv_policy, plan.page_size)
         self._device = torch.device(plan.device)
         self.dtype = ACTIVATION_DTYPES[plan.device]
         self._chosen: Counter[tuple[str, str, str]] = Counter()  # (what, kernel, refusals) -> layers
@@ -160,19 +177,18 @@ class CheckpointParts:
         spec = RowSpec(config.head_dim, self._device, self.dtype)
         return Rope(self._choose_row_op("rope", kernels.rope.KERNELS, spec), config.rope, self._device)
 
-    def attention_kernel(self, config: ModelConfig) -> AttentionKernel:
-        policy = self._plan.kv_policy
-        spec = AttentionSpec(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            page_size=self._plan.page_size,
-            device=self._device,
-            dtype=self.dtype,
-            cache_dtype=PAGE_DTYPES[policy],
+    def attention_kernel(self, config: ModelConfig, layer: int) -> AttentionKernel | QuantizedKernel:
+        policy, heads = self._layout.layers[layer], (config.num_heads, config.num_kv_heads)
+        spec: AttentionSpec | QuantizedSpec
+        if policy.is_quantized:
+            codec, spec = "quantized", QuantizedSpec(*heads, self._layout.chunk(policy), self._device, self.dtype)
+        else:
+            sizes = (config.head_dim, self._plan.page_size)
+            codec, spec = "f16", AttentionSpec(*heads, *sizes, self._device, self.dtype, page_dtype(policy))
+        kernel: AttentionKernel | QuantizedKernel = self._note(
+            f"attention {policy.name}", select(kernels.attention.registry.kernels_for(codec), spec, self._plan.kernel)
         )
-        choice = select(kernels.attention.registry.kernels_for(CODECS[policy]), spec, self._plan.kernel)
-        return self._note(f"attention {policy}", choice)
+        return kernel
 
     def activation_kernel(self, config: ModelConfig) -> ActivationKernel:
         spec = RowSpec(config.intermediate_size, self._device, self.dtype)

@@ -160,6 +160,7 @@ class PlanSummary(msgspec.Struct, frozen=True):
     load_seconds: float
     decode_tokens_per_s: float  # one sequence, measured at start
     eos_token_ids: tuple[int, ...] = ()
+    num_recent_pages: int = 0  # of 16 tokens, beside the others: the window and sinks of a quantized cache
     notes: tuple[str, ...] = ()  # what a user should know: limits that came from the model or from memory
 
 

@@ -17,7 +17,8 @@ class Slice:
     sequence: Sequence
     start: int
     num_tokens: int
-    block_table: list[int]  # the manager's own list: read it before the next change
+    block_table: list[int]  # the manager's own, as is recent_table: read them before the next change
+    recent_table: dict[int, int]  # position // RECENT_TOKENS -> recent page
 
     @property
     def completes(self) -> bool:
@@ -92,7 +93,7 @@ class Scheduler:
                 break
             if sequence.id in preempted:
                 continue  # it gave its pages to a better-ranked one a moment ago
-            num_tokens = _share(sequence, budget)
+            num_tokens = self._manager.fitting(sequence.id, _share(sequence, budget))
             while (block_table := self._manager.extend(sequence.id, num_tokens)) is None:
                 victim = self._running[-1]
                 preempted.add(victim.id)
@@ -101,7 +102,7 @@ class Scheduler:
                 if victim is sequence:
                     break
             if block_table is not None:
-                slices[sequence.id] = Slice(sequence, sequence.num_computed, num_tokens, block_table)
+                slices[sequence.id] = self._slice(sequence, num_tokens, block_table)
                 budget -= num_tokens
 
     def _admit(self, slices: dict[int, Slice]) -> None:
@@ -111,8 +112,7 @@ class Scheduler:
             sequence = self._waiting[0]
             match = self._find_prefix(sequence)
             spare = len(self._running)  # every running sequence may want one more page soon
-            missing = self._manager.missing(match, len(sequence.tokens))
-            if self._running and missing + spare > self._manager.num_available:
+            if self._running and not self._manager.has_room(match, len(sequence.tokens), spare):
                 return
             self._waiting.pop(0)
             is_new = sequence.num_preemptions == 0  # finding one's own pages again is no hit
@@ -121,18 +121,22 @@ class Scheduler:
             if is_new:
                 sequence.num_cached_tokens = match.num_tokens
             insort(self._running, sequence, key=_rank)
-            num_tokens = _share(sequence, budget)
+            num_tokens = self._manager.fitting(sequence.id, _share(sequence, budget))
             block_table = self._manager.extend(sequence.id, num_tokens)
             if block_table is None:
                 raise RuntimeError("a sequence was admitted that the empty cache cannot hold")
-            slices[sequence.id] = Slice(sequence, sequence.num_computed, num_tokens, block_table)
+            slices[sequence.id] = self._slice(sequence, num_tokens, block_table)
             budget -= num_tokens
 
     def _find_prefix(self, sequence: Sequence) -> Match:
         """Prompt log-probabilities need every prompt row computed, so those requests take nothing from the cache."""
         if sequence.wants_prompt_logprobs:
-            return Match((), (), 0)
+            return Match()
         return self._manager.match(sequence.tokens)
+
+    def _slice(self, sequence: Sequence, num_tokens: int, block_table: list[int]) -> Slice:
+        recent_table = self._manager.recent_table(sequence.id)
+        return Slice(sequence, sequence.num_computed, num_tokens, block_table, recent_table)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.remove(sequence)

@@ -100,6 +100,14 @@ class LinearKernel(Kernel, Protocol):
 
 
 @dataclass(frozen=True)
+class RecentInputs:
+    """Where the rows of one step stand in the recent pages of a quantized cache (kernels/attention/quantized)."""
+
+    tables: Tensor  # [num_seqs, max_recent_pages] int64, a recent page id for each 16 positions, -1 where there is none
+    slots: Tensor  # [num_tokens] int64, recent page id * 16 + offset, -1 for rows that are not kept
+
+
+@dataclass(frozen=True)
 class AttentionInputs:
     """Where the rows of one step stand in the paged cache; the same for every layer.
 
@@ -111,6 +119,7 @@ class AttentionInputs:
     context_lens: tuple[int, ...]  # [num_seqs] tokens in the cache once this step's rows are stored
     block_tables: Tensor  # [num_seqs, max_pages] int64, page ids; rows padded with 0
     slots: Tensor  # [num_tokens] int64, page id * page_size + offset, where each row's key and value go
+    recent: RecentInputs | None = None  # None where no row of the step is read in high precision beside its page
     prepared: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)  # by back ends, once
 
 

@@ -1,10 +1,11 @@
-"""Shapes and bytes of a page, and what a sequence takes beside its pages."""
+"""Shapes and bytes of pages and of recent pages."""
 
 from dataclasses import dataclass
 from functools import cached_property
 
-from kernels.attention.quantized.layout import ChunkLayout, LayoutError, RowLayout
+from kernels.attention.quantized.layout import RECENT_TOKENS, ChunkLayout, LayoutError, RowLayout
 from kvcache.policy import LayerPolicy, Policy, PolicyError
+from kvcache.recent import ReadRule
 
 RECENT_BYTES = 2  # of an element of the window and the sinks: float16
 
@@ -20,11 +21,6 @@ class PageLayout:
     page_size: int  # tokens
 
     def __post_init__(self) -> None:
-        if self.policy.num_sinks > self.page_size:
-            raise PolicyError(
-                f"KV cache policy {self.policy}: {self.policy.num_sinks} sinks do not fit on a page of "
-                f"{self.page_size} tokens, with which they are shared: use at most s{self.page_size}, or larger pages"
-            )
         for layer in self.layers:
             if layer.is_quantized:
                 self.chunk(layer)
@@ -73,23 +69,25 @@ class PageLayout:
         """Bits of a page for each key or value element, parameters included."""
         return 8 * self.bytes_per_token / self.elements_per_token
 
-    def ring_bytes(self, ring_slots: int) -> int:
-        """The window of one sequence, of `ring_slots` tokens: the policy's window and what a step may take back."""
-        return ring_slots * self._recent_bytes_per_token
+    @cached_property
+    def read_rule(self) -> ReadRule | None:
+        """Who is read in high precision beside its page; None when nothing is."""
+        rule = ReadRule(self.policy.window, self.policy.num_sinks)
+        return rule if rule.max_pages and any(layer.is_quantized for layer in self.layers) else None
 
     @property
-    def sink_bytes(self) -> int:
-        """The sinks of one sequence; shared by sequences with the same first page."""
-        return self.policy.num_sinks * self._recent_bytes_per_token
+    def bytes_per_recent_page(self) -> int:
+        """RECENT_TOKENS tokens of the quantized layers in float16."""
+        num_quantized = sum(layer.is_quantized for layer in self.layers)
+        return RECENT_BYTES * 2 * num_quantized * self.num_kv_heads * self.head_dim * RECENT_TOKENS
+
+    @property
+    def recent_bytes_per_sequence(self) -> int:
+        """What the window and the sinks of a sequence take at most."""
+        return 0 if self.read_rule is None else self.read_rule.max_pages * self.bytes_per_recent_page
 
     @property
     def break_even_tokens(self) -> int:
         """The length below which a sequence takes no less memory than in a float16 cache, window and sinks counted."""
         saved = RECENT_BYTES * self.elements_per_token - self.bytes_per_token  # bytes a token
-        beside = self.ring_bytes(self.policy.window) + self.sink_bytes
-        return -(-beside // saved) if saved > 0 else 0
-
-    @property
-    def _recent_bytes_per_token(self) -> int:
-        num_quantized = sum(layer.is_quantized for layer in self.layers)
-        return RECENT_BYTES * 2 * num_quantized * self.num_kv_heads * self.head_dim
+        return -(-self.recent_bytes_per_sequence // saved) if saved > 0 else 0

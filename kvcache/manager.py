@@ -5,22 +5,26 @@ A sequence's tokens over its life, by who may touch the pages under them:
     [0, num_shared)            pages found in the index or forked: read only, shared
     [num_shared, num_stored)   written by this sequence; pages that are full are published and never change again
     [num_stored, capacity)     reserved by `extend`, written in the step that follows
+
+Of the tokens that its next query reads in high precision it also holds the recent pages (kvcache/recent.py).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvcache.pages import PagePool
-from kvcache.prefix import PrefixIndex, next_key, root_key
+from kvcache.prefix import next_key, root_key
+from kvcache.recent import NOTHING, Found, ReadRule, RecentTier
+from kvcache.tier import PageTier
 
 
 @dataclass(frozen=True)
 class Match:
     """What the index holds of a prompt. Valid until the next call that changes the manager."""
 
-    pages: tuple[int, ...]
-    keys: tuple[bytes, ...]
-    num_tokens: int  # = len(pages) * page_size
+    pages: tuple[int, ...] = ()
+    keys: tuple[bytes, ...] = ()
+    num_tokens: int = 0  # = len(pages) * page_size
+    recent: Found = NOTHING  # what the next token reads of them in high precision
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,15 @@ class PageCopy:
 
     source: int
     target: int
+    is_recent: bool = False  # both are recent pages
+
+
+@dataclass(frozen=True)
+class RecentSizes:
+    """The recent pages beside the others."""
+
+    num_pages: int
+    rule: ReadRule
 
 
 @dataclass
@@ -43,29 +56,37 @@ class _Held:
 class KVCacheManager:
     """Pages for sequences. Knows ids and counts, never tensors."""
 
-    def __init__(self, num_pages: int, page_size: int, salt: str, sharing: bool = True) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, salt: str, sharing: bool = True, recent: RecentSizes | None = None
+    ) -> None:
         self.page_size = page_size
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
         self._sharing = sharing
         self._root = root_key(salt)
-        self._pool = PagePool(num_pages)
-        self._index = PrefixIndex()
+        self._tier = PageTier("page", num_pages)
+        # None: nothing is quantized, and pages are all there is
+        self._recent = None if recent is None else RecentTier(recent.num_pages, page_size, recent.rule)
         self._held: dict[int, _Held] = {}
 
     @property
     def num_pages(self) -> int:
-        return self._pool.num_pages
+        return self._tier.num_pages
 
     @property
     def num_available(self) -> int:
         """Pages a sequence could be given now: free ones and idle ones of the index."""
-        return self._pool.num_free + self._index.num_idle
+        return self._tier.num_available
+
+    @property
+    def num_recent_available(self) -> int:
+        """Likewise of recent pages."""
+        return 0 if self._recent is None else self._recent.num_available
 
     @property
     def num_cached(self) -> int:
         """Pages held by the index alone."""
-        return self._index.num_idle
+        return self._tier.index.num_idle
 
     @property
     def num_used(self) -> int:
@@ -75,29 +96,47 @@ class KVCacheManager:
     def num_stored(self, sequence: int) -> int:
         return self._held[sequence].num_stored
 
+    def recent_table(self, sequence: int) -> dict[int, int]:
+        """position // RECENT_TOKENS -> recent page: the manager's own, read it before the next change."""
+        return {} if self._recent is None else self._recent.table(sequence)
+
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
     def match(self, tokens: Sequence[int]) -> Match:
-        """Find the longest published prefix, leaving at least the last token to compute. Changes nothing."""
+        """Find the longest published prefix, leaving at least the last token to compute. Changes nothing.
+
+        What the next token reads in high precision must be there too; otherwise a shorter prefix is taken.
+        """
         pages: list[int] = []
         keys: list[bytes] = []
         key = self._root
         limit = (len(tokens) - 1) // self.page_size if self._sharing else 0
         for i in range(limit):
             key = next_key(key, tokens[i * self.page_size : (i + 1) * self.page_size])
-            page = self._index.find(key)
+            page = self._tier.index.find(key)
             if page is None:
                 break
             pages.append(page)
             keys.append(key)
-        return Match(tuple(pages), tuple(keys), len(pages) * self.page_size)
+        if self._recent is None:
+            return Match(tuple(pages), tuple(keys), len(pages) * self.page_size)
+        found = self._recent.find(keys)
+        num_pages = found.num_tokens // self.page_size
+        return Match(tuple(pages[:num_pages]), tuple(keys[:num_pages]), found.num_tokens, found)
 
     def missing(self, match: Match, num_tokens: int) -> int:
         """How many available pages a new sequence of `num_tokens` takes, given what `match` found: pages to fill,
         and idle pages that it would take out of the available ones."""
-        idle = sum(self._index.is_idle(page) for page in match.pages)
-        return self.pages_for(num_tokens) - len(match.pages) + idle
+        return self.pages_for(num_tokens) - len(match.pages) + self._tier.num_idle(match.pages)
+
+    def has_room(self, match: Match, num_tokens: int, spare: int) -> bool:
+        """Whether a new sequence of `num_tokens` fits and leaves `spare` pages of each kind."""
+        if self.missing(match, num_tokens) + spare > self.num_available:
+            return False
+        if self._recent is None:
+            return True
+        return self._recent.missing(match.recent, num_tokens) + spare <= self._recent.num_available
 
     def open(self, sequence: int, match: Match, num_queried: int) -> None:
         """Start a sequence on what `match` found. Of `num_queried` tokens looked up the metrics count the hits; 0
@@ -105,11 +144,16 @@ class KVCacheManager:
         if sequence in self._held:
             raise RuntimeError(f"sequence {sequence} is open already")
         for page in match.pages:
-            self._index.unpark(page)
-            self._pool.acquire(page)
+            self._tier.hold(page)
+        if self._recent is not None:
+            self._recent.open(sequence, match.recent)
         self._held[sequence] = _Held(list(match.pages), list(match.keys), match.num_tokens)
         self.num_queried_tokens += num_queried
         self.num_hit_tokens += match.num_tokens if num_queried else 0
+
+    def fitting(self, sequence: int, num_tokens: int) -> int:
+        """As many of the next `num_tokens` tokens as the recent pages can take in one step, at least 1."""
+        return num_tokens if self._recent is None else self._recent.fitting(sequence, num_tokens)
 
     def extend(self, sequence: int, num_tokens: int) -> list[int] | None:
         """Make room for `num_tokens` more tokens and return the block table, or None (nothing changed) when full."""
@@ -117,7 +161,9 @@ class KVCacheManager:
         num_new = self.pages_for(held.num_stored + num_tokens) - len(held.block_table)
         if num_new > self.num_available:
             return None
-        held.block_table.extend(self._take() for _ in range(num_new))
+        if self._recent is not None and not self._recent.extend(sequence, num_tokens):
+            return None
+        held.block_table.extend(self._tier.take() for _ in range(num_new))
         return held.block_table
 
     def commit(self, sequence: int, tokens: Sequence[int], num_stored: int) -> None:
@@ -131,27 +177,33 @@ class KVCacheManager:
             )
             held.keys.append(key)
             if self._sharing:
-                self._index.insert(key, held.block_table[i])
+                self._tier.index.insert(key, held.block_table[i])
+        if self._recent is not None:
+            self._recent.commit(sequence, held.keys if self._sharing else (), num_stored)
 
     def fork(self, parent: int, child: int) -> list[PageCopy] | None:
         """Give `child` all that `parent` has stored: full pages shared, a started page copied.
 
-        Returns the copies the storage must make (none or one), or None (nothing changed) when no page is left.
+        Returns the copies the storage must make (at most one of each kind), or None (nothing changed) when there is no
+        page left for one.
         """
         source = self._held[parent]
         num_full = source.num_stored // self.page_size
-        partial = source.num_stored % self.page_size != 0
-        if partial and self.num_available < 1:
+        num_copied = min(1, source.num_stored % self.page_size)
+        if num_copied > self.num_available or (self._recent is not None and not self._recent.can_fork(parent)):
             return None
         shared = source.block_table[:num_full]
         for page in shared:
-            self._pool.acquire(page)
+            self._tier.hold(page)
         held = _Held(list(shared), list(source.keys[:num_full]), source.num_stored)
         self._held[child] = held
-        if not partial:
-            return []
-        held.block_table.append(self._take())
-        return [PageCopy(source.block_table[num_full], held.block_table[num_full])]
+        copies: list[PageCopy] = []
+        if num_copied:
+            held.block_table.append(self._tier.take())
+            copies.append(PageCopy(source.block_table[num_full], held.block_table[num_full]))
+        if self._recent is not None:
+            copies += [PageCopy(*pair, is_recent=True) for pair in self._recent.fork(parent, child)]
+        return copies
 
     def release(self, sequence: int) -> None:
         """Let go of all pages of a sequence; published ones stay findable until evicted. Unknown ids are fine."""
@@ -159,46 +211,19 @@ class KVCacheManager:
         if held is None:
             return
         for page in reversed(held.block_table):  # the tail goes first when room is needed: prefixes are worth more
-            if self._pool.release(page) == 0:
-                if self._index.holds(page):
-                    self._index.park(page)
-                else:
-                    self._pool.free(page)
+            self._tier.drop(page)
+        if self._recent is not None:
+            self._recent.release(sequence, held.keys if self._sharing else ())
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless free + held + idle pages are all pages and every count matches its holders."""
-        holders = [0] * self.num_pages
+        """Raise RuntimeError unless free + held + idle pages are all pages, every count matches its holders, and no
+        page has two writers; recent pages included."""
+        holders = self._tier.check(held.block_table for held in self._held.values())
         for held in self._held.values():
-            if len(set(held.block_table)) != len(held.block_table):
-                raise RuntimeError(f"a block table names a page twice: {held.block_table}")
             if held.num_stored > len(held.block_table) * self.page_size:
                 raise RuntimeError(f"{held.num_stored} tokens are stored on {len(held.block_table)} pages")
-            for page in held.block_table:
-                holders[page] += 1
-        free, idle = self._pool.free_pages(), self._index.idle_pages()
-        for page, num_holders in enumerate(holders):
-            if self._pool.count(page) != num_holders:
-                raise RuntimeError(f"page {page} counts {self._pool.count(page)} holders and has {num_holders}")
-            places = (page in free) + (page in idle) + (num_holders > 0)
-            if places != 1:
-                raise RuntimeError(f"page {page} is in {places} places: free, idle or held must be exactly one")
-            if num_holders > 1 and not self._is_full(page):
-                raise RuntimeError(f"page {page} is shared by {num_holders} sequences and one of them may write it")
-
-    def _is_full(self, page: int) -> bool:
-        """Whether the page is full for every holder, so that none writes it."""
-        return all(
-            held.block_table.index(page) < held.num_stored // self.page_size
-            for held in self._held.values()
-            if page in held.block_table
-        )
-
-    def _take(self) -> int:
-        page = self._pool.take()
-        if page is not None:
-            return page
-        evicted = self._index.evict()
-        if evicted is None:
-            raise RuntimeError("a page was promised but none is free or idle")
-        self._pool.free(evicted)
-        return self._take()
+            for page in held.block_table[held.num_stored // self.page_size :]:
+                if holders[page] > 1:
+                    raise RuntimeError(f"page {page} is shared by {holders[page]} sequences and one may write it")
+        if self._recent is not None:
+            self._recent.check()

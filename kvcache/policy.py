@@ -51,6 +51,12 @@ class LayerPolicy:
     def is_quantized(self) -> bool:
         return min(self.key_bits, self.value_bits) < 16
 
+    @property
+    def name(self) -> str:
+        """For people: "f16", "k4v2"."""
+        keys, values = name_of(self.key_bits), name_of(self.value_bits)
+        return f"k{keys}v{values}" if self.is_quantized else f"f{keys}"
+
 
 @dataclass(frozen=True)
 class Widths:
@@ -88,8 +94,9 @@ class Policy:
         return self.widths.is_quantized
 
     @property
-    def name(self) -> str:
-        return str(self)
+    def is_calibrated(self) -> bool:
+        """Whether an artifact would be used where there is one."""
+        return any(widths.calibrated for widths in (self.widths, *(widths for _, widths in self.overrides)))
 
     def __str__(self) -> str:
         if not self.is_quantized:
@@ -170,15 +177,6 @@ def _read_overrides(text: str, parts: Sequence[str]) -> tuple[tuple[int, Widths]
                 raise _error(text, f"layer {layer} is stated twice; say it once")
             overrides[layer] = override
     return tuple(sorted(overrides.items(), key=lambda item: item[0]))
-
-
-def parse_policy(text: str) -> Policy:
-    """The policy called `text`, as long as the engine serves it: f16 and f32 until it knows quantized pages. Raises
-    PolicyError."""
-    policy = read_policy(text)
-    if policy.is_quantized:
-        raise PolicyError(f"KV cache policy {policy} is not served by the engine yet: use f16 or f32")
-    return policy
 
 
 def default_group_size(head_dim: int) -> int:

@@ -31,10 +31,11 @@ class PrefixIndex:
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._cold: OrderedDict[int, None] = OrderedDict()  # idle as well; all of these go first
 
     @property
     def num_idle(self) -> int:
-        return len(self._idle)
+        return len(self._idle) + len(self._cold)
 
     def find(self, key: bytes) -> int | None:
         return self._page_of.get(key)
@@ -51,23 +52,27 @@ class PrefixIndex:
         return page in self._key_of
 
     def is_idle(self, page: int) -> bool:
-        return page in self._idle
+        return page in self._idle or page in self._cold
 
-    def park(self, page: int) -> None:
-        """The last sequence left a published page: keep it, as the most recently used."""
-        self._idle[page] = None
+    def park(self, page: int, cold: bool = False) -> None:
+        """The last sequence left a published page: keep it, as the most recently used of its sort."""
+        self.unpark(page)
+        (self._cold if cold else self._idle)[page] = None
 
     def unpark(self, page: int) -> None:
         """A sequence takes a page up again; a page in use is not idle, and asking twice is fine."""
         self._idle.pop(page, None)
+        self._cold.pop(page, None)
 
     def evict(self) -> int | None:
-        """Forget the least recently used idle page and return it, or None when every page is in use."""
-        if not self._idle:
+        """Forget the least recently used idle page, a cold one if there is one, and return it; None when every page
+        is in use."""
+        idle = self._cold or self._idle
+        if not idle:
             return None
-        page, _ = self._idle.popitem(last=False)
+        page, _ = idle.popitem(last=False)
         del self._page_of[self._key_of.pop(page)]
         return page
 
     def idle_pages(self) -> frozenset[int]:
-        return frozenset(self._idle)
+        return frozenset((*self._idle, *self._cold))

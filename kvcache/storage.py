@@ -4,15 +4,16 @@ import contextlib
 import math
 import mmap
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.attention.quantized.cache import QuantizedCache, recent_page_shape
+from kvcache.codecs import uncalibrated_codec
 from kvcache.layout import PageLayout
 from kvcache.manager import PageCopy
-
-PAGE_DTYPES = {"f16": torch.float16, "f32": torch.float32}
-
+from kvcache.policy import LayerPolicy
 
 HUGE_PAGE = 2 << 20
 
@@ -36,22 +37,49 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return flat.view(dtype).view(*shape)
 
 
-class PageStorage:
-    """All pages of all layers. Zeroed, so that a page never read as garbage can hold a NaN."""
+def page_dtype(layer: LayerPolicy) -> torch.dtype:
+    """Of the pages of a layer that is not quantized."""
+    return torch.float32 if layer.key_bits == 32 else torch.float16
 
-    def __init__(self, layout: PageLayout, num_pages: int, device: torch.device) -> None:
+
+class PageStorage:
+    """All pages of all layers, recent pages included. Zeroed, so that a page never read as garbage can hold a NaN.
+
+    Raises PolicyError or MemoryError.
+    """
+
+    def __init__(self, layout: PageLayout, num_pages: int, device: torch.device, num_recent_pages: int = 0) -> None:
         self.layout = layout
-        dtype = PAGE_DTYPES[layout.policy.name]
-        shape = (num_pages, *layout.layer_shape)
-        self.layers: list[Tensor] = [  # each [num_pages, 2, num_kv_heads, page_size, head_dim]
-            zeros(shape, dtype, device) for _ in range(layout.num_layers)
+        self._device = device
+        self.layers: list[Any] = [  # as the layer's kernels take it: pages, or a QuantizedCache
+            self._quantized(layer, num_pages, num_recent_pages)
+            if layer.is_quantized
+            else zeros((num_pages, *layout.layer_shape), page_dtype(layer), device)
+            for layer in layout.layers
         ]
 
     def copy(self, copies: Sequence[PageCopy]) -> None:
         """Make the copies a fork asked for, in every layer."""
-        if not copies:
-            return
-        sources = torch.tensor([copy.source for copy in copies], device=self.layers[0].device)
-        targets = torch.tensor([copy.target for copy in copies], device=self.layers[0].device)
-        for pages in self.layers:
-            pages[targets] = pages[sources]
+        for is_recent in (False, True):
+            chosen = [copy for copy in copies if copy.is_recent == is_recent]
+            if not chosen:
+                continue
+            sources = torch.tensor([copy.source for copy in chosen], device=self._device)
+            targets = torch.tensor([copy.target for copy in chosen], device=self._device)
+            for pages in self._recent_pages() if is_recent else self._pages():
+                pages[targets] = pages[sources]
+
+    def _pages(self) -> list[Tensor]:
+        return [layer if isinstance(layer, Tensor) else layer.pages for layer in self.layers]
+
+    def _recent_pages(self) -> list[Tensor]:
+        return [layer.recent for layer in self.layers if isinstance(layer, QuantizedCache)]
+
+    def _quantized(self, layer: LayerPolicy, num_pages: int, num_recent_pages: int) -> QuantizedCache:
+        heads, dim, chunk = self.layout.num_kv_heads, self.layout.head_dim, self.layout.chunk(layer)
+        return QuantizedCache(
+            uncalibrated_codec(layer, heads, dim).to(self._device),
+            chunk,
+            zeros((num_pages, heads, chunk.chunk_bytes), torch.uint8, self._device),
+            zeros((num_recent_pages, *recent_page_shape(heads, dim)), torch.float16, self._device),
+        )

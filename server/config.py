@@ -96,7 +96,7 @@ class ServerConfig(BaseSettings):
     max_num_seqs: int = setting(64, "Engine", "Most sequences in one step.", ge=1)
     max_batch_tokens: int = setting(512, "Engine", "Most tokens in one step; long prompts are split.", ge=1)
 
-    kv: Text = setting("f16", "KV cache", "Precision of the cache: f16 or f32.")
+    kv: Text = setting("f16", "KV cache", "Precision of the cache: f16, k8v8, k4v4, skvq:k4v2, skvq:k2v2 or f32.")
     kv_memory: Size | None = setting(
         None, "KV cache", "Memory of the cache, like 4GiB. Default: half of what is free.", ge=1
     )

@@ -9,6 +9,7 @@ An architecture file says which layers carry biases and norms; the names below a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,16 +40,14 @@ class Decoder:
     final_norm: RMSNorm
     head: Linear
 
-    def forward(self, batch: Batch, pages: Sequence[Tensor]) -> Tensor:
-        """Store the batch's keys and values in `pages`, one tensor per layer; return [num_logits, vocab] float32."""
+    def forward(self, batch: Batch, caches: Sequence[Any]) -> Tensor:
+        """Store the batch's keys and values in `caches`, one per layer; return [num_logits, vocab] float32."""
         x = self.embedding(batch.input_ids)  # [num_tokens, hidden_size]
         rotation = self.rope.angles(batch.positions)
         delta = torch.zeros_like(x)  # what the next norm adds to the residual stream before it reads it
-        for layer, layer_pages in zip(self.layers, pages, strict=True):
+        for layer, cache in zip(self.layers, caches, strict=True):
             x, normed = layer.input_norm.add(x, delta)
-            x, normed = layer.post_attention_norm.add(
-                x, layer.attention(normed, rotation, layer_pages, batch.attention)
-            )
+            x, normed = layer.post_attention_norm.add(x, layer.attention(normed, rotation, cache, batch.attention))
             delta = layer.mlp(normed)
         rows = batch.logit_rows
         _, wanted = self.final_norm.add(x.index_select(0, rows), delta.index_select(0, rows))
@@ -63,22 +62,24 @@ def build_decoder(config: ModelConfig, parts: Parts) -> Decoder:
         config=config,
         embedding=embedding,
         rope=rope,
-        layers=tuple(_layer(config, parts, rope, f"model.layers.{i}") for i in range(config.num_layers)),
+        layers=tuple(_layer(config, parts, rope, i) for i in range(config.num_layers)),
         final_norm=parts.norm("model.norm", config.hidden_size, config.rms_norm_eps),
         head=head,
     )
 
 
-def _layer(config: ModelConfig, parts: Parts, rope: Rope, name: str) -> Layer:
+def _layer(config: ModelConfig, parts: Parts, rope: Rope, index: int) -> Layer:
+    name = f"model.layers.{index}"
     return Layer(
         input_norm=parts.norm(f"{name}.input_layernorm", config.hidden_size, config.rms_norm_eps),
-        attention=_attention(config, parts, rope, f"{name}.self_attn"),
+        attention=_attention(config, parts, rope, index),
         post_attention_norm=parts.norm(f"{name}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps),
         mlp=_mlp(config, parts, f"{name}.mlp"),
     )
 
 
-def _attention(config: ModelConfig, parts: Parts, rope: Rope, name: str) -> Attention:
+def _attention(config: ModelConfig, parts: Parts, rope: Rope, index: int) -> Attention:
+    name = f"model.layers.{index}.self_attn"
     hidden, head_dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
     q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
     return Attention(
@@ -93,7 +94,7 @@ def _attention(config: ModelConfig, parts: Parts, rope: Rope, name: str) -> Atte
         q_norm=parts.norm(f"{name}.q_norm", head_dim, eps) if config.qk_norm else None,
         k_norm=parts.norm(f"{name}.k_norm", head_dim, eps) if config.qk_norm else None,
         rope=rope,
-        kernel=parts.attention_kernel(config),
+        kernel=parts.attention_kernel(config, index),
         head_dim=head_dim,
     )
 

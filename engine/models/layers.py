@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.models.config import ModelConfig
 from engine.models.rope import RopeConfig, inverse_frequencies
+from kernels.attention.quantized.cache import QuantizedKernel
 from kernels.contract import ActivationKernel, AttentionInputs, AttentionKernel, LinearKernel, NormKernel, RopeKernel
 from kernels.linear.weights import Permutation
 
@@ -142,19 +143,20 @@ class Attention:
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
     rope: Rope
-    kernel: AttentionKernel
+    kernel: AttentionKernel | QuantizedKernel
     head_dim: int
 
-    def __call__(self, x: Tensor, rotation: Rotation, pages: Tensor, inputs: AttentionInputs) -> Tensor:
-        """x: [num_tokens, hidden_size] -> the same shape. Stores the rows' keys and values in `pages`."""
+    def __call__(self, x: Tensor, rotation: Rotation, cache: Any, inputs: AttentionInputs) -> Tensor:
+        """x: [num_tokens, hidden_size] -> the same shape. Stores the rows' keys and values in `cache`, which is what
+        the kernel takes."""
         num_tokens = x.shape[0]
         # [num_tokens, num_heads, head_dim], and twice [num_tokens, num_kv_heads, head_dim]
         q, k, v = (y.view(num_tokens, -1, self.head_dim) for y in self.qkv_proj(x))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.rope.rotate(q, k, rotation)
-        self.kernel.store(k, v, pages, inputs)
-        attended = self.kernel.attend(q, pages, inputs, self.head_dim**-0.5)  # [num_tokens, num_heads, head_dim]
+        self.kernel.store(k, v, cache, inputs)
+        attended = self.kernel.attend(q, cache, inputs, self.head_dim**-0.5)  # [num_tokens, num_heads, head_dim]
         return self.o_proj(attended.flatten(1))
 
 
@@ -186,6 +188,8 @@ class Parts(Protocol):
 
     def rope(self, config: ModelConfig) -> Rope: ...
 
-    def attention_kernel(self, config: ModelConfig) -> AttentionKernel: ...
+    def attention_kernel(self, config: ModelConfig, layer: int) -> AttentionKernel | QuantizedKernel:
+        """Layers may keep keys and values in different precisions."""
+        ...
 
     def activation_kernel(self, config: ModelConfig) -> ActivationKernel: ...

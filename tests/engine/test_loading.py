@@ -29,7 +29,7 @@ Tensors = dict[str, Tensor]
 
 def plan_for(folder: Path, **changes: Any) -> Plan:
     config = EngineConfig(str(folder), kv_policy="f32", page_size=16, kv_memory=1 << 30)
-    return replace(resolve(config, model_facts(open_checkpoint(folder), "f32")), **changes)
+    return replace(resolve(config, model_facts(open_checkpoint(folder), config)), **changes)
 
 
 def load(folder: Path, **changes: Any) -> LoadedModel:
@@ -129,12 +129,12 @@ def test_progress_reaches_the_end(folder: Path) -> None:
 
 
 def test_facts_come_from_headers(folder: Path) -> None:
-    facts = model_facts(open_checkpoint(folder), "f16")
+    facts = model_facts(open_checkpoint(folder), EngineConfig(str(folder)))
     assert facts.kv_bytes_per_token == 2 * 2 * 2 * 12 * 2  # K and V, layers, kv heads, head_dim, bytes
     assert facts.weight_bytes == sum(4 * t.numel() for t in load_file(folder / "model.safetensors").values())
     assert facts.max_position == 128
     with pytest.raises(PolicyError, match="f15"):
-        model_facts(open_checkpoint(folder), "f15")
+        model_facts(open_checkpoint(folder), EngineConfig(str(folder), kv_policy="f15"))
 
 
 # -- tied heads ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from engine.config import EngineConfig, resolve
 from engine.loading import load_model, model_facts, open_checkpoint
 from engine.runner import Runner
 from kvcache.layout import PageLayout
-from kvcache.policy import parse_policy
+from kvcache.policy import read_policy
 from kvcache.storage import PageStorage
 
 STORIES = Path(__file__).parents[3] / "shared/models/stories260K"
@@ -31,9 +31,9 @@ def stories() -> Path:
 def make_runner(folder: Path, policy: str) -> Runner:
     checkpoint = open_checkpoint(folder)
     config = EngineConfig(str(folder), kv_policy=policy, page_size=PAGE_SIZE, kv_memory=8 << 20, head_bits=16)
-    plan = resolve(config, model_facts(checkpoint, policy))
+    plan = resolve(config, model_facts(checkpoint, config))
     sizes = checkpoint.config
-    layout = PageLayout(parse_policy(policy), sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, PAGE_SIZE)
+    layout = PageLayout(read_policy(policy), sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, PAGE_SIZE)
     storage = PageStorage(layout, plan.num_pages, torch.device("cpu"))
     return Runner(load_model(checkpoint, plan).model, storage.layers)
 

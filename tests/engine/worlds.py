@@ -12,7 +12,7 @@ from engine.messages import Done, Event, Failed, Inbound, PlanSummary, Sampling,
 from engine.runner import Runner
 from kvcache.layout import PageLayout
 from kvcache.manager import KVCacheManager
-from kvcache.policy import parse_policy
+from kvcache.policy import read_policy
 from kvcache.storage import PageStorage
 
 VOCAB = 50
@@ -56,7 +56,7 @@ def make_core(
     num_pages: int = 32, max_num_seqs: int = 8, max_batch_tokens: int = 16, page_size: int = 16
 ) -> EngineCore:
     """An engine around HashModel."""
-    layout = PageLayout(parse_policy("f32"), num_layers=1, num_kv_heads=1, head_dim=1, page_size=page_size)
+    layout = PageLayout(read_policy("f32"), num_layers=1, num_kv_heads=1, head_dim=1, page_size=page_size)
     storage = PageStorage(layout, num_pages, torch.device("cpu"))
     plan = Plan(
         device="cpu",

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.attention.quantized.cache import LayerCodec, QuantizedCache, recent_page_shape
 from kernels.attention.quantized.codec import RowCodec
-from kernels.attention.quantized.layout import RowLayout, packing_unit
+from kernels.attention.quantized.layout import ChunkLayout, RowLayout, packing_unit
 
 FLOAT16_MAX = 65504.0
 # sign 0, exponents 0 (subnormal) to 15, three bits of mantissa; code 127 is NaN
@@ -126,3 +127,12 @@ def row_codec(bits: float, head_dim: int, group_size: int, num_heads: int, seed:
     clip = torch.rand(num_heads, layout.num_groups, generator=generator) * 0.5 + 0.5
     prescale = 2.0 ** torch.randint(-6, 7, (num_heads,), generator=generator)
     return RowCodec(layout, clip.half().float(), prescale, ("mid", "origin")[seed % 2])
+
+
+def cache_of(codec: LayerCodec, sizes: tuple[int, int, int], dtype: torch.dtype = torch.float16) -> QuantizedCache:
+    """Zeros. sizes: number of pages, tokens of a page, number of recent pages."""
+    num_pages, page_size, num_recent = sizes
+    layout, heads = ChunkLayout(codec.keys.layout, codec.values.layout, page_size), codec.keys.num_heads
+    pages = torch.zeros(num_pages, heads, layout.chunk_bytes, dtype=torch.uint8)
+    recent = torch.zeros(num_recent, *recent_page_shape(heads, layout.head_dim), dtype=dtype)
+    return QuantizedCache(codec, layout, pages, recent)

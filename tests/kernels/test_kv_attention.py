@@ -12,14 +12,17 @@ from torch import Tensor
 
 from engine.batch import BatchRow, build_batch
 from kernels.attention.quantized import KERNELS
-from kernels.attention.quantized.cache import CacheSize, LayerCodec, QuantizedCache, QuantizedInputs, QuantizedKernel
+from kernels.attention.quantized.cache import LayerCodec, QuantizedCache, QuantizedKernel
+from kernels.attention.quantized.layout import RECENT_TOKENS
 from kernels.attention.quantized.transforms import Hadamard, Identity, Permutation
+from kernels.contract import AttentionInputs
+from tests.kernels.kv_oracle import cache_of as empty_cache
 from tests.kernels.kv_oracle import row_codec
 from tests.tolerance import EPS, assert_within
 
 PAGE_SIZE = 16
 WINDOW, SINKS = 20, 4
-NUM_PAGES = 40
+NUM_PAGES, NUM_RECENT = 40, 46
 TABLES = [list(range(38, -1, -2)), list(range(39, 0, -2))]
 
 
@@ -35,23 +38,34 @@ def codec_of(bits: tuple[float, float], window: int = WINDOW, num_sinks: int = S
     return LayerCodec(keys, values, Identity(), Identity(), window, num_sinks)
 
 
-def cache_of(codec: LayerCodec, ring_slots: int | None = None, dtype: torch.dtype = torch.float16) -> QuantizedCache:
+def cache_of(codec: LayerCodec, dtype: torch.dtype = torch.float16) -> QuantizedCache:
     """Full of bytes that decode to NaN and of NaN: whatever is read unwritten shows."""
-    slots = codec.window if ring_slots is None else ring_slots
-    cache = QuantizedCache.allocate(codec, CacheSize(NUM_PAGES, PAGE_SIZE, 3, slots, 3), torch.device("cpu"), dtype)
+    cache = empty_cache(codec, (NUM_PAGES, PAGE_SIZE, NUM_RECENT), dtype)
     cache.pages.fill_(0x7F)
-    for rows in (cache.ring_keys, cache.ring_values, cache.sink_keys, cache.sink_values):
-        rows.fill_(torch.nan)
+    cache.recent.fill_(torch.nan)
     return cache
 
 
-def inputs_of(*rows: tuple[int, int, int]) -> QuantizedInputs:
-    """(start, number of rows, which) of each sequence; sequence `which` has TABLES[which], ring and sinks which + 1."""
-    batch = build_batch([BatchRow([0] * n, start, TABLES[which], PAGE_SIZE, 0) for start, n, which in rows]).attention
-    ids = tuple(which + 1 for _, _, which in rows)
-    return QuantizedInputs(
-        batch.query_starts, batch.context_lens, batch.block_tables, batch.slots, ring_ids=ids, sink_ids=ids
-    )
+def row_of(codec: LayerCodec, start: int, num_rows: int, which: int) -> BatchRow:
+    """Sequence `which` has TABLES[which], and just the recent pages that it reads or writes, handed out in turn."""
+    stop = start + num_rows
+    kept = [j for j in range(stop) if j < codec.num_sinks or (codec.window > 0 and j > start - codec.window)]
+    pages = {j // RECENT_TOKENS for j in kept}
+    recent = {page: 2 * (7 * page % 23) + which for page in pages}
+    return BatchRow([0] * num_rows, start, TABLES[which], PAGE_SIZE, 0, recent)
+
+
+def inputs_of(codec: LayerCodec, *rows: tuple[int, int, int]) -> AttentionInputs:
+    """(start, number of rows, which) of each sequence."""
+    return build_batch([row_of(codec, *row) for row in rows]).attention
+
+
+def step(
+    kernel: QuantizedKernel, rows: tuple[Tensor, Tensor, Tensor], cache: QuantizedCache, inputs: AttentionInputs
+) -> Tensor:
+    q, k, v = rows
+    kernel.store(k, v, cache, inputs)
+    return kernel.attend(q, cache, inputs, 0.3)
 
 
 def tokens(num_tokens: int, seed: int, head_dim: int = 32) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +90,8 @@ def run(
     """A whole sequence, in chunks."""
     results, start = [], 0
     for n in chunks:
-        results.append(kernel.attend(cut(rows, start, start + n), cache, inputs_of((start, n, which)), 0.3))
+        inputs = inputs_of(cache.codec, (start, n, which))
+        results.append(step(kernel, cut(rows, start, start + n), cache, inputs))
         start += n
     return torch.cat(results)
 
@@ -97,7 +112,7 @@ def exact_attention(rows: tuple[Tensor, Tensor, Tensor], cache: QuantizedCache, 
     is_high = (at < codec.num_sinks) | (at[:, None] - at < codec.window)  # [i, j]
     read = []  # keys and values, [heads, i, j, D]
     for x, part in ((k, codec.keys), (v, codec.values)):
-        packed, high = part.decode(*part.encode(x)), x.to(cache.ring_keys.dtype)
+        packed, high = part.decode(*part.encode(x)), x.to(cache.recent.dtype)
         both = torch.where(is_high[:, :, None, None], high.double(), packed.double())  # [i, j, kv heads, D]
         read.append(both.repeat_interleave(group, dim=2).permute(2, 0, 1, 3))
     keys, values = read
@@ -154,7 +169,7 @@ def test_precision(kernel: QuantizedKernel, bits: tuple[float, float], length: i
 @every_kernel
 @pytest.mark.parametrize(("size", "length"), [(1, 60), (5, 90), (16, 90), (64, 310)])
 def test_chunks_do_not_change_a_bit(kernel: QuantizedKernel, size: int, length: int) -> None:
-    """Output, pages, ring and sinks: whatever size the prompt was cut to, beside a neighbour or alone, for long."""
+    """Output, pages, window and sinks: whatever size the prompt was cut to, beside a neighbour or alone, for long."""
     rows, others = tokens(length, seed=3), tokens(length, seed=4)
     whole = cache_of(codec_of((4.0, 2.0)))
     expected = run(kernel, rows, whole, [length])
@@ -164,18 +179,14 @@ def test_chunks_do_not_change_a_bit(kernel: QuantizedKernel, size: int, length: 
         neighbour = max(1, length - start - n)  # runs the other way round, so that the shapes never agree
         pairs = zip(cut(others, 0, neighbour), cut(rows, start, start + n), strict=True)
         q, k, v = (torch.cat(pair) for pair in pairs)
-        results.append(kernel.attend((q, k, v), cache, inputs_of((0, neighbour, 1), (start, n, 0)), 0.3)[-n:])
+        inputs = inputs_of(cache.codec, (0, neighbour, 1), (start, n, 0))
+        results.append(step(kernel, (q, k, v), cache, inputs)[-n:])
         start += n
     assert torch.equal(torch.cat(results), expected)
     held = torch.tensor(TABLES[0])
     assert torch.equal(cache.pages[held], whole.pages[held])
-    for found, exact in zip(high_rows(cache), high_rows(whole), strict=True):
-        assert torch.equal(found, exact)
-
-
-def high_rows(cache: QuantizedCache) -> list[Tensor]:
-    """Ring and sinks of the first sequence."""
-    return [rows[1] for rows in (cache.ring_keys, cache.ring_values, cache.sink_keys, cache.sink_values)]
+    recent = torch.tensor(list(row_of(cache.codec, length, 0, 0).recent_table.values()))
+    assert torch.equal(cache.recent[recent].nan_to_num(7), whole.recent[recent].nan_to_num(7))
 
 
 @every_kernel
@@ -193,39 +204,52 @@ def test_nothing_of_another_owner_reaches_a_result(kernel: QuantizedKernel) -> N
 
 
 @every_kernel
-@pytest.mark.parametrize("slack", [3, 5])
-def test_a_step_taken_back_leaves_no_trace(kernel: QuantizedKernel, slack: int) -> None:
-    """Speculation: three tokens are stored, two are taken back, others come. A ring with as many slots more than the
-    window as a step can take back still holds what is needed then."""
+def test_a_step_taken_back_leaves_no_trace(kernel: QuantizedKernel) -> None:
+    """Speculation: three tokens are stored, two are taken back, others come."""
     rows, guessed = tokens(60, seed=6), tokens(60, seed=7)
-    expected = run(kernel, rows, cache_of(codec_of((4.0, 4.0)), WINDOW + slack), [50, 1, 9])
-    cache = cache_of(codec_of((4.0, 4.0)), WINDOW + slack)
+    expected = run(kernel, rows, cache_of(codec_of((4.0, 4.0))), [50, 1, 9])
+    cache = cache_of(codec_of((4.0, 4.0)))
     first = run(kernel, rows, cache, [50])
     wrong = tuple(torch.cat((a[50:51], b[51:53])) for a, b in zip(rows, guessed, strict=True))
     q, k, v = wrong
-    second = kernel.attend((q, k, v), cache, inputs_of((50, 3, 0)), 0.3)[:1]
-    third = kernel.attend(cut(rows, 51, 60), cache, inputs_of((51, 9, 0)), 0.3)
+    second = step(kernel, (q, k, v), cache, inputs_of(cache.codec, (50, 3, 0)))[:1]
+    third = step(kernel, cut(rows, 51, 60), cache, inputs_of(cache.codec, (51, 9, 0)))
     assert torch.equal(torch.cat((first, second, third)), expected)
 
 
 @every_kernel
-def test_a_shared_prefix_with_its_ring_gives_the_same_bits(kernel: QuantizedKernel) -> None:
-    """What a prefix hit must bring: full pages and sinks by reference, and the ring as it stood at the end of them."""
+def test_a_shared_prefix_gives_the_same_bits(kernel: QuantizedKernel) -> None:
+    """What a prefix hit must bring: full pages, and the recent pages of the window and the sinks, all by reference."""
     rows = tokens(50, seed=8)
     cache = cache_of(codec_of((2.0, 2.0)))
     run(kernel, rows, cache, [32])
-    cache.ring_keys[0], cache.ring_values[0] = cache.ring_keys[1], cache.ring_values[1]
-    expected = kernel.attend(cut(rows, 32, 50), cache, inputs_of((32, 18, 0)), 0.3)
-    inputs = inputs_of((32, 18, 0))
-    table = torch.tensor([[*TABLES[0][:2], *TABLES[1][:2]]])  # the shared pages and two of its own
-    slots = table[0][torch.arange(32, 50) // PAGE_SIZE] * PAGE_SIZE + torch.arange(32, 50) % PAGE_SIZE
-    child = replace(inputs, block_tables=table, slots=slots, ring_ids=(0,))
-    assert torch.equal(kernel.attend(cut(rows, 32, 50), cache, child, 0.3), expected)
+    expected = step(kernel, cut(rows, 32, 50), cache, inputs_of(cache.codec, (32, 18, 0)))
+    shared, own = row_of(cache.codec, 32, 18, 0), row_of(cache.codec, 32, 18, 1)
+    cache.recent[list({page for at, page in shared.recent_table.items() if at >= 2})] = torch.nan
+    child = replace(
+        shared,
+        block_table=[*TABLES[0][:2], *TABLES[1][2:]],
+        recent_table={at: (shared if at < 2 else own).recent_table[at] for at in shared.recent_table},
+    )
+    assert torch.equal(step(kernel, cut(rows, 32, 50), cache, build_batch([child]).attention), expected)
+
+
+@every_kernel
+def test_a_window_that_is_not_there_is_an_error(kernel: QuantizedKernel) -> None:
+    """Bug: a hit whose window was given away, read from the last page of the pool."""
+    cache, rows = cache_of(codec_of((4.0, 4.0))), tokens(40, seed=8)
+    run(kernel, rows, cache, [39])
+    row = row_of(cache.codec, 39, 1, 0)
+    held = {at: page for at, page in row.recent_table.items() if at != 1}
+    with pytest.raises(ValueError, match=r"positions \[20, 21, .*31\] are read in high precision and have no recent"):
+        step(kernel, cut(rows, 39, 40), cache, build_batch([replace(row, recent_table=held)]).attention)
+    with pytest.raises(ValueError, match="the step has no recent pages"):
+        step(kernel, cut(rows, 39, 40), cache, build_batch([replace(row, recent_table={})]).attention)
 
 
 @every_kernel
 def test_transforms_are_made_before_and_undone_after(kernel: QuantizedKernel) -> None:
-    """Bugs: a ring of unturned keys beside turned queries; an output turned back in part, or by the keys' way."""
+    """Bugs: a window of unturned keys beside turned queries; an output turned back in part, or by the keys' way."""
     plain = codec_of((4.0, 2.0))
     order = torch.stack([torch.randperm(32, generator=torch.Generator().manual_seed(seed)) for seed in range(2)])
     turned = replace(plain, key_transform=Hadamard(), value_transform=Permutation(order))
@@ -276,14 +300,10 @@ def test_blocks_of_tiles_agree(kernel: QuantizedKernel, monkeypatch: pytest.Monk
     assert torch.equal(run(kernel, rows, cache_of(codec_of((4.0, 4.0))), [53]), expected)
 
 
-@pytest.mark.parametrize(
-    ("codec", "ring_slots", "message"),
-    [
-        (codec_of((4.0, 4.0), window=20), 19, "19 slots cannot hold a window of 20"),
-        (codec_of((4.0, 4.0), num_sinks=17), 20, "17 sinks do not fit on one page of 16"),
-    ],
-)
-def test_caches_that_cannot_be_are_refused(codec: LayerCodec, ring_slots: int, message: str) -> None:
-    """Bug: sinks that end on a page which another sequence does not share."""
-    with pytest.raises(ValueError, match=message):
-        QuantizedCache.allocate(codec, CacheSize(1, 16, 1, ring_slots, 1), torch.device("cpu"))
+def test_memory_of_another_shape_is_refused() -> None:
+    """Bug: pages of another policy, or a window of other heads, read as if they were ours."""
+    cache = cache_of(codec_of((4.0, 4.0)))
+    with pytest.raises(ValueError, match=r"^pages of keys 4-bit"):
+        replace(cache, pages=cache.pages[..., :-1])
+    with pytest.raises(ValueError, match=r"^recent pages of keys 4-bit.*\[46, 2, 2, 15, 32\]"):
+        replace(cache, recent=cache.recent[:, :, :, :-1])

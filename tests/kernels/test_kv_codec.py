@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.attention.quantized.cache import CacheSize, LayerCodec, QuantizedCache, page_views
+from kernels.attention.quantized.cache import LayerCodec, QuantizedCache, page_views
 from kernels.attention.quantized.codec import RowCodec, default_clip, encode_parameter, prescale_for
 from kernels.attention.quantized.layout import WIDTHS, ChunkLayout, LayoutError, RowLayout
 from kernels.attention.quantized.packing import pack, unpack
@@ -117,7 +117,7 @@ def test_bytes_of_a_row(bits: float, row_bytes: int, parameter_bytes: int) -> No
 
 def cache_of(keys: RowCodec, values: RowCodec, page_size: int = 16, num_pages: int = 3) -> QuantizedCache:
     codec = LayerCodec(keys, values, Identity(), Identity(), window=4, num_sinks=2)
-    return QuantizedCache.allocate(codec, CacheSize(num_pages, page_size, 1, 4, 1), torch.device("cpu"))
+    return kv_oracle.cache_of(codec, (num_pages, page_size, 1))
 
 
 @pytest.mark.parametrize("key_bits", WIDTHS)

@@ -150,7 +150,7 @@ def test_check_integrity_sees_a_lost_page() -> None:
     """The check itself must be able to fail."""
     manager = manager_of(4)
     store(manager, 0, [1, 2, 3, 4, 5])
-    manager._pool.take()
+    manager._tier.take()
     with pytest.raises(RuntimeError, match="page"):
         manager.check_integrity()
 

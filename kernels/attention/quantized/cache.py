@@ -1,23 +1,23 @@
-"""The memory of one layer's quantized cache, how it is quantized, and what a step says about where its rows stand.
+"""The memory of one layer's quantized cache, and how it is quantized.
 
 **Read rule.** A query at position i reads key and value j <= i in high precision iff j < S or i - j < W, and from the
 packed page otherwise. The rule knows positions alone, so chunks, batches and preemptions cannot change a result.
 
-**Dual write.** Every token is packed into its page at once and also kept in high precision: in the sequence's ring, at
-slot position mod ring_slots, and in its sink rows when its position is below S. Nothing moves when a token leaves the
-window. All of it holds *transformed* keys (after RoPE) and values: queries turn once, outputs turn back once.
+**Dual write.** Every token is packed into its page at once. Where its sequence holds a *recent page* for it, it is also
+kept there in high precision. Nothing moves when a token leaves the window: its recent page is handed to someone else.
+All of it holds *transformed* keys (after RoPE) and values: queries turn once, outputs turn back once.
+
+**Recent pages** are pages of the f16 codec (kernels/attention/f16/layout.py) of RECENT_TOKENS tokens: token j of a
+sequence lies in row j % RECENT_TOKENS of recent page tables[j // RECENT_TOKENS].
 
 **What the engine must supply**
 
-    ring_ids    a ring for each running sequence, its own until the sequence ends. A sequence that starts behind a
-                prefix of p tokens it did not compute needs positions [max(0, p - W + 1), p) in its ring first, copied
-                from where they were computed: slots that were never filled are read as they are. A fork copies the
-                ring. ring_slots >= W + the most tokens one step may take back (speculation), so that a rolled-back
-                step has not displaced what is then needed; rollback is shortening the length.
-    sink_ids    rows for the first S positions. They belong to the *first page* of the sequence: whoever shares that
-                page shares the sinks, whoever copies it copies them, and S <= page_size makes the two end together.
-    zeroing     pages are zeroed when they are allocated for the first time; later owners may leave anything behind.
-    codec       one LayerCodec for each layer, the same for as long as the pages live, and part of the prefix salt.
+    recent    pages for all that the rows of a step read in high precision: with rows start..stop - 1, positions
+              (start - W, stop) when W > 0, and positions below min(S, stop). Those before `start` were written by the
+              steps before, or by another sequence with the same tokens: both give the same bytes. What else lies in
+              a recent page is never read.
+    zeroing   pages are zeroed when they are allocated for the first time; later owners may leave anything behind.
+    codec     one LayerCodec for each layer, the same for as long as the pages live, and part of the prefix salt.
 """
 
 from dataclasses import dataclass, replace
@@ -26,8 +26,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.attention.f16.layout import CACHE_DTYPES, page_shape
 from kernels.attention.quantized.codec import RowCodec
-from kernels.attention.quantized.layout import ChunkLayout, RowLayout, split_last
+from kernels.attention.quantized.layout import RECENT_TOKENS, ChunkLayout, RowLayout, split_last
 from kernels.attention.quantized.transforms import HeadTransform
 from kernels.contract import AttentionInputs, Kernel
 
@@ -54,78 +55,37 @@ class LayerCodec:
         )
 
 
-@dataclass(frozen=True)
-class CacheSize:
-    """How much of everything a layer's cache holds."""
-
-    num_pages: int
-    page_size: int  # tokens
-    num_rings: int
-    ring_slots: int  # tokens
-    num_sink_rows: int  # sets of S tokens
+def recent_page_shape(num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
+    """The shape of one recent page of one layer."""
+    return page_shape(num_kv_heads, RECENT_TOKENS, head_dim)
 
 
 @dataclass(frozen=True)
 class QuantizedCache:
-    """One layer. The tensors are mutated by `attend`.
+    """One layer. The tensors are mutated by `store`. Raises ValueError, naming the tensor, when they do not fit."""
 
-    High-precision keys lie channel by channel and values token by token, as in a page, and for the same reason.
-    """
-
-    codec: LayerCodec
+    codec: LayerCodec  # on the pages' device
     layout: ChunkLayout
     pages: Tensor  # [num_pages, num_kv_heads, chunk_bytes] uint8
-    ring_keys: Tensor  # [num_rings, num_kv_heads, D, ring_slots] float16, or float32 for tests
-    ring_values: Tensor  # [num_rings, num_kv_heads, ring_slots, D]
-    sink_keys: Tensor  # [num_sink_rows, num_kv_heads, D, S]
-    sink_values: Tensor  # [num_sink_rows, num_kv_heads, S, D]
+    recent: Tensor  # [num_recent_pages, 2, num_kv_heads, RECENT_TOKENS, D] float16, or float32 for tests
 
-    @staticmethod
-    def allocate(
-        codec: LayerCodec, size: CacheSize, device: torch.device, dtype: torch.dtype = torch.float16
-    ) -> "QuantizedCache":
-        """Zeroed memory on `device`, where the codec moves too.
-
-        Raises LayoutError or ValueError, naming the sizes, when they do not fit together.
-        """
-        layout = ChunkLayout(codec.keys.layout, codec.values.layout, size.page_size)
-        if size.ring_slots < codec.window:
-            raise ValueError(f"rings of {size.ring_slots} slots cannot hold a window of {codec.window} tokens")
-        if codec.num_sinks > size.page_size:
-            raise ValueError(
-                f"{codec.num_sinks} sinks do not fit on one page of {size.page_size} tokens: they are shared with the "
-                "first page, so use fewer sinks or larger pages"
-            )
-        heads, dim = codec.keys.num_heads, layout.head_dim
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        return QuantizedCache(
-            codec.to(device),
-            layout,
-            torch.zeros(size.num_pages, heads, layout.chunk_bytes, dtype=torch.uint8, device=device),
-            zeros(size.num_rings, heads, dim, size.ring_slots),
-            zeros(size.num_rings, heads, size.ring_slots, dim),
-            zeros(size.num_sink_rows, heads, dim, codec.num_sinks),
-            zeros(size.num_sink_rows, heads, codec.num_sinks, dim),
-        )
+    def __post_init__(self) -> None:
+        heads = self.codec.keys.num_heads
+        for name, tensor, shape, dtypes in (
+            ("pages", self.pages, (heads, self.layout.chunk_bytes), (torch.uint8,)),
+            ("recent pages", self.recent, recent_page_shape(heads, self.layout.head_dim), CACHE_DTYPES),
+        ):
+            if tuple(tensor.shape[1:]) != shape or tensor.dtype not in dtypes:
+                found, expected = f"{list(tensor.shape)} {tensor.dtype}", f"{['n', *shape]} {dtypes}"
+                raise ValueError(f"{name} of {self.layout.describe()} are {found}, expected {expected}")
 
     @property
     def num_kv_heads(self) -> int:
         return self.pages.shape[1]
 
     @property
-    def ring_slots(self) -> int:
-        return self.ring_values.shape[2]
-
-
-@dataclass(frozen=True)
-class QuantizedInputs(AttentionInputs):
-    """Where the rows of one step stand in the cache; the same for every layer."""
-
-    ring_ids: tuple[int, ...]  # [num_seqs]
-    sink_ids: tuple[int, ...]  # [num_seqs]
+    def device(self) -> torch.device:
+        return self.pages.device
 
 
 @dataclass(frozen=True)
@@ -143,18 +103,16 @@ class QuantizedSpec:
 
 
 class QuantizedKernel(Kernel, Protocol):
-    """One back end of the quantized cache."""
+    """One back end of the quantized cache. The same two verbs as those of kernels.contract.AttentionKernel."""
 
-    def attend(
-        self, rows: tuple[Tensor, Tensor, Tensor], cache: QuantizedCache, inputs: QuantizedInputs, scale: float
-    ) -> Tensor:
-        """Store a step's keys and values, then attend causally under the read rule.
+    def store(self, k: Tensor, v: Tensor, cache: QuantizedCache, inputs: AttentionInputs) -> None:
+        """Write a step's keys (after RoPE) and values, [num_tokens, num_kv_heads, D]: to their pages, and to recent
+        pages where they have one."""
+        ...
 
-        rows: q [num_tokens, num_heads, D], k and v [num_tokens, num_kv_heads, D], after RoPE; result has q's shape and
-        dtype. One verb, not two: a prompt chunk longer than the ring's slack still needs the window before it while it
-        attends, so that its own rows enter the ring last. It also leaves a native kernel a single pass over
-        (sequence, kv head).
-        """
+    def attend(self, q: Tensor, cache: QuantizedCache, inputs: AttentionInputs, scale: float) -> Tensor:
+        """Causal attention of q: [num_tokens, num_heads, D] under the read rule; result has q's shape and dtype. The
+        step's own rows are stored already."""
         ...
 
 

@@ -43,6 +43,7 @@ from torch import Tensor
 
 WIDTHS = (16.0, 8.0, 4.0, 3.0, 2.0, 1.5)  # bits of a code; 1.5 is a trit, five to a byte
 PAGE_SIZES = (16, 32, 64, 128)  # tokens; multiples of 16 keep every run of tokens a whole vector
+RECENT_TOKENS = 16  # tokens of a page of the high-precision window; divides every page size
 CHUNK_ALIGNMENT = 128  # bytes: two cache lines, or one transaction of a GPU
 TRITS_PER_BYTE = 5
 

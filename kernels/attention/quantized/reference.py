@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
-from kernels.attention.quantized.cache import QuantizedCache, QuantizedInputs, QuantizedSpec, page_views
+from kernels.attention.f16.layout import keys_of, values_of
+from kernels.attention.quantized.cache import QuantizedCache, QuantizedSpec, page_views
 from kernels.attention.quantized.codec import LIMIT
+from kernels.attention.quantized.layout import RECENT_TOKENS
+from kernels.contract import AttentionInputs
 
 TILE_ROWS = 4  # query rows of a product; a decode step fills up three of them with zeros
 MAX_KEYS = 4 << 20  # elements of keys that are spread over tiles at once: 16 MB of float32
@@ -29,25 +32,31 @@ class QuantizedReference:
     def refuses(self, spec: QuantizedSpec) -> str | None:
         return None
 
-    def attend(
-        self, rows: tuple[Tensor, Tensor, Tensor], cache: QuantizedCache, inputs: QuantizedInputs, scale: float
-    ) -> Tensor:
+    def store(self, k: Tensor, v: Tensor, cache: QuantizedCache, inputs: AttentionInputs) -> None:
+        """QuantizedKernel.store."""
+        keys = cache.codec.key_transform.apply(_saturated(k))  # [num_tokens, num_kv_heads, D]
+        values = cache.codec.value_transform.apply(_saturated(v))
+        page_size = cache.layout.page_size
+        at = (inputs.slots // page_size, inputs.slots % page_size)
+        key_views, value_views = page_views(cache.pages, cache.layout)
+        key_views.write(at, *cache.codec.keys.encode(keys))
+        value_views.write(at, *cache.codec.values.encode(values))
+        if inputs.recent is not None:
+            kept = inputs.recent.slots >= 0
+            _store_recent(keys[kept], values[kept], cache.recent, inputs.recent.slots[kept])
+
+    def attend(self, q: Tensor, cache: QuantizedCache, inputs: AttentionInputs, scale: float) -> Tensor:
         """QuantizedKernel.attend."""
-        codec = cache.codec
-        keys = codec.key_transform.apply(_saturated(rows[1]))  # [num_tokens, num_kv_heads, D]
-        values = codec.value_transform.apply(_saturated(rows[2]))
-        queries = codec.key_transform.apply(rows[0].float())  # [num_tokens, num_heads, D]
-        _store_pages(keys, values, cache, inputs)
-        limit = torch.finfo(cache.ring_keys.dtype).max
-        recent = torch.stack((keys, values)).clamp(-limit, limit).to(cache.ring_keys.dtype)  # as the ring keeps them
-        _store_sinks(recent, cache, inputs)
+        queries = cache.codec.key_transform.apply(q.float())  # [num_tokens, num_heads, D]
         result = torch.empty_like(queries)
-        for i in range(len(inputs.context_lens)):
-            rows_of_i = slice(inputs.query_starts[i], inputs.query_starts[i + 1])
-            if rows_of_i.start < rows_of_i.stop:
-                result[rows_of_i] = _attend_sequence(queries[rows_of_i], recent[:, rows_of_i], cache, inputs, i, scale)
-        _store_rings(recent, cache, inputs)
-        return codec.value_transform.invert(result).to(rows[0].dtype)
+        for i, context_len in enumerate(inputs.context_lens):
+            rows = slice(inputs.query_starts[i], inputs.query_starts[i + 1])
+            first = context_len - (rows.stop - rows.start)  # position of the sequence's first row
+            if first < context_len:
+                packed = _unpack_pages(cache, inputs.block_tables[i], context_len)
+                history = torch.stack((packed, _recent_pages(cache, inputs, i, first, packed)))
+                result[rows] = _attend_rows(queries[rows], history, cache, first, scale)
+        return cache.codec.value_transform.invert(result).to(q.dtype)
 
 
 def _saturated(x: Tensor) -> Tensor:
@@ -55,57 +64,30 @@ def _saturated(x: Tensor) -> Tensor:
     return x.float().clamp(-LIMIT, LIMIT)
 
 
-def _store_pages(keys: Tensor, values: Tensor, cache: QuantizedCache, inputs: QuantizedInputs) -> None:
+def _store_recent(keys: Tensor, values: Tensor, recent: Tensor, slots: Tensor) -> None:
+    limit = torch.finfo(recent.dtype).max
+    pages, rows = slots // RECENT_TOKENS, slots % RECENT_TOKENS
+    keys_of(recent)[pages, :, :, rows] = keys.clamp(-limit, limit).to(recent.dtype)
+    values_of(recent)[pages, :, rows] = values.clamp(-limit, limit).to(recent.dtype)
+
+
+def _recent_pages(cache: QuantizedCache, inputs: AttentionInputs, i: int, first: int, packed: Tensor) -> Tensor:
+    """What sequence i, with its first row at position `first`, reads in high precision; 0 elsewhere, packed's shape."""
+    codec, context_len = cache.codec, inputs.context_lens[i]
     page_size = cache.layout.page_size
-    at = (inputs.slots // page_size, inputs.slots % page_size)
-    key_views, value_views = page_views(cache.pages, cache.layout)
-    key_views.write(at, *cache.codec.keys.encode(keys))
-    value_views.write(at, *cache.codec.values.encode(values))
-
-
-def _store_sinks(recent: Tensor, cache: QuantizedCache, inputs: QuantizedInputs) -> None:
-    """recent: [keys | values, num_tokens, num_kv_heads, D]."""
-    for i, context_len in enumerate(inputs.context_lens):
-        row, stop = inputs.query_starts[i : i + 2]
-        first = context_len - (stop - row)  # position of the sequence's first row
-        count = min(stop - row, cache.codec.num_sinks - first)
-        if count > 0:
-            keys, values = recent[:, row : row + count]  # each [count, num_kv_heads, D]
-            cache.sink_keys[inputs.sink_ids[i], :, :, first : first + count] = keys.permute(1, 2, 0)
-            cache.sink_values[inputs.sink_ids[i], :, first : first + count] = values.transpose(0, 1)
-
-
-def _store_rings(recent: Tensor, cache: QuantizedCache, inputs: QuantizedInputs) -> None:
-    """The last rows of each sequence, as many as the ring has slots: earlier ones would be written over."""
-    for i, context_len in enumerate(inputs.context_lens):
-        start, stop = inputs.query_starts[i : i + 2]
-        count = min(stop - start, cache.ring_slots)
-        if count > 0:
-            keys, values = recent[:, stop - count : stop]
-            slots = torch.arange(context_len - count, context_len, device=recent.device) % cache.ring_slots
-            cache.ring_keys[inputs.ring_ids[i], :, :, slots] = keys.permute(1, 2, 0)
-            cache.ring_values[inputs.ring_ids[i], :, slots] = values.transpose(0, 1)
-
-
-def _attend_sequence(
-    q: Tensor, recent: Tensor, cache: QuantizedCache, inputs: QuantizedInputs, i: int, scale: float
-) -> Tensor:
-    """The rows of sequence i. q: [num_rows, num_heads, D]; recent: [keys | values, num_rows, num_kv_heads, D]."""
-    context_len, num_rows = inputs.context_lens[i], q.shape[0]
-    packed = _unpack_pages(cache, inputs.block_tables[i], context_len)
-    first = context_len - num_rows
     high = torch.zeros_like(packed).transpose(2, 3).flatten(1, 2)  # [keys | values, positions, num_kv_heads, D]
-    sinks = min(cache.codec.num_sinks, context_len)
-    high[0, :sinks] = cache.sink_keys[inputs.sink_ids[i], :, :, :sinks].permute(2, 0, 1).float()
-    high[1, :sinks] = cache.sink_values[inputs.sink_ids[i], :, :sinks].transpose(0, 1).float()
-    before = torch.arange(min(first, max(sinks, first - cache.codec.window + 1)), first, device=q.device)
-    if len(before):
-        slots = before % cache.ring_slots
-        high[0, before] = cache.ring_keys[inputs.ring_ids[i]][:, :, slots].permute(2, 0, 1).float()
-        high[1, before] = cache.ring_values[inputs.ring_ids[i]][:, slots].transpose(0, 1).float()
-    high[:, first:context_len] = recent.float()
-    high = high.view(2, packed.shape[1], cache.layout.page_size, *high.shape[2:]).transpose(2, 3)
-    return _attend_rows(q, torch.stack((packed, high)), cache, first, scale)
+    at = torch.arange(context_len, device=packed.device)
+    at = at[(at < codec.num_sinks) | ((at > first - codec.window) & (codec.window > 0))]
+    if len(at):
+        if inputs.recent is None:
+            raise ValueError(f"positions {at.tolist()} are read in high precision and the step has no recent pages")
+        pages, rows = inputs.recent.tables[i][at // RECENT_TOKENS], at % RECENT_TOKENS
+        if bool((pages < 0).any()):
+            missing = at[pages < 0].tolist()
+            raise ValueError(f"positions {missing} are read in high precision and have no recent page")
+        high[0, at] = keys_of(cache.recent)[pages, :, :, rows].float()
+        high[1, at] = values_of(cache.recent)[pages, :, rows].float()
+    return high.view(2, packed.shape[1], page_size, *high.shape[2:]).transpose(2, 3)
 
 
 def _unpack_pages(cache: QuantizedCache, block_table: Tensor, context_len: int) -> Tensor:

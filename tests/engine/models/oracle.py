@@ -26,7 +26,7 @@ from engine.models.decoder import Decoder
 from engine.runner import Runner
 from kernels.attention.f16.layout import keys_of, values_of
 from kvcache.layout import PageLayout
-from kvcache.policy import parse_policy
+from kvcache.policy import read_policy
 from kvcache.storage import PageStorage
 
 PAGE_SIZE = 16
@@ -117,7 +117,7 @@ def make_world(folder: Path, theirs: Any, theirs_exact: Any) -> World:
     checkpoint = open_checkpoint(folder)
     exact = {"kv_policy": "f32", "activations": "float", "head_bits": 16}  # nothing is rounded on purpose
     config = EngineConfig(str(folder), page_size=PAGE_SIZE, kv_memory=1 << 30, **exact)  # type: ignore[arg-type]
-    plan = resolve(config, model_facts(checkpoint, "f32"))
+    plan = resolve(config, model_facts(checkpoint, config))
     served = load_model(checkpoint, plan).model
     random = torch.Generator().manual_seed(5)
     answers = []
@@ -134,7 +134,7 @@ class Session:
 
     def __init__(self, world: World, policy: str = "f32") -> None:
         config = world.served.config
-        layout = PageLayout(parse_policy(policy), config.num_layers, config.num_kv_heads, config.head_dim, PAGE_SIZE)
+        layout = PageLayout(read_policy(policy), config.num_layers, config.num_kv_heads, config.head_dim, PAGE_SIZE)
         self.pages = PageStorage(layout, NUM_PAGES, torch.device("cpu")).layers
         for layer in self.pages:
             layer.fill_(torch.nan)

@@ -1,0 +1,228 @@
+"""Recent pages: the tokens that a sequence's next query reads in high precision, paged and shared like all others.
+
+Recent page r of a sequence holds positions r R to r R + R - 1, R = RECENT_TOKENS. A sequence with n tokens stored holds
+those that the read rule will ask for, and while a step runs those of the step's own rows. Complete ones are published
+beside the page of the prefix that they belong to, under (its key, place in it), so that a prefix is found only together
+with the window that its next token reads: a hit then computes what a miss computes, to the last bit.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from kernels.attention.quantized.layout import RECENT_TOKENS
+from kvcache.tier import PageTier
+
+
+@dataclass(frozen=True)
+class ReadRule:
+    """A query at position i reads key j in high precision iff j < num_sinks or i - j < window. 0 and 0: nothing is."""
+
+    window: int = 0  # W tokens
+    num_sinks: int = 0  # S tokens
+
+    @cached_property
+    def num_sink_pages(self) -> int:
+        return pages_for(self.num_sinks)
+
+    @property
+    def max_pages(self) -> int:
+        """What a sequence needs at most to store and read one more token."""
+        return (pages_for(self.window - 1) + 1 if self.window else 0) + self.num_sink_pages
+
+    def first_in_window(self, num_stored: int) -> int:
+        """The first page that the query at position `num_stored` reads for its window."""
+        return max(0, num_stored - self.window + 1) // RECENT_TOKENS if self.window else pages_for(num_stored)
+
+    def before(self, num_stored: int) -> list[int]:
+        """The pages that the query at position `num_stored` reads besides its own row: what is held between steps."""
+        stop = pages_for(num_stored)
+        sinks = range(min(self.num_sink_pages, stop))
+        return [*sinks, *range(max(len(sinks), self.first_in_window(num_stored)), stop)]
+
+    def written(self, num_stored: int, num_tokens: int) -> range:
+        """The pages that a step of `num_tokens` writes."""
+        stop = pages_for(num_stored + num_tokens)
+        return range(num_stored // RECENT_TOKENS, stop if self.window else min(stop, self.num_sink_pages))
+
+
+def pages_for(num_tokens: int) -> int:
+    return -(-num_tokens // RECENT_TOKENS)
+
+
+def _is_complete(r: int, num_stored: int) -> bool:
+    """Whether every row of page r is written."""
+    return (r + 1) * RECENT_TOKENS <= num_stored
+
+
+@dataclass
+class _Held:
+    """What one sequence holds."""
+
+    pages: dict[int, int]  # r -> recent page
+    valued: frozenset[int] = frozenset()  # r of the prefixes that were looked up: others will look them up too
+    num_stored: int = 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """The recent pages of a prefix. Valid until the next change."""
+
+    pages: dict[int, int] = field(default_factory=dict)  # r -> recent page
+    num_tokens: int = 0  # of the prefix
+    num_wanted: int = 0  # tokens that full pages were found for; more than num_tokens where their window is gone
+
+
+NOTHING = Found()
+
+
+class RecentTier:
+    """The recent pages of all sequences. Ids and counts only; the manager alone calls it.
+
+    Idle pages are of two sorts. Where a sequence ended, and where one looked for a prefix, the next one will look
+    again: those are kept as long as there is room, least recently used first out. The others lie at the ends of pages
+    that a sequence only passed; they are cold, and all of them go before the first of the valued. Without the
+    difference one long prompt would drive out the windows of all other prefixes.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, rule: ReadRule) -> None:
+        self.rule = rule
+        self._page_size = page_size  # tokens
+        self._per_page = page_size // RECENT_TOKENS
+        self._tier = PageTier("recent page", num_pages)
+        self._held: dict[int, _Held] = {}
+
+    @property
+    def num_available(self) -> int:
+        return self._tier.num_available
+
+    def table(self, sequence: int) -> dict[int, int]:
+        """r -> recent page; the tier's own."""
+        return self._held[sequence].pages
+
+    def find(self, keys: Sequence[bytes]) -> Found:
+        """The longest prefix of full pages named `keys` whose window and sinks are still there. Changes nothing."""
+        for num_pages in range(len(keys), 0, -1):
+            pages: dict[int, int] = {}
+            for r in reversed(self.rule.before(num_pages * self._page_size)):
+                page = self._tier.index.find(self._key(keys, r))
+                if page is None:
+                    break
+                pages[r] = page
+            else:
+                return Found(pages, num_pages * self._page_size, len(keys) * self._page_size)
+        return Found(num_wanted=len(keys) * self._page_size)
+
+    def missing(self, found: Found, num_tokens: int) -> int:
+        """How many available pages a new sequence of `num_tokens` takes; a step's own rows can come in small parts."""
+        most = min(self.rule.max_pages, pages_for(num_tokens))
+        return max(0, most - len(found.pages)) + self._tier.num_idle(found.pages.values())
+
+    def open(self, sequence: int, found: Found) -> None:
+        for page in found.pages.values():
+            self._tier.hold(page)
+        valued = frozenset(r for n in (found.num_tokens, found.num_wanted) for r in self.rule.before(n))
+        self._held[sequence] = _Held(dict(found.pages), valued, found.num_tokens)
+
+    def fitting(self, sequence: int, num_tokens: int) -> int:
+        """As many of `num_tokens` as the available pages can take in one step, at least 1."""
+        if len(self._new(sequence, num_tokens)) <= self.num_available:
+            return num_tokens
+        num_stored = self._held[sequence].num_stored
+        most = (pages_for(num_stored) + self.num_available) * RECENT_TOKENS - num_stored
+        return max(1, min(num_tokens, most))
+
+    def extend(self, sequence: int, num_tokens: int) -> bool:
+        """Take pages for the next `num_tokens` tokens. False, and nothing changed, when there are too few."""
+        new = self._new(sequence, num_tokens)
+        if len(new) > self.num_available:
+            return False
+        for r in new:
+            self._held[sequence].pages[r] = self._tier.take()
+        return True
+
+    def commit(self, sequence: int, keys: Sequence[bytes], num_stored: int) -> None:
+        """The first `num_stored` tokens are written and `keys` name their full pages (none: nothing is shared):
+        publish what belongs to them and let go of what the next query does not read."""
+        held = self._held[sequence]
+        first_key, held.num_stored = held.num_stored // self._page_size, num_stored
+        for r in range(first_key * self._per_page, len(keys) * self._per_page):
+            if r in held.pages and self._is_useful(r):
+                self._tier.index.insert(self._key(keys, r), held.pages[r])
+        kept = self.rule.before(num_stored)
+        first_warm = self.rule.first_in_window(num_stored // self._page_size * self._page_size)
+        for r in [*held.pages]:
+            if r not in kept:
+                self._tier.drop(held.pages.pop(r), cold=r < first_warm and r not in held.valued)
+        for r in self._idle_since(first_key, first_warm, keys):
+            if r not in held.pages and r not in held.valued:
+                self._park(self._key(keys, r), cold=True)
+
+    def can_fork(self, parent: int) -> bool:
+        """Whether there is a page for each that must be copied."""
+        held = self._held[parent]
+        return sum(not _is_complete(r, held.num_stored) for r in held.pages) <= self.num_available
+
+    def fork(self, parent: int, child: int) -> list[tuple[int, int]]:
+        """Give `child` what `parent` holds: complete pages shared, a started one copied: (from, to), at most one."""
+        source = self._held[parent]
+        held = self._held[child] = _Held({}, source.valued, source.num_stored)
+        copied = []
+        for r, page in source.pages.items():
+            if _is_complete(r, source.num_stored):
+                self._tier.hold(page)
+                held.pages[r] = page
+            else:
+                held.pages[r] = self._tier.take()
+                copied.append((page, held.pages[r]))
+        return copied
+
+    def release(self, sequence: int, keys: Sequence[bytes]) -> None:
+        """Let go of everything; what continues the sequence's last full page becomes the most recently used."""
+        held = self._held.pop(sequence)
+        for page in held.pages.values():
+            self._tier.drop(page)
+        if keys:
+            for r in self.rule.before(len(keys) * self._page_size):
+                self._park(self._key(keys, r), cold=False)
+
+    def check(self) -> None:
+        """Raise RuntimeError unless all pages are accounted for, every sequence holds just what its next query reads,
+        and no page has two writers."""
+        holders = self._tier.check(held.pages.values() for held in self._held.values())
+        for sequence, held in self._held.items():
+            needed = set(self.rule.before(held.num_stored))
+            if not needed <= held.pages.keys():
+                raise RuntimeError(f"sequence {sequence} lacks recent pages {sorted(needed - held.pages.keys())}")
+            leaked = [r for r in held.pages if r not in needed and r < held.num_stored // RECENT_TOKENS]
+            if leaked:
+                raise RuntimeError(f"sequence {sequence} holds recent pages {leaked} that it will not read")
+            for r, page in held.pages.items():
+                if holders[page] > 1 and not _is_complete(r, held.num_stored):
+                    raise RuntimeError(f"recent page {page} is shared and sequence {sequence} may write it")
+
+    def _new(self, sequence: int, num_tokens: int) -> list[int]:
+        """r of the pages that the next `num_tokens` tokens need and the sequence does not hold."""
+        held = self._held[sequence]
+        return [r for r in self.rule.written(held.num_stored, num_tokens) if r not in held.pages]
+
+    def _idle_since(self, first_key: int, first_warm: int, keys: Sequence[bytes]) -> Iterable[int]:
+        """What stayed behind warm as the window of the page end before the last one, which now is one passed by."""
+        if len(keys) <= first_key:
+            return ()
+        return range(
+            self.rule.first_in_window(first_key * self._page_size), min(first_warm, first_key * self._per_page)
+        )
+
+    def _park(self, key: bytes, cold: bool) -> None:
+        page = self._tier.index.find(key)
+        if page is not None and self._tier.index.is_idle(page):
+            self._tier.index.park(page, cold)
+
+    def _is_useful(self, r: int) -> bool:
+        """Whether the window of some page end, or the sinks, reach to r: prefixes end at page ends only."""
+        page_end = (r // self._per_page + 1) * self._page_size
+        return r < self.rule.num_sink_pages or r >= self.rule.first_in_window(page_end)
+
+    def _key(self, keys: Sequence[bytes], r: int) -> bytes:
+        return keys[r // self._per_page] + bytes((r % self._per_page,))
