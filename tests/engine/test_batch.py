@@ -30,6 +30,16 @@ def test_a_block_table_that_lives_on_is_copied() -> None:
     assert table == [4]
 
 
+def test_rows_are_kept_where_their_sequence_has_a_recent_page() -> None:
+    """Bugs: a row kept in a page of another sixteen positions, or of the sequence beside it."""
+    rows = [BatchRow([1] * 4, 30, [0], 64, 0, {0: 5, 1: 7, 2: 3}), BatchRow([1], 9, [1], 64, 1, {0: 2})]
+    recent = build_batch([*rows, BatchRow([1, 2], 15, [2], 64, 1, {0: 4})]).attention.recent
+    assert recent is not None
+    assert recent.tables.tolist() == [[5, 7, 3], [2, -1, -1], [4, -1, -1]]
+    assert recent.slots.tolist() == [7 * 16 + 14, 7 * 16 + 15, 3 * 16, 3 * 16 + 1, 2 * 16 + 9, 4 * 16 + 15, -1]
+    assert build_batch([BatchRow([1], 0, [0], 64, 1)]).attention.recent is None
+
+
 def test_a_step_may_want_no_logits() -> None:
     batch = build_batch([BatchRow([1, 2], 0, [0], 4, 0)])
     assert batch.logit_rows.shape == (0,)
@@ -37,8 +47,10 @@ def test_a_step_may_want_no_logits() -> None:
 
 def test_a_batch_moves_as_a_whole() -> None:
     """Bug: one field stays behind on the CPU and the first step on a GPU fails."""
-    batch = build_batch([BatchRow([1, 2], 0, [0], 4, 1)])
+    batch = build_batch([BatchRow([1, 2], 0, [0], 4, 1, {0: 1})])
     assert batch.to(torch.device("cpu")) is batch
     moved = batch.to(torch.device("meta"))
-    tensors = moved.input_ids, moved.positions, moved.logit_rows, moved.attention.block_tables, moved.attention.slots
+    tensors = [moved.input_ids, moved.positions, moved.logit_rows, moved.attention.block_tables, moved.attention.slots]
+    assert moved.attention.recent is not None
+    tensors += [moved.attention.recent.tables, moved.attention.recent.slots]
     assert {tensor.device.type for tensor in tensors} == {"meta"}

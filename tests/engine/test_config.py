@@ -1,5 +1,8 @@
 """Every "auto" decided, every impossible wish refused by name."""
 
+import math
+
+import msgspec
 import pytest
 
 from engine.config import ConfigError, EngineConfig, ModelFacts, Plan, resolve
@@ -33,6 +36,27 @@ def test_auto_takes_a_share_of_what_the_weights_leave() -> None:
         max_num_seqs=256, max_batch_tokens=256, facts=ModelFacts(4096, 100_000, 2 * 10**9, 10**10, 2, False)
     )
     assert 0 < plan.num_kv_tokens * 100_000 <= (10**10 - 2 * 10**9) * 0.5
+
+
+WINDOWED = msgspec.structs.replace(FACTS, bytes_per_recent_page=10_000, recent_pages_per_sequence=10)
+
+
+def test_the_budget_covers_windows_and_a_step_too() -> None:
+    """Bug: recent pages on top of the memory that was asked for, or pages without the windows of who reads them."""
+    plan = plan_for(WINDOWED, kv_memory=10_000_000, max_model_len=4096)
+    bytes_taken = plan.num_pages * 64_000 + plan.num_recent_pages * 10_000
+    assert 10_000_000 - 200_000 < bytes_taken <= 10_000_000
+    num_seqs = math.ceil(plan.num_kv_tokens / 1024)  # 149 pages are more than nine such sequences
+    assert plan.num_recent_pages == num_seqs * 10 + 512 // 16
+    assert plan_for(WINDOWED, max_num_seqs=2).num_recent_pages == 2 * 10 + 512 // 16
+    assert plan_for(kv_memory=10_000_000).num_recent_pages == 0
+
+
+def test_a_budget_below_one_window_is_refused() -> None:
+    """Bug: a cache of pages in which no sequence can run."""
+    with pytest.raises(ConfigError, match="holds no page: one needs 484,000 bytes"):
+        plan_for(WINDOWED, kv_memory=400_000)
+    assert plan_for(WINDOWED, kv_memory=484_000).num_pages == 1
 
 
 def test_context_is_cut_to_the_cache_but_a_stated_one_is_an_error() -> None:

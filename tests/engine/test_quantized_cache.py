@@ -1,0 +1,210 @@
+"""Quantized cache policies on a real model: no schedule changes a bit of what a request alone in a cold engine gets."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import Qwen3Config
+
+from engine.assembly import StartError, build, make_manager
+from engine.config import EngineConfig
+from engine.core import EngineCore, Parts
+from engine.messages import Cancel, Event, Inbound, Logprobs, PromptLogprobs, Submit, Token
+from kvcache.layout import PageLayout
+from tests.engine.models.oracle import write_checkpoint
+from tests.engine.models.variants import SIZES
+from tests.engine.worlds import run, submit
+
+POLICIES = {  # name -> tokens of a page
+    "k4v4:w16:s4": 16,
+    "skvq:k2v2:w32": 32,
+    "k8v8": 16,
+    "k4v4:w40:s20/0=f16": 16,
+    "k3v1.5:w1:s0": 16,
+    "k4v2:w0:s3": 32,
+    "k2v4:w24:s1": 64,  # most of a page lies outside the window of its end
+}
+MAX_LEN = 192
+
+
+@dataclass(frozen=True)
+class World:
+    """One model with the cache of one policy."""
+
+    parts: Parts
+    scorer: Parts  # the same with a cache of its own
+
+    @property
+    def layout(self) -> PageLayout:
+        return self.parts.storage.layout
+
+    def core(
+        self, max_batch_tokens: int = 64, num_sequences: int = 8, spare_recent: int | None = None, max_num_seqs: int = 8
+    ) -> EngineCore:
+        """An engine over a cache full of NaN, with pages for `num_sequences` of MAX_LEN tokens, and with as few recent
+        pages as one sequence needs, and `spare_recent`."""
+        poison(self.parts)
+        rule, plan = self.layout.read_rule, self.parts.plan
+        assert rule is not None
+        plan = msgspec.structs.replace(
+            plan,
+            num_pages=min(plan.num_pages, num_sequences * MAX_LEN // plan.page_size),
+            num_recent_pages=plan.num_recent_pages if spare_recent is None else rule.max_pages + spare_recent,
+            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=max_num_seqs,
+        )
+        return EngineCore(replace(self.parts, plan=plan, manager=make_manager(plan, self.layout, "test")))
+
+    def scores(self, tokens: list[int], num_prompt: int) -> list[Logprobs]:
+        """The log-probabilities of tokens[num_prompt:], read as a prompt by an engine that has done nothing else."""
+        poison(self.scorer)
+        manager = make_manager(self.scorer.plan, self.layout, "score")
+        request = submit("score", tokens, max_tokens=0, num_prompt_logprobs=3)
+        events = run(EngineCore(replace(self.scorer, manager=manager)), [request])
+        (event,) = (e for e in events if isinstance(e, PromptLogprobs))
+        return event.entries[num_prompt - 1 :]
+
+
+def poison(parts: Parts) -> None:
+    """Fill the cache with NaN, or what decodes to it."""
+    for layer in parts.storage.layers:
+        if isinstance(layer, torch.Tensor):
+            layer.fill_(torch.nan)
+        else:
+            layer.pages.fill_(0x7F)
+            layer.recent.fill_(torch.nan)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("model")
+    sizes = SIZES | {"max_position_embeddings": MAX_LEN, "vocab_size": 61}
+    write_checkpoint(made, Qwen3Config(**sizes, head_dim=32))
+    return made
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def world(folder: Path, request: pytest.FixtureRequest) -> World:
+    policy = str(request.param)
+    config = EngineConfig(str(folder), kv_policy=policy, page_size=POLICIES[policy], max_num_seqs=8, head_bits=16)
+    return World(build(config)[0].parts, build(config)[0].parts)
+
+
+def prompt_of(which: int, num_shared: int, num_own: int) -> list[int]:
+    """A beginning that others have too, and something of its own."""
+    shared = [(7 * i * i + 3 * i + which) % 61 for i in range(num_shared)]
+    return shared + [(i + 5 * num_own + 31 * which) % 61 for i in range(num_own)]
+
+
+def seeded(request_id: str, prompt: list[int], max_tokens: int = 8, n: int = 1, priority: int = 0) -> Submit:
+    wishes = {"temperature": 1.0, "seed": len(prompt), "num_logprobs": 3, "ignore_eos": True}
+    return submit(request_id, prompt, n=n, priority=priority, max_tokens=max_tokens, **wishes)
+
+
+def check(world: World, request: Submit, events: list[Event]) -> None:
+    """Every choice of the request, to the last bit."""
+    for index in range(request.n):
+        found = [e for e in events if isinstance(e, Token) and (e.id, e.index) == (request.id, index)]
+        tokens = [*request.prompt, *(e.token for e in found)]
+        assert [e.logprobs for e in found] == world.scores(tokens, len(request.prompt))
+
+
+def test_a_crowd_and_chunks(world: World) -> None:
+    """Bug: a window that depends on where a prompt was cut, or on who else ran."""
+    request = seeded("it", prompt_of(0, 70, 9))
+    crowd: list[Inbound] = [seeded(f"{i}", prompt_of(i, 3 + 17 * i, 1)) for i in range(1, 8)]
+    for chunk, others in ((9, []), (16, crowd), (64, [])):
+        check(world, request, run(world.core(chunk), [*others, request]))
+
+
+def test_prefix_hits(world: World) -> None:
+    """Bug: a hit whose window was not computed from the window before it in every layer; a window that others wrote
+    over while it was kept."""
+    core = world.core()
+    request, others = seeded("it", prompt_of(0, 100, 9)), [seeded(f"{i}", prompt_of(i, 20, i)) for i in range(1, 8)]
+    run(core, [seeded("before", prompt_of(0, 100, 3)), *others])
+    check(world, request, run(core, [request]))
+    assert core.stats().prefix_hits_total >= 64
+    again = core.stats().prefix_hits_total
+    check(world, request, run(core, [request]))
+    assert core.stats().prefix_hits_total >= again + 64
+
+
+def test_a_window_that_was_given_away_shortens_the_hit(world: World) -> None:
+    """Bug: full pages taken up without the window that belongs to them."""
+    core = world.core(spare_recent=0)
+    request = seeded("it", prompt_of(0, 100, 9))
+    run(core, [seeded("before", prompt_of(0, 100, 3), 1)])
+    run(core, [seeded("other", prompt_of(1, 64, 9), 1)])
+    check(world, request, run(core, [request]))
+
+
+def test_preemption(world: World) -> None:
+    """Bug: a resumed sequence that reads a window which someone else has filled meanwhile."""
+    core = world.core(num_sequences=2, spare_recent=12)
+    requests = [seeded(f"{i}", prompt_of(i % 2, 60, i), 12, n=1 + i % 2, priority=-i) for i in range(1, 5)]
+    events = [event for request in requests for event in core.step([request])]
+    while core.has_work:
+        events += core.step([])
+        core.check_integrity()
+        if core.stats().steps_total % 4 == 0 and core.has_work:
+            core._scheduler._preempt(core._scheduler.sequences()[0])
+    assert core.stats().preemptions_total > 1
+    for request in requests:
+        check(world, request, events)
+
+
+def test_forks(world: World) -> None:
+    """Bug: two choices that write one recent page, or one that reads the other's."""
+    for num_prompt in (1, 16, 37):
+        request = seeded("it", prompt_of(0, num_prompt, 0), n=4)
+        check(world, request, run(world.core(), [request]))
+
+
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_any_schedule(world: World, data: st.DataObject) -> None:
+    """Random requests that begin alike come, go and are cancelled, in a cache with little room."""
+    integers = st.integers
+    core = world.core(
+        max_batch_tokens=data.draw(st.sampled_from([8, 9, 16, 64]), "budget"),
+        num_sequences=data.draw(integers(1, 4), "pages for"),
+        spare_recent=data.draw(integers(0, 30), "spare recent pages"),
+        max_num_seqs=data.draw(st.sampled_from([1, 8]), "seats"),
+    )
+    events: list[Event] = []
+    requests = []
+    for i in range(data.draw(integers(1, 6), "requests")):
+        prompt = prompt_of(data.draw(integers(0, 1)), data.draw(integers(0, 110)), data.draw(integers(1, 9)))
+        choices, priority = data.draw(integers(1, 3)), data.draw(integers(-1, 1))
+        requests.append(seeded(f"{i}", prompt, data.draw(integers(1, 20)), choices, priority))
+        events += core.step([requests[-1]])
+        for _ in range(data.draw(integers(0, 12), "steps")):
+            core.check_integrity()
+            events += core.step([])
+    if data.draw(st.booleans(), "cancel"):
+        events += core.step([Cancel(requests.pop().id)])
+    events += run(core, [])
+    for request in requests:
+        check(world, request, events)
+
+
+def test_an_artifact_that_cannot_be_used_is_not_ignored(folder: Path) -> None:
+    """Bug: a calibrated checkpoint that is served without its calibration, in silence."""
+    artifact = folder / "kvcal.safetensors"
+    artifact.write_bytes(b"")
+    try:
+        with pytest.raises(StartError, match=r"skvq:k2v2.*kvcal\.safetensors cannot be used yet.*use k2v2"):
+            build(EngineConfig(str(folder), kv_policy="skvq:k2v2"))
+        assert build(EngineConfig(str(folder), kv_policy="k2v2"))[1].num_recent_pages > 0
+    finally:
+        artifact.unlink()
+
+
+def test_a_policy_that_cannot_serve_the_model_says_what_can(folder: Path) -> None:
+    with pytest.raises(StartError, match=r"k4v4:g48 cannot serve this model: .*groups such as 16"):
+        build(EngineConfig(str(folder), kv_policy="k4v4:g48"))
