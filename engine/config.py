@@ -83,9 +83,10 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Plan:
     num_pages, num_recent_pages = _num_pages(config, facts, max_model_len)
     capacity = num_pages * config.page_size
     if config.max_model_len is not None and capacity < config.max_model_len:
+        needed = _cache_bytes(math.ceil(config.max_model_len / config.page_size), config, facts)
         raise ConfigError(
-            f"max_model_len {config.max_model_len} needs {config.max_model_len * facts.kv_bytes_per_token:,} bytes of "
-            f"KV cache, but it holds {capacity} tokens: raise --kv-memory or lower --max-model-len"
+            f"max_model_len {config.max_model_len} needs {needed:,} bytes of KV cache, but it holds {capacity} tokens: "
+            "raise --kv-memory or lower --max-model-len"
         )
     return Plan(
         device="cpu" if config.device == "auto" else config.device,
