@@ -110,6 +110,7 @@ def check(world: World, request: Submit, events: list[Event]) -> None:
     for index in range(request.n):
         found = [e for e in events if isinstance(e, Token) and (e.id, e.index) == (request.id, index)]
         tokens = [*request.prompt, *(e.token for e in found)]
+        assert len(found) == request.sampling.max_tokens
         assert [e.logprobs for e in found] == world.scores(tokens, len(request.prompt))
 
 

@@ -130,6 +130,20 @@ def test_the_oldest_end_goes_first() -> None:
     assert manager.match(prompt(70, 1)).num_tokens < 64
 
 
+def test_what_continues_a_sequence_is_as_recent_as_its_end() -> None:
+    """Bug: half of a window, given away because it fell out of the sequence's own a while before the sequence ended."""
+    manager = manager_of(num_recent=11)
+    store(manager, 0, prompt(64))
+    for length in range(65, 95):
+        step(manager, 0, prompt(length))
+    store(manager, 1, prompt(70, which=1))
+    manager.release(1)
+    manager.release(0)
+    store(manager, 2, prompt(70, which=2), chunk=16)
+    assert manager.match(prompt(94)).num_tokens == 64
+    assert manager.match(prompt(70, which=1)).num_tokens < 64
+
+
 def test_a_fork_copies_the_started_page_alone() -> None:
     """Bug: two choices that write their next tokens into one recent page."""
     manager = manager_of()
