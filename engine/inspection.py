@@ -5,13 +5,16 @@ from engine.config import EngineConfig
 from engine.messages import Inspection
 from kernels import native
 
+MAX_READERS = 256  # threads of the bandwidth probe: each needs 1 MiB of its 512
+
 
 def inspect(config: EngineConfig) -> Inspection:
     """Load the model, measure how fast it decodes and how fast memory can be read. Raises StartError."""
     _, plan = build(config)
+    on_cpu = plan.device == "cpu"
     return Inspection(
         plan=plan,
         weight_bytes_per_token=sum(use.num_bytes for use in plan.kernels),
-        bandwidth=native.read_bandwidth(plan.threads),
-        isa=native.isa(),
+        bandwidth=native.read_bandwidth(min(plan.threads, MAX_READERS)) if on_cpu else None,
+        isa=native.isa() if on_cpu else None,
     )

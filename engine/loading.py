@@ -18,6 +18,7 @@ import kernels.attention.registry
 import kernels.linear.registry
 import kernels.norm
 import kernels.rope
+from engine.checkpoint.errors import TensorError
 from engine.checkpoint.format import Format, detect
 from engine.checkpoint.source import Progress, Source
 from engine.config import EngineConfig, ModelFacts, Plan
@@ -153,7 +154,7 @@ class CheckpointParts:
 
     def linear(self, name: str, shape: tuple[int, int], bias: bool) -> Linear:
         """Raises TensorError when the layer's shape or bias is not what the model expects."""
-        return self._bind(self._format.linear(self._source, name, shape, bias))
+        return self._bind(name, self._format.linear(self._source, name, shape, bias))
 
     def norm(self, name: str, width: int, eps: float) -> RMSNorm:
         weight = self._source.take(f"{name}.weight", (width,))
@@ -171,7 +172,7 @@ class CheckpointParts:
         weight = self._to_device(self._source.take(f"{embedding}.weight", shape))  # [vocab_size, hidden_size]
         tied = LinearWeights((DenseWeights(weight),))
         weights = tied if head == embedding else self._format.linear(self._source, head, shape, False)
-        return Embedding(weight, self.dtype), self._bind(self._rounded_head(weights))
+        return Embedding(weight, self.dtype), self._bind(head, self._rounded_head(head, weights))
 
     def rope(self, config: ModelConfig) -> Rope:
         spec = RowSpec(config.head_dim, self._device, self.dtype)
@@ -201,29 +202,39 @@ class CheckpointParts:
             for (what, kernel, refusals), count in self._chosen.items()
         ]
 
-    def _rounded_head(self, weights: LinearWeights) -> LinearWeights:
+    def _rounded_head(self, name: str, weights: LinearWeights) -> LinearWeights:
         """An output head of floats in 8 bits: beside 4-bit layers it would be half of all that a token reads."""
         (term, *others) = weights.terms
         if self._plan.head_bits != 8 or others or not isinstance(term, DenseWeights):
             return weights
         spec = replace(self._spec(term), detail="8-bit", bits=8, group_size=HEAD_GROUP)
         choice = select(kernels.linear.registry.kernels_for("affine"), spec, self._plan.kernel)
-        if choice.kernel.name == "reference" or term.in_features % HEAD_GROUP:
+        reason = "; ".join(choice.refusals) if choice.kernel.name == "reference" else ""
+        if term.in_features % HEAD_GROUP:
+            reason = f"rows of {term.in_features} channels are not whole groups of {HEAD_GROUP}"
+        if reason:
+            self.notes.append(f"output head kept in {term.bits} bits: {reason}")
             return weights
         self.notes.append(f"output head rounded from {term.bits} to 8 bits; --head-bits 16 keeps it as it is")
-        return replace(weights, terms=(quantize_symmetric(term.weight, HEAD_GROUP),))
+        try:
+            return replace(weights, terms=(quantize_symmetric(term.weight, HEAD_GROUP),))
+        except ValueError as error:
+            raise TensorError(f"tensor {name + '.weight'!r} cannot be rounded to 8 bits: {error}") from error
 
-    def _bind(self, weights: LinearWeights) -> Linear:
-        """Choose a kernel for every term and let it repack the weights."""
+    def _bind(self, name: str, weights: LinearWeights) -> Linear:
+        """Choose a kernel for every term and let it repack the weights. Raises TensorError naming a damaged layer."""
         bias = None if weights.bias is None else self._activation(weights.bias)
         pre = tuple(self._place(transform) for transform in weights.pre)
-        bound = Linear([self._bind_term(term) for term in weights.terms], pre, bias)
+        bound = Linear([self._bind_term(name, term) for term in weights.terms], pre, bias)
         self._source.release()
         return bound
 
-    def _bind_term(self, term: Term) -> BoundTerm:
+    def _bind_term(self, name: str, term: Term) -> BoundTerm:
         choice = select(kernels.linear.registry.kernels_for(term.family), self._spec(term), self._plan.kernel)
-        prepared = choice.kernel.prepare(self._place(term))
+        try:
+            prepared = choice.kernel.prepare(self._place(term))
+        except ValueError as error:
+            raise TensorError(f"the weights of {name!r} cannot be served: {error}") from error
         return BoundTerm(self._note(f"{term.family} {term.describe()}", choice, prepared.num_bytes), prepared)
 
     def _spec(self, term: Term) -> LinearSpec:

@@ -84,12 +84,12 @@ def _roofline(inspection: Inspection) -> list[tuple[str, str]]:
         ("KV cache", f"{plan.kv_policy}, {size(plan.kv_bytes_per_token)} a token; {tokens:,} tokens fit"),
     ]
     if inspection.bandwidth is None:
-        facts.append(("bandwidth", "not measured: the C++ kernels are not built"))
+        facts.append(("bandwidth", "not measured: that takes the C++ kernels and a model on the CPU"))
     else:
         facts.append(("bandwidth", f"{inspection.bandwidth / 1e9:.1f} GB/s read by {threads}, {inspection.isa}"))
     measured, roof = plan.decode_tokens_per_s, inspection.predicted_tokens_per_s(0)
     of_roof = f", {measured / roof:.0%} of it" if roof else ""
-    for context_len in (0, 4096, plan.max_model_len):
+    for context_len in sorted({0, 4096, plan.max_model_len}):
         at = inspection.predicted_tokens_per_s(context_len)
         if at is not None and context_len <= plan.max_model_len:
             facts.append(("roof", f"{at:,.1f} tokens/s for one sequence, {context_len:,} tokens in the cache"))

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def stories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     log = tmp_path_factory.mktemp("stories") / "log"
-    with ServerProcess(STORIES, log, ["--served-name", "stories"]) as running:
+    with ServerProcess(STORIES, log, ["--served-name", "stories", "--head-bits", "16"]) as running:
         yield running.wait_ready()
 
 
@@ -47,7 +47,9 @@ def test_logprobs_are_within_a_thousandth(tmp_path: Path) -> None:
     The cache is float32 as theirs: over the default float16 pages single tokens of this model (heads of 8 channels)
     move by up to 4e-3, the sum over a story by less than 2e-2 (see test_runner).
     """
-    with ServerProcess(STORIES, tmp_path / "log", ["--served-name", "stories", "--kv", "f32"]) as exact:
+    with ServerProcess(
+        STORIES, tmp_path / "log", ["--served-name", "stories", "--head-bits", "16", "--kv", "f32"]
+    ) as exact:
         check_logprobs(exact.wait_ready())
 
 

@@ -109,7 +109,17 @@ def test_a_head_in_16_bits_is_rounded_to_8_and_says_so() -> None:
     assert [use.kernel for use in rounded.kernels if "affine 8-bit g32" in use.what] == ["native"]
     assert any("--head-bits 16" in note for note in rounded.notes)
     assert not kept.notes
-    assert not load(folder, kernel="reference").notes  # the definition of the checkpoint's own numbers
+    assert "kept in 16 bits: native: not the requested 'reference'" in load(folder, kernel="reference").notes[0]
+
+
+@pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
+def test_a_head_that_cannot_be_rounded_is_named(folder: Path) -> None:
+    """Bug: a traceback of the quantizer in place of the tensor that is damaged."""
+    wide = LlamaConfig(**(SIZES | {"hidden_size": 32, "head_dim": 8}))
+    write_checkpoint(folder, wide)
+    rewrite(folder, lambda tensors: tensors["lm_head.weight"][3].fill_(float("nan")))
+    with pytest.raises(TensorError, match=r"'lm_head.weight' cannot be rounded to 8 bits: .*not finite"):
+        load(folder)
 
 
 def test_a_kernel_that_cannot_serve_is_not_replaced(folder: Path) -> None:

@@ -130,8 +130,13 @@ def test_inspection_without_refusals_has_no_column_for_them() -> None:
     assert "why" in inspection()
 
 
+def test_a_roof_is_shown_once() -> None:
+    """Bug: the same line twice for a model of 4,096 tokens."""
+    assert inspection(max_model_len=4096).count("4,096 tokens in the cache") == 1
+
+
 def test_inspection_without_the_library_says_so() -> None:
     out = io.StringIO()
     print_inspection(Console(file=out, width=120), Inspection(PLAN, 4 << 20, bandwidth=None, isa=None))
-    assert "not measured: the C++ kernels are not built" in out.getvalue()
+    assert "not measured: that takes the C++ kernels" in out.getvalue()
     assert "roof" not in out.getvalue()
