@@ -1,9 +1,12 @@
 #include "pool.hpp"
 
 #include <atomic>
+#include <exception>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -29,20 +32,29 @@ inline void pause() {
 struct Pool::State {
   std::mutex callers;  // one job at a time
   std::vector<std::thread> workers;
+  std::atomic<int> num_threads{1};  // workers and the caller; read without the lock
 
   Function function = nullptr;
   const void* context = nullptr;
   int64_t num_chunks = 0;
+  std::mutex failing;
+  std::exception_ptr failure;  // the first of the job
   alignas(64) std::atomic<int64_t> next{0};      // chunk to take
   alignas(64) std::atomic<int> gate{kClosed};    // workers inside the job, or closed: a late worker stays out
   alignas(64) std::atomic<uint32_t> epoch{0};    // counts jobs; workers wait for it to change
   std::atomic<int> num_asleep{0};
   std::atomic<bool> stopping{false};
 
-  void take_chunks() {
-    for (int64_t chunk = next.fetch_add(1, std::memory_order_relaxed); chunk < num_chunks;
-         chunk = next.fetch_add(1, std::memory_order_relaxed))
-      function(context, chunk);
+  void take_chunks() noexcept {
+    try {
+      for (int64_t chunk = next.fetch_add(1, std::memory_order_relaxed); chunk < num_chunks;
+           chunk = next.fetch_add(1, std::memory_order_relaxed))
+        function(context, chunk);
+    } catch (...) {
+      std::lock_guard lock(failing);
+      if (!failure) failure = std::current_exception();
+      next.store(num_chunks, std::memory_order_relaxed);  // nobody begins another chunk
+    }
   }
 
   bool enter() {
@@ -93,7 +105,21 @@ struct Pool::State {
     epoch.notify_all();
     for (std::thread& worker : workers) worker.join();
     workers.clear();
+    num_threads.store(1);
     stopping.store(false);
+  }
+
+  // With no workers: starts them all, or none and returns false.
+  bool start(int count) {
+    uint32_t seen = epoch.load();
+    try {
+      for (int i = 1; i < count; i++) workers.emplace_back([this, seen] { work_until_stopped(seen); });
+    } catch (const std::exception&) {  // no memory for a stack, or a limit of the system
+      stop();
+      return false;
+    }
+    num_threads.store(count);
+    return true;
   }
 };
 
@@ -109,15 +135,17 @@ Pool::~Pool() {
   delete state_;
 }
 
-int Pool::num_threads() const { return (int)state_->workers.size() + 1; }
+int Pool::num_threads() const { return state_->num_threads.load(); }
 
 void Pool::set_num_threads(int num_threads) {
   if (num_threads < 1) throw std::invalid_argument("num_threads must be at least 1");
   std::lock_guard lock(state_->callers);
-  if (num_threads == this->num_threads()) return;
+  int before = this->num_threads();
+  if (num_threads == before) return;
   state_->stop();
-  uint32_t seen = state_->epoch.load();
-  for (int i = 1; i < num_threads; i++) state_->workers.emplace_back([this, seen] { state_->work_until_stopped(seen); });
+  if (state_->start(num_threads)) return;
+  state_->start(before);
+  throw std::runtime_error("cannot start " + std::to_string(num_threads) + " threads: lower --threads");
 }
 
 void Pool::run_erased(int64_t num_chunks, Function function, const void* context) {
@@ -135,6 +163,7 @@ void Pool::run_erased(int64_t num_chunks, Function function, const void* context
   s.announce();
   s.take_chunks();
   s.close();
+  if (std::exception_ptr failure = std::exchange(s.failure, nullptr)) std::rethrow_exception(failure);
 }
 
 }  // namespace nibble
