@@ -5,14 +5,26 @@
 #include <utility>
 
 #include "isa.hpp"
+#include "memory.hpp"
 #include "pool.hpp"
 
 namespace nibble {
 namespace {
 
-constexpr int64_t kFewTokens = 8;            // rounded by the caller alone
+constexpr int64_t kFewTokens = 8;  // rounded by the caller alone
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// Activations of a call. They belong to the calling thread, for all its groups: groups may be shared by threads, and
+// scratch of each group of a model would add up to several hundred megabytes after a long prompt.
+struct Scratch {
+  Buffer values, scales, sums, offsets;
+};
+
+Scratch& scratch_of_caller() {
+  thread_local Scratch scratch;
+  return scratch;
+}
 
 // Where each chunk of `total` row blocks begins, and the end. Chunks are half a thread's share of what is left, so that
 // most weights are read in long runs (a 1B model's step takes 7 % longer in 16 equal ones) and the last chunks are
@@ -38,19 +50,20 @@ Group::Group(std::vector<const Packed*> members) : members_(std::move(members)),
   }
 }
 
-Activations Group::quantize(const float* x, int64_t num_tokens) {
+Activations Group::quantize(const float* x, int64_t num_tokens) const {
   const Packed& first = *members_[0];
   Activations to{};
   to.num_tokens = num_tokens;
   to.num_blocks = first.num_blocks;
   to.block_channels = first.block_channels;
   to.stride = round_up(first.num_channels + 32, 64);  // a last unit reaches up to 19 channels past the end
-  values_.reserve((size_t)(num_tokens * to.stride));
-  scales_.reserve((size_t)(num_tokens * to.num_blocks) * sizeof(float));
-  sums_.reserve((size_t)(num_tokens * to.num_blocks) * sizeof(int32_t));
-  to.values = (int8_t*)values_.data();
-  to.scales = (float*)scales_.data();
-  to.sums = (int32_t*)sums_.data();
+  Scratch& scratch = scratch_of_caller();
+  scratch.values.reserve((size_t)(num_tokens * to.stride));
+  scratch.scales.reserve((size_t)(num_tokens * to.num_blocks) * sizeof(float));
+  scratch.sums.reserve((size_t)(num_tokens * to.num_blocks) * sizeof(int32_t));
+  to.values = (int8_t*)scratch.values.data();
+  to.scales = (float*)scratch.scales.data();
+  to.sums = (int32_t*)scratch.sums.data();
   auto one = [&](int64_t token) {
     active_isa().linear->quantize(x + token * first.num_channels, first.num_channels, to, token);
   };
@@ -60,8 +73,9 @@ Activations Group::quantize(const float* x, int64_t num_tokens) {
     Pool::instance().run(num_tokens, one);
   }
   int64_t count = num_tokens * to.num_blocks;
-  offsets_.reserve(zeros_.size() * (size_t)count * sizeof(int32_t));
-  int32_t* offsets = (int32_t*)offsets_.data();
+  scratch.offsets.reserve(zeros_.size() * (size_t)count * sizeof(int32_t));
+  int32_t* offsets = (int32_t*)scratch.offsets.data();
+  to.offsets = offsets;
   for (int32_t zero : zeros_)
     for (int64_t i = 0; i < count; i++) *offsets++ = -zero * to.sums[i];
   return to;
@@ -72,10 +86,10 @@ size_t Group::zero_index(const Packed& member) const {
   return (size_t)(std::find(zeros_.begin(), zeros_.end(), zero) - zeros_.begin());
 }
 
-void Group::run(const float* x, int64_t num_tokens, const std::vector<float*>& outs) {
+void Group::run(const float* x, int64_t num_tokens, const std::vector<float*>& outs) const {
   if (outs.size() != members_.size()) throw std::invalid_argument("a group needs one output for each matrix");
   if (num_tokens <= 0) return;
-  Activations a = quantize(x, num_tokens);
+  Activations a = quantize(x, num_tokens);  // offsets: of all zeros_, one after the other
   std::vector<int64_t> starts = chunks_of(first_row_block_.back(), Pool::instance().num_threads());
   const LinearOps& ops = *active_isa().linear;
   Pool::instance().run((int64_t)starts.size() - 1, [&](int64_t chunk) {
@@ -85,7 +99,7 @@ void Group::run(const float* x, int64_t num_tokens, const std::vector<float*>& o
       const Packed& w = *members_[member];
       int64_t last = std::min(stop, first_row_block_[member + 1]);
       Activations x = a;
-      x.offsets = (const int32_t*)offsets_.data() + (int64_t)zero_index(w) * a.num_tokens * a.num_blocks;
+      x.offsets += (int64_t)zero_index(w) * a.num_tokens * a.num_blocks;
       ops.row_blocks(w, block - first_row_block_[member], last - first_row_block_[member], x, outs[member]);
       block = last;
     }

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "linear.hpp"
-#include "memory.hpp"
 #include "packed.hpp"
 
 namespace nibble {
@@ -16,16 +15,15 @@ class Group {
   explicit Group(std::vector<const Packed*> members);
 
   // x: [num_tokens, channels] float32; outs[i]: [num_tokens, rows of member i] float32.
-  void run(const float* x, int64_t num_tokens, const std::vector<float*>& outs);
+  void run(const float* x, int64_t num_tokens, const std::vector<float*>& outs) const;
 
  private:
-  Activations quantize(const float* x, int64_t num_tokens);
+  Activations quantize(const float* x, int64_t num_tokens) const;
   size_t zero_index(const Packed& member) const;
 
   std::vector<const Packed*> members_;
   std::vector<int64_t> first_row_block_;  // of each member, in the group's numbering; one more at the end
-  std::vector<int32_t> zeros_;       // constant zero points of the members, each once
-  Buffer values_, scales_, sums_, offsets_;  // activations of a call, kept between calls
+  std::vector<int32_t> zeros_;            // constant zero points of the members, each once
 };
 
 }  // namespace nibble

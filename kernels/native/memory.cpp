@@ -4,6 +4,7 @@
 
 #include <mutex>
 #include <new>
+#include <utility>
 
 namespace nibble {
 namespace {
@@ -42,7 +43,7 @@ class Mapping {
 
 struct Slab {
   std::mutex lock;
-  std::shared_ptr<Mapping> mapping;
+  std::weak_ptr<Mapping> mapping;
   size_t size = 0, used = 0;
 };
 
@@ -59,16 +60,17 @@ Buffer Buffer::of_slab(size_t size) {
   std::lock_guard guard(slab.lock);
   size_t needed = round_up(size, kLine);
   if (needed < size) throw std::bad_alloc();
-  if (!slab.mapping || needed > slab.size - slab.used) {
+  std::shared_ptr<Mapping> mapping = slab.mapping.lock();
+  if (!mapping || needed > slab.size - slab.used) {
     size_t fresh = needed > kSlab ? round_up(needed, kHugePage) : kSlab;
-    slab.mapping = std::make_shared<Mapping>(fresh);
+    slab.mapping = mapping = std::make_shared<Mapping>(fresh);
     slab.size = fresh;
     slab.used = 0;
   }
   Buffer part;
-  part.data_ = slab.mapping->data + slab.used;
+  part.data_ = mapping->data + slab.used;
   part.size_ = size;
-  part.memory_ = slab.mapping;
+  part.memory_ = std::move(mapping);
   slab.used += needed;
   return part;
 }

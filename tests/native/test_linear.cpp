@@ -1,4 +1,5 @@
 #include <stdexcept>
+#include <thread>
 
 #include "check.hpp"
 #include "dense_group.hpp"
@@ -70,6 +71,27 @@ void test_products(Random& random, Matrix& matrix, const std::string& what) {
   }
 }
 
+// Bug: the rounded activations of one thread's call overwritten by another's, when both use the same group.
+void test_threads_share_a_group(Random& random) {
+  Matrix matrix;
+  matrix.header = {.num_rows = 64, .num_channels = 256, .group_size = 32, .bits = 4,
+                   .scale_type = ScaleType::f16, .zero_type = ZeroType::constant, .zero = 8};
+  matrix.fill(random);
+  Packed packed = pack(matrix.header);
+  Group group({&packed});
+  auto caller = [&](std::vector<float> x) {
+    std::vector<float> expected(3 * 64), out(3 * 64);
+    Group({&packed}).run(x.data(), 3, {expected.data()});
+    for (int i = 0; i < 200; i++) {
+      group.run(x.data(), 3, {out.data()});
+      CHECK(out == expected, "call %d of a thread has the results of another", i);
+    }
+  };
+  std::thread first(caller, floats(random, 3 * 256)), second(caller, floats(random, 3 * 256));
+  first.join();
+  second.join();
+}
+
 void test_dense(Random& random, FloatType type, int64_t rows, int64_t channels) {
   int64_t element_bytes = type == FloatType::f32 ? 4 : 2;
   std::vector<uint8_t> weights = bytes(random, rows * channels * element_bytes);
@@ -93,6 +115,7 @@ void test_linear() {
   struct {
     int64_t rows, channels, group;
   } const shapes[] = {{1, 1, 1}, {33, 45, 16}, {16, 64, 32}, {7, 300, 300}, {40, 272, 128}, {17, 1000, 1 << 20}};
+  test_threads_share_a_group(random);
   for (auto [rows, channels, group] : shapes) {
     for (int bits : {1, 2, 3, 4, 5, 6, 8})
       for (ZeroType zero_type : {ZeroType::constant, ZeroType::u8, ZeroType::f32}) {
