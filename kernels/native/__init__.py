@@ -5,10 +5,14 @@ The module is built with the package. Without a C++20 compiler the package insta
 
 import torch
 
+INTERFACE = 1  # of the module that these sources call: one more here and in module.cpp whenever a binding changes
+
 try:
     from kernels.native import _native
 
     MISSING: str | None = None
+    if getattr(_native, "INTERFACE", None) != INTERFACE:
+        MISSING = "the C++ kernels are of another version of Nibble: install Nibble again"
 except ImportError as error:
     MISSING = f"the C++ kernels are not built ({error}): install a C++20 compiler and install Nibble again"
 
@@ -37,6 +41,9 @@ def read_bandwidth(num_threads: int) -> float | None:
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Threads of the native kernels' own pool; no effect without them. Raises ValueError below 1."""
+    """Threads of the native kernels' own pool; no effect without them.
+
+    Raises ValueError below 1, RuntimeError when the system cannot start so many.
+    """
     if MISSING is None:
         _native.set_num_threads(num_threads)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+INTERFACE: int
+
 def isa() -> str: ...
 def supported_isas() -> list[str]: ...
 def use_isa(name: str) -> None: ...
@@ -54,7 +56,6 @@ def pack(
     ternary: codes 0 to 2 given in 2 bits lie five to a byte; one scale a row. Raises ValueError.
     """
 
-def block_channels_for(group_size: int, num_channels: int, ternary: bool = False) -> int: ...
 def rms_norm(x: int, weight: int, num_rows: int, width: int, eps: float, normed: int, /) -> None: ...
 def add_rms_norm(
     x: int, delta: int, weight: int, num_rows: int, width: int, eps: float, sum: int, normed: int, /
@@ -96,7 +97,7 @@ class PagedAttention:
         half: bool,
         query_starts: Sequence[int],
         context_lens: Sequence[int],
-        block_tables: tuple[int, int],  # address, pages of a row
+        block_tables: tuple[int, int, int],  # address, rows, pages of a row
         slots: tuple[int, int],  # address, number
     ) -> None: ...
     def store(self, k: int, v: int, pages: int) -> None: ...

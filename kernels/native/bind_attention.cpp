@@ -1,8 +1,10 @@
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -21,11 +23,12 @@ void bind_attention(nb::module_& m) {
       .def(
           "__init__",
           [](PagedAttention* self, std::array<int64_t, 4> shape, bool half, std::vector<int64_t> query_starts,
-             std::vector<int64_t> context_lens, std::pair<uintptr_t, int64_t> block_tables,
+             std::vector<int64_t> context_lens, std::tuple<uintptr_t, int64_t, int64_t> block_tables,
              std::pair<uintptr_t, int64_t> slots) {
             CacheShape head{(int)shape[1], (int)shape[2], (int)shape[3], half ? Cell::f16 : Cell::f32};
             new (self) PagedAttention({head, shape[0], std::move(query_starts), std::move(context_lens),
-                                       (const int64_t*)block_tables.first, block_tables.second,
+                                       (const int64_t*)std::get<0>(block_tables), std::get<1>(block_tables),
+                                       std::get<2>(block_tables),
                                        (const int64_t*)slots.first, slots.second});
           },
           "shape"_a, "half"_a, "query_starts"_a, "context_lens"_a, "block_tables"_a, "slots"_a)

@@ -122,12 +122,11 @@ void bind_linear(nb::module_& m) {
   m.def("pack", &pack_arrays, "bits"_a, "num_channels"_a, "group_size"_a, "codes"_a, "scales"_a,
         "zeros"_a.none() = nb::none(), "zero"_a = 0, "table"_a.none() = nb::none(), "scale_type"_a.none() = nb::none(),
         "factors"_a.none() = nb::none(), "ternary"_a = false, nb::call_guard<nb::gil_scoped_release>());
-  m.def("block_channels_for", &block_channels_for, "group_size"_a, "num_channels"_a, "ternary"_a = false);
   nb::class_<Group>(m, "Group")
       .def(nb::init<std::vector<const Packed*>>(), "members"_a, nb::keep_alive<1, 2>())
       .def(
           "run",
-          [](Group& group, uintptr_t x, int64_t num_tokens, const std::vector<uintptr_t>& outs) {
+          [](const Group& group, uintptr_t x, int64_t num_tokens, const std::vector<uintptr_t>& outs) {
             std::vector<float*> pointers;
             for (uintptr_t out : outs) pointers.push_back((float*)out);
             group.run((const float*)x, num_tokens, pointers);

@@ -31,6 +31,8 @@ void check_rows(const PagedInputs& in) {
   size_t num_seqs = in.context_lens.size();
   require(in.query_starts.size() == num_seqs + 1 && in.query_starts[0] == 0,
           "query_starts must be num_seqs + 1 rows from 0");
+  require(in.num_tables == (int64_t)num_seqs, std::to_string(in.num_tables) + " block tables for " +
+                                                  std::to_string(num_seqs) + " sequences");
   require(in.query_starts.back() == in.num_slots, "there must be one slot for each row");
   for (size_t i = 0; i < num_seqs; i++) {
     int64_t rows = in.query_starts[i + 1] - in.query_starts[i], length = in.context_lens[i];
@@ -128,7 +130,12 @@ void PagedAttention::attend(const float* q, const uint8_t* pages, float* out, in
   kept.reserve((size_t)parts_floats_ * sizeof(float));
   float* parts = (float*)kept.data();
   Attend call{shape_, group_, scale, pages, q, out};
-  Pool::instance().run((int64_t)items_.size(), [&](int64_t i) { run_item(call, items_[(size_t)i], parts); });
+  try {
+    Pool::instance().run((int64_t)items_.size(), [&](int64_t i) { run_item(call, items_[(size_t)i], parts); });
+  } catch (...) {
+    num_threads_ = 0;  // the next call cuts anew: items of some units are counted already
+    throw;
+  }
 }
 
 void PagedAttention::run_whole(const Attend& call, const Unit& unit) const {

@@ -14,8 +14,8 @@ struct PagedInputs {
   int64_t num_pages;
   std::vector<int64_t> query_starts;  // [num_seqs + 1]
   std::vector<int64_t> context_lens;  // [num_seqs]
-  const int64_t* block_tables;        // [num_seqs, max_pages]
-  int64_t max_pages;
+  const int64_t* block_tables;        // [num_tables, max_pages], a table for each sequence
+  int64_t num_tables, max_pages;
   const int64_t* slots;               // [num_slots], one for each row
   int64_t num_slots;
 };

@@ -68,6 +68,47 @@ def test_without_it_the_reference_runs_and_says_what_to_do() -> None:
         assert "install a C++20 compiler and install Nibble again" in line
 
 
+TOO_MANY = """
+import resource
+from pathlib import Path
+from kernels import native
+from kernels.native import _native
+native.set_num_threads(2)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+_, hard = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), hard))  # stacks of some thirty threads
+try:
+    native.set_num_threads(5000)
+except RuntimeError as error:
+    print(error)
+print(_native.num_threads())
+"""
+
+
+@pytest.mark.skipif(native.MISSING is not None or sys.platform != "linux", reason="needs the C++ kernels on Linux")
+def test_more_threads_than_the_system_gives_are_refused() -> None:
+    """Bug: a thread that cannot start ends the process, or leaves half of them and a wrong count."""
+    result = subprocess.run([sys.executable, "-c", TOO_MANY], capture_output=True, text=True, check=False, timeout=60)
+    assert result.stdout.splitlines() == ["cannot start 5000 threads: lower --threads", "2"], result.stderr
+
+
+OF_ANOTHER_VERSION = """
+import sys, types
+sys.modules["kernels.native._native"] = types.ModuleType("_native")  # has none of the functions called today
+import torch
+from kernels import native
+native.set_num_threads(2)
+assert native.isa() is None
+print(native.refusal(torch.device("cpu"), torch.float32))
+"""
+
+
+def test_a_module_of_another_version_is_not_called() -> None:
+    """Bug: new sources over an old build end in an AttributeError somewhere in the first step."""
+    result = subprocess.run([sys.executable, "-c", OF_ANOTHER_VERSION], capture_output=True, text=True, check=False)
+    assert result.stdout == "the C++ kernels are of another version of Nibble: install Nibble again\n", result.stderr
+
+
 def test_another_dtype_is_refused_with_the_reason() -> None:
     spec = LinearSpec(64, 64, torch.device("cpu"), torch.bfloat16, "4-bit", 4, 32)
     choice = select(kernels_for("affine"), spec)

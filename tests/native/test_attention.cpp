@@ -36,7 +36,7 @@ struct World {
     }
   }
   PagedInputs inputs() const {
-    return {shape,     num_pages,    query_starts, context_lens, block_tables.data(),
+    return {shape,     num_pages,    query_starts, context_lens, block_tables.data(), (int64_t)block_tables.size() / max_pages,
             max_pages, slots.data(), (int64_t)slots.size()};
   }
   int64_t num_rows() const { return query_starts.back(); }
@@ -92,6 +92,7 @@ void test_attention() {
   expect_refusal(world, [](World& w) { w.context_lens[1] = 49; });
   expect_refusal(world, [](World& w) { w.query_starts[1] = 4; });
   expect_refusal(world, [](World& w) { w.slots.pop_back(); });
+  expect_refusal(world, [](World& w) { w.block_tables.clear(); });
   expect_refusal(world, [](World& w) { w.shape.page_size = 24; });
   expect_refusal(world, [](World& w) { w.shape.head_dim = 12; });
 }
