@@ -11,15 +11,21 @@ ARGS ?=
 NATIVE := $(wildcard kernels/native/*.cpp kernels/native/*.hpp kernels/native/simd/*.hpp kernels/native/CMakeLists.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check format clean
+.PHONY: help install serve test check format clean again
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
 
-$(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
+# An install that found no compiler left the C++ kernels out: it is done again once there is one.
+BUILT := $(wildcard $(VENV)/lib/*/site-packages/kernels/native/_native*)
+AGAIN := $(if $(BUILT),,$(if $(shell command -v c++),again))
+again:
+
+$(INSTALLED): pyproject.toml constraints.txt $(NATIVE) $(AGAIN)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Nibble needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,demo]'
+	@$(BIN)/python -c 'from kernels import native; print(native.MISSING or "C++ kernels: " + str(native.isa()))'
 	touch $@
 
 install: $(INSTALLED)

@@ -140,8 +140,19 @@ def _summary(checkpoint: Checkpoint, plan: Plan, loaded: LoadedModel, timing: tu
         load_seconds=load_seconds,
         decode_tokens_per_s=tokens_per_s,
         eos_token_ids=checkpoint.config.eos_token_ids,
-        notes=(*checkpoint.config.notes, *loaded.notes, *_memory_note(checkpoint, plan), *_recent_note(layout, plan)),
+        notes=(
+            *_missing(plan),
+            *checkpoint.config.notes,
+            *loaded.notes,
+            *_memory_note(checkpoint, plan),
+            *_recent_note(layout, plan),
+        ),
     )
+
+
+def _missing(plan: Plan) -> tuple[str, ...]:
+    """What to do about a CPU that runs on torch because nothing else was built."""
+    return (native.MISSING,) if native.MISSING is not None and plan.device == "cpu" else ()
 
 
 def _memory_note(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:

@@ -2,10 +2,9 @@
 
 from engine.assembly import build
 from engine.config import EngineConfig
+from engine.machine import num_cores
 from engine.messages import Inspection
 from kernels import native
-
-MAX_READERS = 256  # threads of the bandwidth probe: each needs 1 MiB of its 512
 
 
 def inspect(config: EngineConfig) -> Inspection:
@@ -15,6 +14,6 @@ def inspect(config: EngineConfig) -> Inspection:
     return Inspection(
         plan=plan,
         weight_bytes_per_token=sum(use.num_bytes for use in plan.kernels),
-        bandwidth=native.read_bandwidth(min(plan.threads, MAX_READERS)) if on_cpu else None,
+        bandwidth=native.read_bandwidth(min(plan.threads, num_cores())) if on_cpu else None,
         isa=native.isa() if on_cpu else None,
     )

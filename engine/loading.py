@@ -47,6 +47,7 @@ from kvcache.layout import PageLayout
 from kvcache.policy import PolicyError, read_policy
 from kvcache.storage import page_dtype
 
+ROUNDED = "activations rounded to 8 bits where they meet quantized weights; --activations float keeps them"
 HEAD_GROUP = 32  # channels that share a scale of a rounded output head: 8.5 bits a weight
 ACTIVATION_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}  # by device
 
@@ -235,6 +236,8 @@ class CheckpointParts:
             prepared = choice.kernel.prepare(self._place(term))
         except ValueError as error:
             raise TensorError(f"the weights of {name!r} cannot be served: {error}") from error
+        if choice.kernel.name == "native" and term.family != "dense" and ROUNDED not in self.notes:
+            self.notes.append(ROUNDED)
         return BoundTerm(self._note(f"{term.family} {term.describe()}", choice, prepared.num_bytes), prepared)
 
     def _spec(self, term: Term) -> LinearSpec:

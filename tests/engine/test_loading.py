@@ -108,7 +108,9 @@ def test_a_head_in_16_bits_is_rounded_to_8_and_says_so() -> None:
     rounded, kept = load(folder), load(folder, head_bits=16)
     assert [use.kernel for use in rounded.kernels if "affine 8-bit g32" in use.what] == ["native"]
     assert any("--head-bits 16" in note for note in rounded.notes)
-    assert not kept.notes
+    assert not any("head" in note for note in kept.notes)
+    assert any("--activations float" in note for note in kept.notes)
+    assert not load(folder, head_bits=16, activations="float").notes
     assert "kept in 16 bits: native: not the requested 'reference'" in load(folder, kernel="reference").notes[0]
 
 
