@@ -8,6 +8,7 @@ from torch import Tensor
 from kernels import native
 from kernels.activation.checks import check_gate
 from kernels.contract import RowSpec
+from kernels.native.checks import check_memory
 
 if native.MISSING is None or TYPE_CHECKING:
     from kernels.native import _native
@@ -28,6 +29,8 @@ class ActivationNative:
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """gate, up: [num_tokens, width] float32 -> the same shape."""
         check_gate(gate, up)
+        check_memory("the gate", gate)
+        check_memory("what it gates", up)
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
         _native.swiglu(gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels import native
 from kernels.contract import RowSpec
+from kernels.native.checks import check_memory
 from kernels.norm.checks import check_rows
 
 if native.MISSING is None or TYPE_CHECKING:
@@ -29,7 +30,9 @@ class NormNative:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x: [..., width], weight: [width], both float32 -> x's shape."""
         check_rows(x, weight)
-        x = x.contiguous()
+        check_memory("rows", x)
+        check_memory("the weight", weight)
+        x, weight = x.contiguous(), weight.contiguous()
         out = torch.empty_like(x)
         width = weight.shape[0]
         _native.rms_norm(x.data_ptr(), weight.data_ptr(), x.numel() // width, width, eps, out.data_ptr())
@@ -38,7 +41,10 @@ class NormNative:
     def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """x, delta: [..., width], weight: [width], all float32 -> (x + delta, its norm)."""
         check_rows(x, weight, delta)
-        x, delta = x.contiguous(), delta.contiguous()
+        check_memory("rows", x)
+        check_memory("the addend", delta)
+        check_memory("the weight", weight)
+        x, delta, weight = x.contiguous(), delta.contiguous(), weight.contiguous()
         total, out = torch.empty_like(x), torch.empty_like(x)
         width = weight.shape[0]
         _native.add_rms_norm(

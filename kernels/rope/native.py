@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels import native
 from kernels.contract import RowSpec
+from kernels.native.checks import check_memory
 from kernels.rope.checks import check_heads
 
 if native.MISSING is None or TYPE_CHECKING:
@@ -32,6 +33,10 @@ class RopeNative:
         """q: [num_tokens, heads, D]; k: [num_tokens, kv_heads, D]; cos, sin: [num_tokens, D / 2]; all float32."""
         check_heads(q, cos, sin)
         check_heads(k, cos, sin)
+        check_memory("queries", q)
+        check_memory("keys", k)
+        check_memory("cosines", cos)
+        check_memory("sines", sin)
         q, k, cos, sin = q.contiguous(), k.contiguous(), cos.contiguous(), sin.contiguous()
         q_out, k_out = torch.empty_like(q), torch.empty_like(k)
         num_tokens, num_heads, head_dim = q.shape

@@ -48,6 +48,7 @@ class SamplingNative:
 
 
 def _row(logits: Tensor) -> Tensor:
-    if logits.dim() != 1 or logits.shape[0] == 0 or logits.dtype != torch.float32:
-        raise ValueError(f"logits must be a row of float32, found {list(logits.shape)} of {logits.dtype}")
+    if logits.dim() != 1 or logits.shape[0] == 0 or logits.dtype != torch.float32 or not logits.is_cpu:
+        found = f"{list(logits.shape)} of {logits.dtype} on {logits.device}"
+        raise ValueError(f"logits must be a row of float32 on the CPU, found {found}")
     return logits.contiguous()

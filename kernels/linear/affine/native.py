@@ -3,23 +3,20 @@
 Both read the same packed weights.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from kernels import native
-from kernels.contract import LinearSpec
 from kernels.linear.affine.layout import AffineWeights
 from kernels.linear.bitstream import unpack_codes
-from kernels.linear.joined import Joined, multiply, packed_refusal
+from kernels.linear.joined import FloatKernel, RoundingKernel
 
 if native.MISSING is None or TYPE_CHECKING:
     from kernels.native import _native
 
 
-class AffineNative:
+class AffineNative(RoundingKernel):
     """y[t, n] = sum_j s[n, j] x_scale[t, j] (sum_{k in j} q[n, k] a[t, k] - z[n, j] sum_{k in j} a[t, k])
 
     where j are blocks of at most 128 channels inside the groups, and a = round(x / x_scale), x_scale = max |x| / 127 of
@@ -29,31 +26,11 @@ class AffineNative:
     Reads num_bytes of weights once for up to 8 tokens; 2 T N K integer operations.
     """
 
-    name = "native"
-
-    def refuses(self, spec: LinearSpec) -> str | None:
-        if (reason := packed_refusal(spec)) is not None:
-            return reason
-        if spec.exact_activations:
-            return "rounds activations to 8 bits, and exact ones were asked for"
-        return None
-
     def prepare(self, weights: AffineWeights) -> "_native.Packed":
         return pack(weights)
 
-    def join(self, prepared: "Sequence[_native.Packed]") -> Joined | None:
-        """None when the matrices cut their channels into blocks of different lengths."""
-        if len({packed.block_channels for packed in prepared}) != 1:
-            return None
-        rows = tuple(packed.num_rows for packed in prepared)
-        return Joined(_native.Group(list(prepared)), prepared[0].num_channels, rows)
 
-    def linear(self, x: Tensor, joined: Joined) -> tuple[Tensor, ...]:
-        """x: [num_tokens, K] float32 -> [num_tokens, N] float32 for each matrix."""
-        return multiply(x, joined)
-
-
-class AffineNativeFloat:
+class AffineNativeFloat(FloatKernel):
     """y[t, n] = sum_j s[n, j] sum_{k in j} x[t, k] (q[n, k] - z[n, j]),  j the same blocks
 
     Activations are not rounded. Both sums run in order in float32: a result has the same bits for any batch, any number
@@ -62,21 +39,8 @@ class AffineNativeFloat:
     Reads num_bytes of weights once for up to 4 tokens; 2 T N K operations, and 3 to 5 for each weight to unpack it.
     """
 
-    name = "native-float"
-
-    def refuses(self, spec: LinearSpec) -> str | None:
-        return packed_refusal(spec)
-
     def prepare(self, weights: AffineWeights) -> "_native.Packed":
         return pack(weights)
-
-    def join(self, prepared: "Sequence[_native.Packed]") -> Joined:
-        rows = tuple(packed.num_rows for packed in prepared)
-        return Joined(_native.ExactGroup(list(prepared)), prepared[0].num_channels, rows)
-
-    def linear(self, x: Tensor, joined: Joined) -> tuple[Tensor, ...]:
-        """x: [num_tokens, K] float32 -> [num_tokens, N] float32 for each matrix."""
-        return multiply(x, joined)
 
 
 def pack(weights: AffineWeights) -> "_native.Packed":

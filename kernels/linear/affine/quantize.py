@@ -7,13 +7,13 @@ from torch import Tensor
 
 from kernels import native
 from kernels.linear.affine.layout import AffineWeights
+from kernels.linear.joined import float_type
 
 if native.MISSING is None or TYPE_CHECKING:
     from kernels.native import _native
 
 CODE_ZERO = 128
 SMALLEST_NORMAL_HALF = 2.0**-14
-TYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 def quantize_symmetric(weight: Tensor, group_size: int) -> AffineWeights:
@@ -29,9 +29,8 @@ def quantize_symmetric(weight: Tensor, group_size: int) -> AffineWeights:
     num_rows, num_channels = weight.shape
     codes = torch.empty(num_rows, num_channels, dtype=torch.uint8)
     scales = torch.empty(num_rows, num_channels // group_size)
-    kind = getattr(_native.FloatType, TYPES[weight.dtype])
     addresses = (codes.data_ptr(), scales.data_ptr())
-    _native.quantize_rows(weight.data_ptr(), kind, num_rows, num_channels, group_size, *addresses)
+    _native.quantize_rows(weight.data_ptr(), float_type(weight), num_rows, num_channels, group_size, *addresses)
     lowest, highest = torch.aminmax(torch.where(scales == 0, 1, scales))
     if not (lowest.isfinite() and highest.isfinite()):
         raise ValueError("the matrix holds a weight that is not finite")

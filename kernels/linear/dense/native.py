@@ -3,18 +3,15 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from kernels import native
 from kernels.contract import LinearSpec
 from kernels.linear.dense.layout import DenseWeights
-from kernels.linear.joined import Joined, multiply
+from kernels.linear.joined import Joined, float_type, multiply
 
 if native.MISSING is None or TYPE_CHECKING:
     from kernels.native import _native
-
-TYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 class DenseNative:
@@ -34,8 +31,7 @@ class DenseNative:
     def prepare(self, weights: DenseWeights) -> "_native.DenseMatrix":
         """Repack into panels of 64 rows, of the dtype they are stored in; the tensor is not kept."""
         matrix = weights.weight.contiguous()
-        kind = getattr(_native.FloatType, TYPES[matrix.dtype])
-        return _native.pack_dense(matrix.data_ptr(), kind, weights.out_features, weights.in_features)
+        return _native.pack_dense(matrix.data_ptr(), float_type(matrix), weights.out_features, weights.in_features)
 
     def join(self, prepared: "Sequence[_native.DenseMatrix]") -> Joined | None:
         """None when the matrices read different numbers of channels."""

@@ -1,17 +1,14 @@
 """The table family in C++, with activations rounded to 8 bits (kernels/native/linear.hpp) or as they are (exact.hpp).
 
-Both read the same packed weights.
+Both read the same packed weights, but for ternary codes with one scale a row: the former takes them five to a byte.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from kernels import native
-from kernels.contract import LinearSpec
-from kernels.linear.joined import Joined, multiply, packed_refusal
+from kernels.linear.joined import FloatKernel, RoundingKernel
 from kernels.linear.table.layout import TableWeights
 from kernels.linear.table.tables import TERNARY
 
@@ -21,46 +18,26 @@ if native.MISSING is None or TYPE_CHECKING:
 SCALE_TYPES = {torch.float8_e4m3fn: "e4m3", torch.float8_e8m0fnu: "e8m0"}
 
 
-class TableNative:
+class TableNative(RoundingKernel):
     """y[t, n] = f sum_j s[n, j] x_scale[t, j] sum_{k in j} u[n, k] a[t, k]
 
-    where j are blocks of at most 128 channels inside the groups, a = round(x / x_scale), x_scale = max |x| / 127 of a
-    token's block, and step u = table[code]. Entries that are small multiples of a common step are exact (E2M1, FP4,
-    ternary, binary); others (NF4) are rounded to multiples of 1/16383 of the largest. The inner sums are exact
-    integers, the outer one runs in order: a result has the same bits for any batch, any number of threads and any
-    instruction set.
+    where j are blocks of at most 128 channels inside the groups (160 for ternary codes five to a byte), a = round(x /
+    x_scale), x_scale = max |x| / 127 of a token's block, and step u = table[code]. Entries that are small multiples of
+    a common step are exact (E2M1, FP4, ternary, binary); others (NF4) are rounded to multiples of 1/16383 of the
+    largest. The inner sums are exact integers, the outer one runs in order: a result has the same bits for any batch,
+    any number of threads and any instruction set.
 
     Reads num_bytes of weights once for up to 8 tokens; 2 T N K integer operations, twice as many for NF4 and FP4.
     """
-
-    name = "native"
-
-    def refuses(self, spec: LinearSpec) -> str | None:
-        if (reason := packed_refusal(spec)) is not None:
-            return reason
-        if spec.exact_activations:
-            return "rounds activations to 8 bits, and exact ones were asked for"
-        return None
 
     def prepare(self, weights: TableWeights) -> "_native.Packed":
         """Ternary codes with one scale a row lie five to a byte: 1.6 bits in place of 2, as fast on one core."""
         whole_rows = weights.group_size >= weights.in_features
         return pack(weights, five_to_a_byte=is_ternary(weights) and whole_rows)
 
-    def join(self, prepared: "Sequence[_native.Packed]") -> Joined | None:
-        """None when the matrices cut their channels into blocks of different lengths."""
-        if len({packed.block_channels for packed in prepared}) != 1:
-            return None
-        rows = tuple(packed.num_rows for packed in prepared)
-        return Joined(_native.Group(list(prepared)), prepared[0].num_channels, rows)
 
-    def linear(self, x: Tensor, joined: Joined) -> tuple[Tensor, ...]:
-        """x: [num_tokens, K] float32 -> [num_tokens, N] float32 for each matrix."""
-        return multiply(x, joined)
-
-
-class TableNativeFloat:
-    """y[t, n] = f sum_j s[n, j] sum_{k in j} x[t, k] table[code[n, k]],  j the same blocks
+class TableNativeFloat(FloatKernel):
+    """y[t, n] = f sum_j s[n, j] sum_{k in j} x[t, k] table[code[n, k]],  j blocks of at most 128 channels
 
     Neither activations nor entries are rounded to integers. Both sums run in order in float32: a result has the same
     bits for any batch, any number of threads and any instruction set.
@@ -68,21 +45,8 @@ class TableNativeFloat:
     Reads num_bytes of weights once for up to 4 tokens; 2 T N K operations, and 2 for each weight to look it up.
     """
 
-    name = "native-float"
-
-    def refuses(self, spec: LinearSpec) -> str | None:
-        return packed_refusal(spec)
-
     def prepare(self, weights: TableWeights) -> "_native.Packed":
         return pack(weights)
-
-    def join(self, prepared: "Sequence[_native.Packed]") -> Joined:
-        rows = tuple(packed.num_rows for packed in prepared)
-        return Joined(_native.ExactGroup(list(prepared)), prepared[0].num_channels, rows)
-
-    def linear(self, x: Tensor, joined: Joined) -> tuple[Tensor, ...]:
-        """x: [num_tokens, K] float32 -> [num_tokens, N] float32 for each matrix."""
-        return multiply(x, joined)
 
 
 def is_ternary(weights: TableWeights) -> bool:
