@@ -3,6 +3,8 @@
 The module is built with the package. Without a C++20 compiler the package installs all the same, without it.
 """
 
+import importlib.util
+
 import torch
 
 INTERFACE = 1  # of the module that these sources call: one more here and in module.cpp whenever a binding changes
@@ -14,7 +16,10 @@ try:
     if getattr(_native, "INTERFACE", None) != INTERFACE:
         MISSING = "the C++ kernels are of another version of Nibble: install Nibble again"
 except ImportError as error:
-    MISSING = f"the C++ kernels are not built ({error}): install a C++20 compiler and install Nibble again"
+    if importlib.util.find_spec("kernels.native._native") is None:  # its own message speaks of circular imports
+        MISSING = "the C++ kernels are not built: install a C++20 compiler and install Nibble again"
+    else:
+        MISSING = f"the C++ kernels cannot be loaded: {error}. Install Nibble again"
 
 __all__ = ["MISSING", "isa", "read_bandwidth", "refusal", "set_num_threads"]
 
@@ -22,7 +27,7 @@ __all__ = ["MISSING", "isa", "read_bandwidth", "refusal", "set_num_threads"]
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no native kernel can serve activations of `dtype` on `device`, or None."""
     if MISSING is not None:
-        return MISSING
+        return MISSING.partition(":")[0]  # the start screen says the rest once
     if device.type != "cpu":
         return f"native kernels run on the CPU, not on {device.type}"
     if dtype != torch.float32:
