@@ -8,6 +8,7 @@ from torch import Tensor
 from kernels import native
 from kernels.attention.f16.layout import CACHE_DTYPES
 from kernels.contract import AttentionInputs, AttentionSpec
+from kernels.native.checks import INT64, check_memory
 
 if native.MISSING is None or TYPE_CHECKING:
     from kernels.native import _native
@@ -46,6 +47,8 @@ class F16Native:
         expected = (inputs.query_starts[-1], pages.shape[2], pages.shape[4])
         if k.shape != expected or v.shape != expected:
             raise ValueError(f"keys {list(k.shape)} and values {list(v.shape)} must be rows of {list(expected)}")
+        check_memory("keys", k)
+        check_memory("values", v)
         k, v = k.contiguous(), v.contiguous()
         _step(inputs, pages).store(k.data_ptr(), v.data_ptr(), pages.data_ptr())
 
@@ -55,6 +58,7 @@ class F16Native:
             raise ValueError(
                 f"queries {list(q.shape)} must be {inputs.query_starts[-1]} rows of {pages.shape[4]} channels"
             )
+        check_memory("queries", q)
         q = q.contiguous()
         result = torch.empty_like(q)
         _step(inputs, pages).attend(q.data_ptr(), pages.data_ptr(), result.data_ptr(), q.shape[1], scale)
@@ -63,11 +67,14 @@ class F16Native:
 
 def _step(inputs: AttentionInputs, pages: Tensor) -> "_native.PagedAttention":
     """What the layers of one step share: made for the first of them. Raises ValueError for pages that do not exist."""
+    check_memory("pages", pages, CACHE_DTYPES)
+    if not pages.is_contiguous():
+        raise ValueError("the pages of a layer must be contiguous")
     key = ("f16", pages.shape, pages.dtype)
     step: _native.PagedAttention | None = inputs.prepared.get(key)
     if step is None:
-        if not pages.is_contiguous():
-            raise ValueError("the pages of a layer must be contiguous")
+        check_memory("block_tables", inputs.block_tables, INT64)
+        check_memory("slots", inputs.slots, INT64)
         num_pages, _, num_kv_heads, page_size, head_dim = pages.shape
         tables, slots = inputs.block_tables.contiguous(), inputs.slots.contiguous()
         step = inputs.prepared[key] = _native.PagedAttention(
