@@ -1,3 +1,4 @@
+#include <atomic>
 #include <stdexcept>
 #include <thread>
 
@@ -79,10 +80,13 @@ void test_threads_share_a_group(Random& random) {
   matrix.fill(random);
   Packed packed = pack(matrix.header);
   Group group({&packed});
+  std::atomic<int> num_waiting{2};
   auto caller = [&](std::vector<float> x) {
     std::vector<float> expected(3 * 64), out(3 * 64);
     Group({&packed}).run(x.data(), 3, {expected.data()});
-    for (int i = 0; i < 200; i++) {
+    num_waiting--;
+    while (num_waiting > 0) std::this_thread::yield();
+    for (int i = 0; i < 1000; i++) {
       group.run(x.data(), 3, {out.data()});
       CHECK(out == expected, "call %d of a thread has the results of another", i);
     }
