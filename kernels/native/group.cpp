@@ -11,6 +11,9 @@
 namespace nibble {
 namespace {
 
+// Activations that stay in a core's second cache while the row blocks of a chunk pass by. With all 512 tokens of a prompt
+// at once, 8,192 channels each, they came from the third for every row block, and products were a third slower.
+constexpr int64_t kCachedBytes = 384 << 10;
 constexpr int64_t kFewTokens = 8;  // rounded by the caller alone
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
@@ -36,6 +39,16 @@ std::vector<int64_t> chunks_of(int64_t total, int64_t num_threads) {
     starts.push_back(starts.back() + std::max<int64_t>(1, left / (2 * num_threads)));
   }
   return starts;
+}
+
+// `count` tokens of x from `first` on, a multiple of kTileTokens; those there are.
+Activations tokens_of(Activations x, int64_t first, int64_t count) {
+  x.num_tokens = std::min(count, x.num_tokens - first);
+  x.values += first * x.stride;
+  x.scales += first * x.num_blocks;
+  x.sums += first * x.num_blocks;
+  x.offsets += first * x.num_blocks;
+  return x;
 }
 
 }  // namespace
@@ -91,6 +104,7 @@ void Group::run(const float* x, int64_t num_tokens, const std::vector<float*>& o
   if (num_tokens <= 0) return;
   Activations a = quantize(x, num_tokens);  // offsets: of all zeros_, one after the other
   std::vector<int64_t> starts = chunks_of(first_row_block_.back(), Pool::instance().num_threads());
+  int64_t at_once = std::max<int64_t>(1, kCachedBytes / a.stride / kTileTokens) * kTileTokens;
   const LinearOps& ops = *active_isa().linear;
   Pool::instance().run((int64_t)starts.size() - 1, [&](int64_t chunk) {
     int64_t block = starts[(size_t)chunk], stop = starts[(size_t)chunk + 1];
@@ -100,7 +114,9 @@ void Group::run(const float* x, int64_t num_tokens, const std::vector<float*>& o
       int64_t last = std::min(stop, first_row_block_[member + 1]);
       Activations x = a;
       x.offsets += (int64_t)zero_index(w) * a.num_tokens * a.num_blocks;
-      ops.row_blocks(w, block - first_row_block_[member], last - first_row_block_[member], x, outs[member]);
+      for (int64_t token = 0; token < a.num_tokens; token += at_once)
+        ops.row_blocks(w, block - first_row_block_[member], last - first_row_block_[member],
+                       tokens_of(x, token, at_once), outs[member] + token * w.num_rows);
       block = last;
     }
   });
