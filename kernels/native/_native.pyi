@@ -103,6 +103,33 @@ class PagedAttention:
     def store(self, k: int, v: int, pages: int) -> None: ...
     def attend(self, q: int, pages: int, out: int, num_heads: int, scale: float) -> None: ...
 
+class QuantizedLayer:
+    def __init__(
+        self,
+        memory: tuple[int, int],  # pages, recent pages
+        keys: tuple[int, int, bool],  # clip, prescale, whether its mode is "origin"
+        values: tuple[int, int, bool],
+    ) -> None: ...
+
+class QuantizedAttention:
+    """A format: width (1 for trits), group size, bytes of a row, of its first plane, of a parameter, the largest code,
+    and 1 where a Hadamard transform comes first."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],  # num_pages, num_kv_heads, head_dim, page_size
+        formats: tuple[tuple[int, int, int, int, int, int, int], tuple[int, int, int, int, int, int, int]],
+        high: tuple[int, int],  # window, sinks
+        recent_pages: tuple[bool, int],  # whether they are float16, number
+        query_starts: Sequence[int],
+        context_lens: Sequence[int],
+        block_tables: tuple[int, int],  # address, pages of a row
+        slots: tuple[int, int],  # address, number
+        recent: tuple[int, int, int],  # address of the tables, pages of a row, address of the slots
+    ) -> None: ...
+    def store(self, k: int, v: int, layer: QuantizedLayer) -> None: ...
+    def attend(self, q: int, layer: QuantizedLayer, out: int, num_heads: int, scale: float) -> None: ...
+
 def exp2_negative(x: int, y: int, count: int) -> None: ...
 
 class DenseMatrix:

@@ -44,6 +44,7 @@ struct Unit {
   int64_t first_position;  // of that token in its sequence
   int num_tokens;
   int kv_head;
+  int sequence;
 
   NIBBLE_INLINE int64_t context_len() const { return first_position + num_tokens; }  // of the last token
   NIBBLE_INLINE int num_splits() const { return (int)((context_len() + kSplit - 1) / kSplit); }

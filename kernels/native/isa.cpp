@@ -7,13 +7,14 @@
 #include "dense.hpp"
 #include "linear.hpp"
 #include "probe.hpp"
+#include "quantized.hpp"
 #include "rows.hpp"
 
 namespace nibble {
 namespace {
 
-#define NIBBLE_TABLE(isa) \
-  { #isa, &isa::linear_ops, &isa::dense_ops, &isa::attention_ops, &isa::rows_ops, &isa::probe_ops }
+#define NIBBLE_TABLE(isa)                                                                                        \
+  { #isa, &isa::linear_ops, &isa::dense_ops, &isa::attention_ops, &isa::quantized_ops, &isa::rows_ops, &isa::probe_ops }
 
 #if defined(__x86_64__)
 bool has_avx512() {

@@ -9,6 +9,7 @@ namespace nibble {
 struct LinearOps;
 struct DenseOps;
 struct AttentionOps;
+struct QuantizedOps;
 struct RowOps;
 struct ProbeOps;
 
@@ -18,6 +19,7 @@ struct Isa {
   const LinearOps* linear;
   const DenseOps* dense;
   const AttentionOps* attention;
+  const QuantizedOps* quantized;
   const RowOps* rows;
   const ProbeOps* probe;
 };

@@ -32,5 +32,6 @@ NB_MODULE(_native, m) {
   bind_linear(m);
   bind_dense(m);
   bind_attention(m);
+  bind_quantized(m);
   bind_rows(m);
 }

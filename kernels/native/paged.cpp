@@ -14,7 +14,6 @@ namespace {
 
 constexpr int kUnitRows = 48;            // query rows that share one reading of a context
 constexpr int64_t kItemsPerThread = 8;   // enough that a thread held up by others costs little
-constexpr int64_t kFewStored = 16;       // tokens that the caller writes alone
 
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
@@ -59,19 +58,19 @@ float* scratch(size_t floats) {
 
 // Splits first .. stop - 1 of a unit. All of them in one item are merged as they come; else each part is kept at
 // `parts`, and the item that ends last merges them.
-struct PagedAttention::Item {
+struct PagedWork::Item {
   int64_t unit;
   int first, stop, num_items;  // num_items: that share the unit
   int64_t parts;               // of split 0, floats
 };
 
-struct PagedAttention::Progress {
+struct PagedWork::Progress {
   std::atomic<int> num_done{0};
 };
 
-PagedAttention::~PagedAttention() = default;
+PagedWork::~PagedWork() = default;
 
-PagedAttention::PagedAttention(const PagedInputs& in)
+PagedWork::PagedWork(const PagedInputs& in)
     : shape_(in.shape), query_starts_(in.query_starts), context_lens_(in.context_lens), max_pages_(in.max_pages) {
   check_shape(in);
   check_rows(in);
@@ -79,7 +78,7 @@ PagedAttention::PagedAttention(const PagedInputs& in)
   slots_.assign(in.slots, in.slots + in.num_slots);
 }
 
-void PagedAttention::share_out(int group, int num_threads) {
+void PagedWork::share_out(int group, int num_threads) {
   group_ = group, num_threads_ = num_threads;
   units_.clear();
   int64_t num_splits = 0, step = std::max(1, kUnitRows / group);
@@ -88,14 +87,15 @@ void PagedAttention::share_out(int group, int num_threads) {
     const int64_t* table = block_tables_.data() + (int64_t)i * max_pages_;
     for (int64_t row = (rows - 1) / step * step; row >= 0 && rows > 0; row -= step)  // the longest contexts first
       for (int head = 0; head < shape_.num_kv_heads; head++) {
-        units_.push_back({table, start + row, context_lens_[i] - rows + row, (int)std::min(step, rows - row), head});
+        units_.push_back({table, start + row, context_lens_[i] - rows + row, (int)std::min(step, rows - row), head,
+                          (int)i});
         num_splits += units_.back().num_splits();
       }
   }
   cut(num_splits, num_threads);
 }
 
-void PagedAttention::cut(int64_t num_splits, int num_threads) {
+void PagedWork::cut(int64_t num_splits, int num_threads) {
   items_.clear();
   parts_floats_ = 0;
   progress_ = std::make_unique<Progress[]>(units_.size());
@@ -110,11 +110,78 @@ void PagedAttention::cut(int64_t num_splits, int num_threads) {
   }
 }
 
+int PagedWork::group_of(int num_heads) const {
+  require(num_heads >= 1 && num_heads % shape_.num_kv_heads == 0,
+          std::to_string(num_heads) + " heads are no multiple of " + std::to_string(shape_.num_kv_heads) + " kv heads");
+  return num_heads / shape_.num_kv_heads;
+}
+
+void PagedWork::run(const SplitKernel& kernel) {
+  int group = kernel.call().group, num_threads = Pool::instance().num_threads();
+  if (group != group_ || num_threads != num_threads_) share_out(group, num_threads);
+  thread_local Buffer kept;
+  kept.reserve((size_t)parts_floats_ * sizeof(float));
+  float* parts = (float*)kept.data();
+  try {
+    Pool::instance().run((int64_t)items_.size(), [&](int64_t i) { run_item(kernel, items_[(size_t)i], parts); });
+  } catch (...) {
+    num_threads_ = 0;  // the next call cuts anew: items of some units are counted already
+    throw;
+  }
+}
+
+void PagedWork::run_whole(const SplitKernel& kernel, const Unit& unit) const {
+  const Attend& call = kernel.call();
+  int64_t part = call.rows_of(unit) * call.part_stride();
+  float* merged = scratch((size_t)(2 * part + kernel.scratch_floats(unit)));
+  for (int split = 0; split < unit.num_splits(); split++) {
+    kernel.split(unit, split, merged + 2 * part, split ? merged + part : merged);
+    if (split) active_isa().attention->merge(call, unit, split, merged, merged + part);
+  }
+  kernel.finish(unit, merged);
+}
+
+void PagedWork::run_item(const SplitKernel& kernel, const Item& item, float* parts) {
+  const Unit& unit = units_[(size_t)item.unit];
+  if (item.num_items == 1) return run_whole(kernel, unit);
+  const Attend& call = kernel.call();
+  int64_t part = call.rows_of(unit) * call.part_stride();
+  float *first = parts + item.parts, *own = scratch((size_t)kernel.scratch_floats(unit));
+  for (int split = item.first; split < item.stop; split++) kernel.split(unit, split, own, first + split * part);
+  std::atomic<int>& num_done = progress_[item.unit].num_done;
+  if (num_done.fetch_add(1, std::memory_order_acq_rel) + 1 < item.num_items) return;
+  num_done.store(0, std::memory_order_relaxed);  // for the next layer
+  for (int split = 1; split < unit.num_splits(); split++)
+    active_isa().attention->merge(call, unit, split, first, first + split * part);
+  kernel.finish(unit, first);
+}
+
+namespace {
+
+class FloatKernel final : public SplitKernel {
+ public:
+  explicit FloatKernel(const Attend& call) : call_(call) {}
+  const Attend& call() const override { return call_; }
+  int64_t scratch_floats(const Unit& unit) const override { return call_.scratch_floats(unit); }
+  void split(const Unit& unit, int split, float* scratch, float* part) const override {
+    active_isa().attention->split(call_, unit, split, scratch, part);
+  }
+  void finish(const Unit& unit, const float* merged) const override {
+    active_isa().attention->finish(call_, unit, merged);
+  }
+
+ private:
+  Attend call_;
+};
+
+}  // namespace
+
 void PagedAttention::store(const float* k, const float* v, uint8_t* pages) const {
+  const std::vector<int64_t>& slots = work_.slots();
   auto one = [&](int64_t head) {
-    active_isa().attention->store(shape_, k, v, slots_.data(), (int64_t)slots_.size(), pages, (int)head);
+    active_isa().attention->store(shape_, k, v, slots.data(), (int64_t)slots.size(), pages, (int)head);
   };
-  if ((int64_t)slots_.size() <= kFewStored) {
+  if ((int64_t)slots.size() <= kFewStored) {
     for (int head = 0; head < shape_.num_kv_heads; head++) one(head);
   } else {
     Pool::instance().run(shape_.num_kv_heads, one);
@@ -122,45 +189,7 @@ void PagedAttention::store(const float* k, const float* v, uint8_t* pages) const
 }
 
 void PagedAttention::attend(const float* q, const uint8_t* pages, float* out, int num_heads, float scale) {
-  require(num_heads >= 1 && num_heads % shape_.num_kv_heads == 0,
-          std::to_string(num_heads) + " heads are no multiple of " + std::to_string(shape_.num_kv_heads) + " kv heads");
-  int group = num_heads / shape_.num_kv_heads, num_threads = Pool::instance().num_threads();
-  if (group != group_ || num_threads != num_threads_) share_out(group, num_threads);
-  thread_local Buffer kept;
-  kept.reserve((size_t)parts_floats_ * sizeof(float));
-  float* parts = (float*)kept.data();
-  Attend call{shape_, group_, scale, pages, q, out};
-  try {
-    Pool::instance().run((int64_t)items_.size(), [&](int64_t i) { run_item(call, items_[(size_t)i], parts); });
-  } catch (...) {
-    num_threads_ = 0;  // the next call cuts anew: items of some units are counted already
-    throw;
-  }
-}
-
-void PagedAttention::run_whole(const Attend& call, const Unit& unit) const {
-  const AttentionOps& ops = *active_isa().attention;
-  int64_t part = call.rows_of(unit) * call.part_stride();
-  float* merged = scratch((size_t)(2 * part + call.scratch_floats(unit)));
-  for (int split = 0; split < unit.num_splits(); split++) {
-    ops.split(call, unit, split, merged + 2 * part, split ? merged + part : merged);
-    if (split) ops.merge(call, unit, split, merged, merged + part);
-  }
-  ops.finish(call, unit, merged);
-}
-
-void PagedAttention::run_item(const Attend& call, const Item& item, float* parts) {
-  const AttentionOps& ops = *active_isa().attention;
-  const Unit& unit = units_[(size_t)item.unit];
-  if (item.num_items == 1) return run_whole(call, unit);
-  int64_t part = call.rows_of(unit) * call.part_stride();
-  float *first = parts + item.parts, *own = scratch((size_t)call.scratch_floats(unit));
-  for (int split = item.first; split < item.stop; split++) ops.split(call, unit, split, own, first + split * part);
-  std::atomic<int>& num_done = progress_[item.unit].num_done;
-  if (num_done.fetch_add(1, std::memory_order_acq_rel) + 1 < item.num_items) return;
-  num_done.store(0, std::memory_order_relaxed);  // for the next layer
-  for (int split = 1; split < unit.num_splits(); split++) ops.merge(call, unit, split, first, first + split * part);
-  ops.finish(call, unit, first);
+  work_.run(FloatKernel({shape_, work_.group_of(num_heads), scale, pages, q, out}));
 }
 
 }  // namespace nibble

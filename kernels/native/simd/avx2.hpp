@@ -176,6 +176,34 @@ inline Ints dot_small(Ints acc, Bytes u, Four s) {
 }
 inline Bytes badd_where(Bytes a, const uint8_t* mask, uint8_t value) { return badd(a, bspread(mask, value)); }
 inline Ints word_shr(Bytes x, int n) { NIBBLE_PAIR(Ints, _mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)); }
+inline Bytes bword_shr(Bytes x, int n) { NIBBLE_PAIR(Bytes, _mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)); }
+inline __m256i join(__m128i low, __m128i high) { return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1); }
+inline Bytes interleave(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+  __m128i x = _mm_loadu_si128((const __m128i*)a), y = _mm_loadu_si128((const __m128i*)b);
+  __m128i z = _mm_loadu_si128((const __m128i*)c), w = _mm_loadu_si128((const __m128i*)d);
+  __m128i xy = _mm_unpacklo_epi8(x, y), zw = _mm_unpacklo_epi8(z, w);
+  __m256i first = join(_mm_unpacklo_epi16(xy, zw), _mm_unpackhi_epi16(xy, zw));
+  xy = _mm_unpackhi_epi8(x, y), zw = _mm_unpackhi_epi8(z, w);
+  NIBBLE_PAIR(Bytes, first, join(_mm_unpacklo_epi16(xy, zw), _mm_unpackhi_epi16(xy, zw)));
+}
+inline __m256i take_trit_half(__m256i& x) {
+  const __m256i low = _mm256_set1_epi16(0x00ff), three = _mm256_set1_epi16(3);
+  __m256i even = _mm256_mullo_epi16(_mm256_and_si256(x, low), three);
+  __m256i odd = _mm256_mullo_epi16(_mm256_srli_epi16(x, 8), three);
+  x = _mm256_or_si256(_mm256_and_si256(even, low), _mm256_slli_epi16(odd, 8));
+  return _mm256_or_si256(_mm256_srli_epi16(even, 8), _mm256_andnot_si256(low, odd));
+}
+inline Bytes take_trit(Bytes& x) {
+  __m256i a = take_trit_half(x.a), b = take_trit_half(x.b);
+  NIBBLE_PAIR(Bytes, a, b);
+}
+template <int distance>
+inline Floats swap_lanes(Floats x) {
+  if constexpr (distance == 1) NIBBLE_PAIR(Floats, _mm256_permute_ps(x.a, 0b10110001), _mm256_permute_ps(x.b, 0b10110001));
+  if constexpr (distance == 2) NIBBLE_PAIR(Floats, _mm256_permute_ps(x.a, 0b01001110), _mm256_permute_ps(x.b, 0b01001110));
+  if constexpr (distance == 4) NIBBLE_PAIR(Floats, _mm256_permute2f128_ps(x.a, x.a, 1), _mm256_permute2f128_ps(x.b, x.b, 1));
+  NIBBLE_PAIR(Floats, x.b, x.a);
+}
 inline __m256 choose_half(Floats table, __m256i index) {
   __m256 low = _mm256_permutevar8x32_ps(table.a, index), high = _mm256_permutevar8x32_ps(table.b, index);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));

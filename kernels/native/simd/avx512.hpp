@@ -108,6 +108,33 @@ inline Bytes badd_where(Bytes a, const uint8_t* mask, uint8_t value) {
 }
 // 32-bit lanes of bytes moved down by n bits; zeros follow.
 inline Ints word_shr(Bytes a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }
+inline Bytes bword_shr(Bytes a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }  // the same, as bytes
+// Bytes 4i .. 4i + 3 of the result: byte i of each of four rows of 16.
+inline Bytes interleave(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+  __m512i rows = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)a));
+  rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i*)b), 1);
+  rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i*)c), 2);
+  rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i*)d), 3);
+  const __m512i words = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i within = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+  return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(words, rows), within);
+}
+// The highest trit of every byte, floor(3 x / 256); x becomes what is left of it, 3 x mod 256.
+inline Bytes take_trit(Bytes& x) {
+  const __m512i low = _mm512_set1_epi16(0x00ff), three = _mm512_set1_epi16(3);
+  __m512i even = _mm512_mullo_epi16(_mm512_and_si512(x, low), three);
+  __m512i odd = _mm512_mullo_epi16(_mm512_srli_epi16(x, 8), three);
+  x = _mm512_or_si512(_mm512_and_si512(even, low), _mm512_slli_epi16(odd, 8));
+  return _mm512_or_si512(_mm512_srli_epi16(even, 8), _mm512_andnot_si512(low, odd));
+}
+// Lane i of the result: lane i ^ distance; 1, 2, 4 or 8.
+template <int distance>
+inline Floats swap_lanes(Floats x) {
+  if constexpr (distance == 1) return _mm512_permute_ps(x, 0b10110001);
+  if constexpr (distance == 2) return _mm512_permute_ps(x, 0b01001110);
+  if constexpr (distance == 4) return _mm512_shuffle_f32x4(x, x, 0b10110001);
+  return _mm512_shuffle_f32x4(x, x, 0b01001110);
+}
 // table[index & 15]
 inline Floats choose(Floats table, Ints index) { return _mm512_permutexvar_ps(index, table); }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }

@@ -196,6 +196,23 @@ inline Ints word_shr(Bytes a, int n) {
     return wrap(word >> n);
   });
 }
+inline Bytes bword_shr(Bytes a, int n) {
+  Ints shifted = word_shr(a, n);
+  Bytes out;
+  std::memcpy(out.v, shifted.v, 64);
+  return out;
+}
+inline Bytes interleave(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+  const uint8_t* rows[4] = {a, b, c, d};
+  return beach([&](int i) { return rows[i % 4][i / 4]; });
+}
+inline Bytes take_trit(Bytes& x) {
+  Bytes trits = beach([&](int i) { return (uint8_t)(3 * x.v[i] >> 8); });
+  x = beach([&](int i) { return (uint8_t)(3 * x.v[i]); });
+  return trits;
+}
+template <int distance>
+inline Floats swap_lanes(Floats x) { return each([&](int i) { return x.v[i ^ distance]; }); }
 inline Floats choose(Floats table, Ints index) { return each([&](int i) { return table.v[index.v[i] & 15]; }); }
 inline void prefetch(const void*) {}
 inline void prefetch_l2(const void*) {}

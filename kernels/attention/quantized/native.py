@@ -1,0 +1,126 @@
+"""Attention over the quantized cache in C++ (kernels/native/quantized.hpp)."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kernels import native
+from kernels.attention.quantized.cache import LayerCodec, QuantizedCache, QuantizedSpec
+from kernels.attention.quantized.codec import LIMIT, RowCodec
+from kernels.attention.quantized.layout import RowLayout
+from kernels.attention.quantized.transforms import Hadamard, HeadTransform, Identity
+from kernels.contract import AttentionInputs
+
+if native.MISSING is None or TYPE_CHECKING:
+    from kernels.native import _native
+
+MAX_HEAD_DIM = 512  # channels: sums of products of codes then fit 32 bits
+DIGITS = 16256  # of a query's group and of a block's weights: 127 * 128
+
+
+class QuantizedNative:
+    """out[h, i] = sum_{j <= i} softmax_j(scale * q[h, i] . k_ij[h / G]) v_ij[h / G],  in float32.
+
+    k_ij, v_ij as in the reference. Products with codes are exact sums of integers: a query's channels are rounded to
+    1 / DIGITS of the largest of their group, and weights times scales to 1 / DIGITS of the largest in 64 tokens; all
+    else is float32. A row's result is the same to the last bit for any batch, any chunks of its prompt, any number of
+    threads and any instruction set. Only rows below a sequence's context length can reach a result.
+
+    A sequence of n tokens reads n * token_bytes of its pages, once for up to 48 / G query rows, and its window, for
+    4 * n * num_heads * D operations a query row, twice as integers.
+    """
+
+    name = "native"
+
+    def refuses(self, spec: QuantizedSpec) -> str | None:
+        reason = native.refusal(spec.device, spec.dtype)
+        if reason is not None:
+            return reason
+        head_dim = spec.layout.head_dim
+        if head_dim % 16 or head_dim > MAX_HEAD_DIM:
+            return f"head_dim {head_dim} is not a multiple of 16 up to {MAX_HEAD_DIM}"
+        for what, row in (("keys", spec.layout.keys), ("values", spec.layout.values)):
+            if row.num_groups and row.group_size % 16:
+                return f"groups of {row.group_size} channels ({what}) are not a multiple of 16"
+        return None
+
+    def store(self, k: Tensor, v: Tensor, cache: QuantizedCache, inputs: AttentionInputs) -> None:
+        """QuantizedKernel.store."""
+        expected = (inputs.query_starts[-1], cache.num_kv_heads, cache.layout.head_dim)
+        if k.shape != expected or v.shape != expected:
+            raise ValueError(f"keys {list(k.shape)} and values {list(v.shape)} must be rows of {list(expected)}")
+        k, v = _turned(k, cache.codec.key_transform), _turned(v, cache.codec.value_transform)
+        _step(inputs, cache).store(k.data_ptr(), v.data_ptr(), _layer(cache))
+
+    def attend(self, q: Tensor, cache: QuantizedCache, inputs: AttentionInputs, scale: float) -> Tensor:
+        """QuantizedKernel.attend; q is float32."""
+        if q.shape[0] != inputs.query_starts[-1] or q.shape[2] != cache.layout.head_dim:
+            raise ValueError(
+                f"queries {list(q.shape)} must be {inputs.query_starts[-1]} rows of {cache.layout.head_dim} channels"
+            )
+        codec = cache.codec
+        q = q.contiguous() if _is_native(codec.key_transform) else codec.key_transform.apply(q).contiguous()
+        result = torch.empty_like(q)
+        _step(inputs, cache).attend(q.data_ptr(), _layer(cache), result.data_ptr(), q.shape[1], scale)
+        return result if _is_native(codec.value_transform) else codec.value_transform.invert(result)
+
+
+def _is_native(transform: HeadTransform) -> bool:
+    return isinstance(transform, Identity | Hadamard)
+
+
+def _turned(x: Tensor, transform: HeadTransform) -> Tensor:
+    """x before the transforms that C++ makes, after the others; infinities saturate first."""
+    return x.contiguous() if _is_native(transform) else transform.apply(x.clamp(-LIMIT, LIMIT)).contiguous()
+
+
+def _layer(cache: QuantizedCache) -> "_native.QuantizedLayer":
+    if not (cache.pages.is_contiguous() and cache.recent.is_contiguous()):
+        raise ValueError("the pages of a layer must be contiguous")
+    memory = (cache.pages.data_ptr(), cache.recent.data_ptr())
+    return _native.QuantizedLayer(memory, _addresses(cache.codec.keys), _addresses(cache.codec.values))
+
+
+def _addresses(codec: RowCodec) -> tuple[int, int, bool]:
+    for name, tensor in (("clip", codec.clip), ("prescale", codec.prescale)):
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous float32, not {tensor.dtype}")
+    return codec.clip.data_ptr(), codec.prescale.data_ptr(), codec.mode == "origin"
+
+
+def _step(inputs: AttentionInputs, cache: QuantizedCache) -> "_native.QuantizedAttention":
+    """What the layers of one step share: made for the first of a layout. Raises ValueError for pages that do not exist
+    and for positions whose recent page is missing."""
+    codec, layout = cache.codec, cache.layout
+    formats = (_format(layout.keys, codec.key_transform), _format(layout.values, codec.value_transform))
+    key = ("quantized", cache.pages.shape, cache.recent.shape, cache.recent.dtype, formats, _high(codec))
+    step: _native.QuantizedAttention | None = inputs.prepared.get(key)
+    if step is None:
+        tables, slots = inputs.block_tables.contiguous(), inputs.slots.contiguous()
+        recent = (0, 0, 0)
+        if inputs.recent is not None:
+            recent_tables, recent_slots = inputs.recent.tables.contiguous(), inputs.recent.slots.contiguous()
+            recent = (recent_tables.data_ptr(), recent_tables.shape[1], recent_slots.data_ptr())
+        step = inputs.prepared[key] = _native.QuantizedAttention(
+            (cache.pages.shape[0], cache.num_kv_heads, layout.head_dim, layout.page_size),
+            formats,
+            _high(codec),
+            (cache.recent.dtype == torch.float16, cache.recent.shape[0]),
+            inputs.query_starts,
+            inputs.context_lens,
+            (tables.data_ptr(), tables.shape[1]),
+            (slots.data_ptr(), slots.shape[0]),
+            recent,
+        )
+    return step
+
+
+def _high(codec: LayerCodec) -> tuple[int, int]:
+    return codec.window, codec.num_sinks
+
+
+def _format(row: RowLayout, transform: HeadTransform) -> tuple[int, int, int, int, int, int, int]:
+    width = 1 if row.bits == 1.5 else int(row.bits)
+    turned = int(isinstance(transform, Hadamard))
+    return width, row.group_size, row.row_bytes, row.planes[0], row.bytes_per_parameter, row.max_code, turned

@@ -1,0 +1,224 @@
+// Integer products of a tile of query rows with packed keys and values, in registers (quantized.hpp has the formulas).
+#pragma once
+
+#include "attention_tile.hpp"
+#include "quantized.hpp"
+
+namespace nibble::NIBBLE_ISA {
+namespace {
+
+// Sums of a tile: rows x vectors x two digits. 24 of 32 registers in AVX-512, 8 of 16 halves in AVX2.
+#if defined(NIBBLE_ISA_avx512)
+constexpr int kPackedRows = 6, kPackedVectors = 2;
+#else
+constexpr int kPackedRows = 2, kPackedVectors = 1;
+#endif
+
+// ---- parameters -----------------------------------------------------------------------------------------------------
+
+inline Floats load_e4m3(const uint8_t* p) {
+  Ints byte = load_u8(p), magnitude = iand(byte, iset1(0x7f));
+  Ints sign = ishl<24>(iand(byte, iset1(0x80)));
+  Ints nan = isra<9>(ishl<24>(iand(iadd(magnitude, iset1(1)), iset1(0x80))));  // a quiet NaN where the code is 127
+  Floats x = mul(as_float(iadd(ishl<20>(magnitude), sign)), set1(0x1p120f));   // exponents are counted from 7, not 127
+  return add(x, as_float(nan));
+}
+
+// Scales, then zeros, of 16 tokens in every group, times the prescale: to[i * stride].
+inline void load_parameters(const RowFormat& format, const uint8_t* from, int page_size, float prescale, float* to,
+                            int stride) {
+  Floats factor = set1(prescale);
+  for (int i = 0; i < 2 * format.num_groups; i++) {
+    const uint8_t* p = from + (int64_t)i * page_size * format.parameter_bytes;
+    Floats x = format.parameter_bytes == 2 ? load_f16((const uint16_t*)p) : load_e4m3(p);
+    store(to + i * stride, mul(x, factor));
+  }
+}
+
+// ---- codes ----------------------------------------------------------------------------------------------------------
+
+template <int kWidth>
+inline constexpr int kMask = kWidth == 4 ? 15 : 3;
+
+template <int kWidth>
+inline Ints dot_codes(Ints sum, Bytes codes, Four digits) {
+  if constexpr (kWidth == 8) return dot(sum, codes, digits);
+  return dot_small(sum, codes, digits);
+}
+
+// Codes of one byte each from `count` bytes of which byte j holds codes j, j + count, ...: to `to`, in order. Reads and
+// writes up to 64 bytes too many.
+inline void unpack_run(int bits, int count, const uint8_t* from, uint8_t* to) {
+  Bytes mask = bset1((uint8_t)((1 << bits) - 1));
+  for (int i = 0; i < 8 / bits; i++)
+    for (int j = 0; j < count; j += 64) bstore(to + i * count + j, band(bword_shr(bload(from + j), i * bits), mask));
+}
+
+inline void unpack_trits(int count, const uint8_t* from, uint8_t* to) {
+  for (int j = 0; j < count; j += 64) {
+    Bytes rest = bload(from + j);
+    for (int i = 0; i < 5; i++) {
+      uint8_t trits[64];
+      bstore(trits, take_trit(rest));
+      __builtin_memcpy(to + i * count + j, trits, (size_t)min_of(64, count - j));
+    }
+  }
+}
+
+// A row of values to one byte a channel, as unpack_run.
+inline void unpack_row(const RowFormat& format, int head_dim, const uint8_t* row, uint8_t* to) {
+  if (format.width == 1) return unpack_trits(format.row_bytes, row, to);
+  unpack_run(format.width == 4 ? 4 : 2, format.plane_bytes, row, to);
+  if (format.width != 3) return;
+  uint8_t high[kMaxHeadDim + 64];
+  unpack_run(1, head_dim / 8, row + format.plane_bytes, high);
+  for (int j = 0; j < head_dim; j += 64) bstore(to + j, bor(bload(to + j), bshl<2>(bload(high + j))));
+}
+
+// ---- keys -----------------------------------------------------------------------------------------------------------
+
+// 16 tokens for each vector: units of 4 bytes, `stride` bytes from one to the next; at 3 bits the units of the high
+// plane begin `high` bytes further on.
+struct KeyTile {
+  const uint8_t* keys[kPackedVectors];
+  const uint8_t* ahead[kPackedVectors];  // what to fetch meanwhile
+  int64_t stride, high;
+  int head_dim, group_size, num_groups;
+  int64_t digits_stride;
+  const float* parameters;  // [2 num_groups, 16 kPackedVectors]
+};
+
+// Channels of one shift: byte j of a plane holds channels j, j + this, ...
+template <int kWidth>
+inline int channels_of_a_shift(int head_dim) {
+  return kWidth == 4 ? head_dim / 2 : kWidth == 2 ? head_dim / 4 : kWidth == 3 ? head_dim / 8 : head_dim;
+}
+
+template <int kWidth>
+inline Bytes codes_of(const uint8_t* low, int low_shift, const uint8_t* high, int high_shift) {
+  if constexpr (kWidth == 8 || kWidth == 1) return bload(low);
+  Bytes codes = band(bword_shr(bload(low), low_shift), bset1(kMask<kWidth>));
+  if constexpr (kWidth == 3) return bor(codes, bshl<2>(band(bword_shr(bload(high), high_shift), bset1(1))));
+  return codes;
+}
+
+// scores[r, 16 n + lane] = the product of row r's query with the key of a token.
+template <int kWidth, int kRows, int kVectors>
+void score_packed(const KeyTile& t, const uint8_t* digits, float* scores) {
+  const int dim = t.head_dim, run = channels_of_a_shift<kWidth>(dim), low_run = kWidth == 3 ? dim / 4 : run;
+  for (int g = 0; g < t.num_groups; g++) {
+    Ints high[kRows][kVectors], low[kRows][kVectors];
+    for (int r = 0; r < kRows; r++)
+      for (int n = 0; n < kVectors; n++) high[r][n] = low[r][n] = izero();
+    for (int c = g * t.group_size, end = c + t.group_size; c < end;) {
+      int stop = min_of(end, (c / run + 1) * run), shift = c / low_run * (kWidth == 4 ? 4 : 2), bit = c / run;
+      int64_t at = c % low_run / 4 * t.stride, above = t.high + c % run / 4 * t.stride;
+      for (; c < stop; c += 4, at += t.stride, above += t.stride) {
+        Bytes codes[kVectors];
+        for (int n = 0; n < kVectors; n++) {
+          codes[n] = codes_of<kWidth>(t.keys[n] + at, shift, t.keys[n] + above, bit);
+          prefetch_l2(t.ahead[n] + at);
+        }
+        for (int r = 0; r < kRows; r++) {
+          const int8_t* d = (const int8_t*)digits + r * t.digits_stride + c;
+          Four first_digit = four(d), second_digit = four(d + dim);
+          for (int n = 0; n < kVectors; n++) {
+            high[r][n] = dot_codes<kWidth>(high[r][n], codes[n], first_digit);
+            low[r][n] = dot_codes<kWidth>(low[r][n], codes[n], second_digit);
+          }
+        }
+      }
+    }
+    for (int n = 0; n < kVectors; n++) {
+      Floats scales = load(t.parameters + (g * kPackedVectors + n) * 16);
+      Floats zeros = load(t.parameters + ((t.num_groups + g) * kPackedVectors + n) * 16);
+      for (int r = 0; r < kRows; r++) {
+        const float* d = (const float*)(digits + r * t.digits_stride + 2 * dim) + g;
+        float* to = scores + r * kSplit + 16 * n;
+        Floats product = mul(to_float(iadd(ishl<7>(high[r][n]), low[r][n])), set1(d[0]));
+        Floats sum = fma(scales, product, g ? load(to) : zero());
+        store(to, fma(zeros, set1(d[t.num_groups]), sum));
+      }
+    }
+  }
+}
+
+// ---- values ---------------------------------------------------------------------------------------------------------
+
+// 16 channels for each vector: 64 bytes for each 4 tokens, in order.
+struct ValueTile {
+  const uint8_t* codes[kPackedVectors];
+  int shift[kPackedVectors];
+  int num_quads;           // groups of 4 tokens
+  int64_t digits_stride;   // between rows; of a row kBlock high digits, kBlock low digits
+  const float* units;      // d
+  int64_t units_stride;
+};
+
+// out[r, 16 n + lane] += d_r sum over tokens of A[r, t] c[t].
+template <int kWidth, int kRows, int kVectors>
+void mix_packed(const ValueTile& t, const uint8_t* digits, float* out, int64_t out_stride) {
+  Ints high[kRows][kVectors], low[kRows][kVectors];
+  for (int r = 0; r < kRows; r++)
+    for (int n = 0; n < kVectors; n++) high[r][n] = low[r][n] = izero();
+  for (int i = 0; i < t.num_quads; i++) {
+    Bytes codes[kVectors];
+    for (int n = 0; n < kVectors; n++) codes[n] = codes_of<kWidth>(t.codes[n] + 64 * i, t.shift[n], nullptr, 0);
+    for (int r = 0; r < kRows; r++) {
+      const int8_t* d = (const int8_t*)digits + r * t.digits_stride + 4 * i;
+      Four first_digit = four(d), second_digit = four(d + kBlock);
+      for (int n = 0; n < kVectors; n++) {
+        high[r][n] = dot_codes<kWidth>(high[r][n], codes[n], first_digit);
+        low[r][n] = dot_codes<kWidth>(low[r][n], codes[n], second_digit);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; r++) {
+    Floats unit = set1(t.units[r * t.units_stride]);
+    for (int n = 0; n < kVectors; n++) {
+      float* to = out + r * out_stride + 16 * n;
+      store(to, fma(to_float(iadd(ishl<7>(high[r][n]), low[r][n])), unit, load(to)));
+    }
+  }
+}
+
+// ---- shapes ---------------------------------------------------------------------------------------------------------
+
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+template <class F>
+inline void by_rows(int rows, F f) {
+  if constexpr (kPackedRows == 6) {
+    switch (rows) {
+      case 3: return f(Count<3>());
+      case 4: return f(Count<4>());
+      case 5: return f(Count<5>());
+      case 6: return f(Count<6>());
+    }
+  }
+  return rows == 1 ? f(Count<1>()) : f(Count<2>());
+}
+
+template <class F>
+inline void by_vectors(int vectors, F f) {
+  if constexpr (kPackedVectors == 2)
+    if (vectors == 2) return f(Count<2>());
+  return f(Count<1>());
+}
+
+template <class F>
+inline void by_width(int width, F f) {
+  switch (width) {
+    case 8: return f(Count<8>());
+    case 4: return f(Count<4>());
+    case 3: return f(Count<3>());
+    case 2: return f(Count<2>());
+    default: return f(Count<1>());
+  }
+}
+
+}  // namespace
+}  // namespace nibble::NIBBLE_ISA
