@@ -16,15 +16,6 @@ struct Range {  // of tokens of a split
 
 inline int clamp_to_split(int64_t token) { return token < 0 ? 0 : token > kSplit ? kSplit : (int)token; }
 
-// Two digits of x / d, x at most d * kDigits in magnitude.
-inline void write_digits(Floats x, Floats inverse, int8_t* high, int8_t* low) {
-  Ints digits = to_int(mul(x, inverse)), first_digit = isra<7>(iadd(digits, iset1(64)));
-  store_i8(high, first_digit);
-  store_i8(low, isub(digits, ishl<7>(first_digit)));
-}
-// What is below 2^-100 counts as nothing: its reciprocal may be no number.
-inline float inverse_of(float peak) { return peak > 0x1p-100f ? (float)kDigits / peak : 0.0f; }
-
 template <class C>
 struct QuantizedRun {
   using Cell = typename C::Type;
@@ -38,6 +29,7 @@ struct QuantizedRun {
   const uint8_t* query_digits;
   float *weights, *high, *part;
   float *zeros, *units, *parameters;
+  float largest[kMaxHeadDim / 16];  // scale of each group of a block
   uint8_t *digits, *codes, *unpacked;
   int64_t stride;  // of part
   Range packed;     // what some row reads packed
@@ -264,6 +256,7 @@ struct QuantizedRun {
     for (int token = packed.first / kBlock * kBlock; token < packed.stop; token += kBlock) {
       int vectors = (min_of(packed.stop - token, kBlock) + 15) / 16;
       load_block(token / 16, vectors);
+      center_parameters(vectors);
       for (int row = 0; row < num_rows; row++) cut_weights(row, token / 16, vectors);
       if (is_direct())
         by_width(shape.values.width, [&](auto width) { mix_block<decltype(width)::value>(4 * vectors); });
@@ -312,33 +305,84 @@ struct QuantizedRun {
     return unpacked;
   }
 
-  // The digits of a row's weights times scales, for every group, and its zeros.
+  // Of a block's parameters: scales to shares of the group's largest, zeros to values of the middle code.
+  void center_parameters(int vectors) {
+    int num_groups = shape.values.num_groups;
+    for (int g = 0; g < num_groups; g++) {
+      float *scales = parameters + g * kBlock, *offsets = parameters + (num_groups + g) * kBlock;
+      largest[g] = relate(scales, offsets, vectors, [](int, Floats x) { return x; });
+    }
+  }
+
+  template <class Keep>
+  float relate(float* scales, float* offsets, int vectors, Keep keep) const {
+    Floats middle = set1((float)shape.values.max_code * 0.5f), peak = zero();
+    for (int i = 0; i < vectors; i++) {
+      Floats x = keep(i, load(scales + 16 * i));
+      store(scales + 16 * i, x);
+      peak = max(x, peak);
+      store(offsets + 16 * i, fma(x, middle, keep(i, load(offsets + 16 * i))));
+    }
+    float most = reduce_max(peak);
+    Floats inverse = set1(inverse_of(1.0f, most));
+    for (int i = 0; i < vectors; i++) store(scales + 16 * i, mul(load(scales + 16 * i), inverse));
+    return most;
+  }
+
+  // The digits of a row's weights times scales, for every group, and what they leave to the middle code.
   void cut_weights(int row, int first_vector, int vectors) {
-    int num_groups = shape.values.num_groups, token = 16 * first_vector;
-    bool whole = packed.first <= token && edge(row) >= token + 16 * vectors;
-    const float* w = weights + (int64_t)row * kSplit + token;
+    const int num_groups = shape.values.num_groups;
+    const bool two = has_two_digits(shape.values.width);
+    const float levels = (float)levels_of(shape.values.width), middle = (float)shape.values.max_code * 0.5f;
+    const float* w = weights + (int64_t)row * kSplit + 16 * first_vector;
+    bool whole = is_whole(row, first_vector);
+    auto keep = [&](int i, Floats x) { return whole ? x : where_packed(row, first_vector + i, x, zero()); };
+    Floats kept[kBlock / 16], relative[kBlock / 16], peak = zero();
+    for (int i = 0; i < vectors; i++) {
+      kept[i] = keep(i, load(w + 16 * i));
+      peak = max(kept[i], peak);
+    }
+    float highest = reduce_max(peak);
+    Floats inverse = set1(inverse_of(levels, highest));
+    for (int i = 0; i < vectors; i++) relative[i] = mul(kept[i], inverse);
     for (int g = 0; g < num_groups; g++) {
       const float *scales = parameters + g * kBlock, *offsets = parameters + (num_groups + g) * kBlock;
+      float own[2 * kBlock], most = largest[g];
+      if (!whole) {
+        load_own(first_vector, vectors, g, own);
+        scales = own, offsets = own + kBlock;
+        most = relate(own, own + kBlock, vectors, keep);
+      }
       float* sum = zeros + (row * num_groups + g) * 16;
-      Floats products[kBlock / 16], peak = zero(), total = load(sum);
+      float unit = highest * most / levels;
+      Floats total = load(sum), left = set1(unit * middle);
+      int8_t* to = (int8_t*)digits + (row * num_groups + g) * 2 * kBlock;
       for (int i = 0; i < vectors; i++) {
-        Floats weight = load(w + 16 * i), offset = load(offsets + 16 * i);
-        products[i] = mul(weight, load(scales + 16 * i));
-        if (!whole) {
-          weight = where_packed(row, first_vector + i, weight, zero());
-          offset = where_packed(row, first_vector + i, offset, zero());
-          products[i] = where_packed(row, first_vector + i, products[i], zero());
-        }
-        total = fma(weight, offset, total);
-        peak = max(products[i], peak);
+        Floats digit = round(mul(relative[i], load(scales + 16 * i)));
+        total = fnma(digit, left, fma(kept[i], load(offsets + 16 * i), total));
+        write_digits(to_int(digit), two, to + 16 * i, kBlock);
       }
       store(sum, total);
-      float largest = reduce_max(peak);
-      Floats inverse = set1(inverse_of(largest));
-      units[row * num_groups + g] = largest * (1.0f / kDigits);
-      int8_t* to = (int8_t*)digits + (row * num_groups + g) * 2 * kBlock;
-      for (int i = 0; i < vectors; i++) write_digits(products[i], inverse, to + 16 * i, to + kBlock + 16 * i);
+      units[row * num_groups + g] = unit;
     }
+  }
+
+  // Whether the row reads all tokens of a block packed.
+  bool is_whole(int row, int first_vector) const {
+    return packed.first <= 16 * first_vector && edge(row) >= 16 * first_vector + kBlock;
+  }
+
+  // The parameters of one group as stored: a row that reads a part of a block has its own largest.
+  void load_own(int first_vector, int vectors, int g, float* to) const {
+    const RowFormat& format = shape.values;
+    for (int i = 0; i < vectors; i++)
+      for (int part = 0; part < 2; part++) {
+        int v = first_vector + i;
+        const uint8_t* p = page_of(v) + shape.value_parameters_at +
+                           ((int64_t)(part * format.num_groups + g) * page_size + token_of(v)) * format.parameter_bytes;
+        store(to + part * kBlock + 16 * i,
+              load_parameter(format, p, set1(call.layer.value_prescale[unit.kv_head])));
+      }
   }
 
   template <int kWidth>
@@ -394,22 +438,23 @@ void split(const QuantizedAttend& call, const Unit& unit, int split, float* scra
 // a NaN.
 void cut_query(const float* q, const RowFormat& format, int dim, uint8_t* to) {
   float* units = (float*)(to + 2 * dim);
+  const bool two = has_two_digits(format.width);
+  const float levels = (float)levels_of(format.width);
   for (int g = 0; g < format.num_groups; g++) {
     const float* from = q + g * format.group_size;
-    int8_t *high = (int8_t*)to + g * format.group_size, *low = high + dim;
     Floats peak = zero(), poison = zero();
     for (int i = 0; i < format.group_size; i += 16) {
       Floats x = load(from + i);
       peak = max(max(x, sub(zero(), x)), peak);
       poison = fma(x, zero(), poison);
     }
-    float largest = reduce_max(peak), unit = largest * (1.0f / kDigits) + reduce_add(poison);
-    Floats inverse = set1(inverse_of(largest));
+    float largest = reduce_max(peak), unit = largest / levels + reduce_add(poison);
+    Floats inverse = set1(inverse_of(levels, largest));
     Ints sum = izero();
     for (int i = 0; i < format.group_size; i += 16) {
-      Floats x = load(from + i);
-      write_digits(x, inverse, high + i, low + i);
-      sum = iadd(sum, to_int(mul(x, inverse)));
+      Ints x = to_int(mul(load(from + i), inverse));
+      write_digits(x, two, (int8_t*)to + g * format.group_size + i, dim);
+      sum = iadd(sum, x);
     }
     units[g] = unit;
     units[format.num_groups + g] = unit * (float)ireduce_add(sum);

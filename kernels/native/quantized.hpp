@@ -23,7 +23,10 @@ namespace nibble {
 inline constexpr int kRecentTokens = 16;
 inline constexpr int kMaxHeadDim = 512;  // sums of products of a group then fit 32 bits
 inline constexpr int kBlock = 64;        // tokens whose weights share a scale
-inline constexpr int kDigits = 16256;    // 127 * 128: the largest of two digits
+
+// Two digits where codes are finer than one digit's rounding.
+constexpr bool has_two_digits(int width) { return width == 8; }
+constexpr int levels_of(int width) { return has_two_digits(width) ? 127 * 128 : 127; }
 
 // Keys or values of a token of one head.
 struct RowFormat {

@@ -24,16 +24,35 @@ inline Floats load_e4m3(const uint8_t* p) {
   return add(x, as_float(nan));
 }
 
+inline Floats load_parameter(const RowFormat& format, const uint8_t* p, Floats prescale) {
+  return mul(format.parameter_bytes == 2 ? load_f16((const uint16_t*)p) : load_e4m3(p), prescale);
+}
+
 // Scales, then zeros, of 16 tokens in every group, times the prescale: to[i * stride].
 inline void load_parameters(const RowFormat& format, const uint8_t* from, int page_size, float prescale, float* to,
                             int stride) {
   Floats factor = set1(prescale);
-  for (int i = 0; i < 2 * format.num_groups; i++) {
-    const uint8_t* p = from + (int64_t)i * page_size * format.parameter_bytes;
-    Floats x = format.parameter_bytes == 2 ? load_f16((const uint16_t*)p) : load_e4m3(p);
-    store(to + i * stride, mul(x, factor));
-  }
+  for (int i = 0; i < 2 * format.num_groups; i++)
+    store(to + i * stride, load_parameter(format, from + (int64_t)i * page_size * format.parameter_bytes, factor));
 }
+
+// ---- digits ---------------------------------------------------------------------------------------------------------
+
+template <bool kTwo>
+inline Ints whole_of(Ints high, Ints low) {
+  return kTwo ? iadd(ishl<7>(high), low) : high;
+}
+
+// The digits of 16 integers: one, or two of which the second lies `second` bytes further on.
+inline void write_digits(Ints x, bool two, int8_t* to, int64_t second) {
+  if (!two) return store_i8(to, x);
+  Ints high = isra<7>(iadd(x, iset1(64)));
+  store_i8(to, high);
+  store_i8(to + second, isub(x, ishl<7>(high)));
+}
+
+// levels / peak. What is below 2^-100 counts as nothing: its reciprocal may be no number.
+inline float inverse_of(float levels, float peak) { return peak > 0x1p-100f ? levels / peak : 0.0f; }
 
 // ---- codes ----------------------------------------------------------------------------------------------------------
 
@@ -105,7 +124,12 @@ inline Bytes codes_of(const uint8_t* low, int low_shift, const uint8_t* high, in
 // scores[r, 16 n + lane] = the product of row r's query with the key of a token.
 template <int kWidth, int kRows, int kVectors>
 void score_packed(const KeyTile& t, const uint8_t* digits, float* scores) {
+  constexpr bool kTwo = has_two_digits(kWidth);
   const int dim = t.head_dim, run = channels_of_a_shift<kWidth>(dim), low_run = kWidth == 3 ? dim / 4 : run;
+  const int64_t row_bytes = t.digits_stride;
+  Floats sums[kRows][kVectors];
+  for (int r = 0; r < kRows; r++)
+    for (int n = 0; n < kVectors; n++) sums[r][n] = zero();
   for (int g = 0; g < t.num_groups; g++) {
     Ints high[kRows][kVectors], low[kRows][kVectors];
     for (int r = 0; r < kRows; r++)
@@ -120,11 +144,12 @@ void score_packed(const KeyTile& t, const uint8_t* digits, float* scores) {
           prefetch_l2(t.ahead[n] + at);
         }
         for (int r = 0; r < kRows; r++) {
-          const int8_t* d = (const int8_t*)digits + r * t.digits_stride + c;
-          Four first_digit = four(d), second_digit = four(d + dim);
-          for (int n = 0; n < kVectors; n++) {
-            high[r][n] = dot_codes<kWidth>(high[r][n], codes[n], first_digit);
-            low[r][n] = dot_codes<kWidth>(low[r][n], codes[n], second_digit);
+          const int8_t* d = (const int8_t*)digits + r * row_bytes + c;
+          Four first_digit = four(d);
+          for (int n = 0; n < kVectors; n++) high[r][n] = dot_codes<kWidth>(high[r][n], codes[n], first_digit);
+          if constexpr (kTwo) {
+            Four second_digit = four(d + dim);
+            for (int n = 0; n < kVectors; n++) low[r][n] = dot_codes<kWidth>(low[r][n], codes[n], second_digit);
           }
         }
       }
@@ -133,14 +158,14 @@ void score_packed(const KeyTile& t, const uint8_t* digits, float* scores) {
       Floats scales = load(t.parameters + (g * kPackedVectors + n) * 16);
       Floats zeros = load(t.parameters + ((t.num_groups + g) * kPackedVectors + n) * 16);
       for (int r = 0; r < kRows; r++) {
-        const float* d = (const float*)(digits + r * t.digits_stride + 2 * dim) + g;
-        float* to = scores + r * kSplit + 16 * n;
-        Floats product = mul(to_float(iadd(ishl<7>(high[r][n]), low[r][n])), set1(d[0]));
-        Floats sum = fma(scales, product, g ? load(to) : zero());
-        store(to, fma(zeros, set1(d[t.num_groups]), sum));
+        const float* d = (const float*)(digits + r * row_bytes + 2 * dim) + g;
+        Floats product = mul(to_float(whole_of<kTwo>(high[r][n], low[r][n])), scales);
+        sums[r][n] = fma(zeros, set1(d[t.num_groups]), fma(product, set1(d[0]), sums[r][n]));
       }
     }
   }
+  for (int r = 0; r < kRows; r++)
+    for (int n = 0; n < kVectors; n++) store(scores + r * kSplit + 16 * n, sums[r][n]);
 }
 
 // ---- values ---------------------------------------------------------------------------------------------------------
@@ -158,6 +183,8 @@ struct ValueTile {
 // out[r, 16 n + lane] += d_r sum over tokens of A[r, t] c[t].
 template <int kWidth, int kRows, int kVectors>
 void mix_packed(const ValueTile& t, const uint8_t* digits, float* out, int64_t out_stride) {
+  constexpr bool kTwo = has_two_digits(kWidth);
+  const int64_t row_bytes = t.digits_stride;
   Ints high[kRows][kVectors], low[kRows][kVectors];
   for (int r = 0; r < kRows; r++)
     for (int n = 0; n < kVectors; n++) high[r][n] = low[r][n] = izero();
@@ -165,11 +192,12 @@ void mix_packed(const ValueTile& t, const uint8_t* digits, float* out, int64_t o
     Bytes codes[kVectors];
     for (int n = 0; n < kVectors; n++) codes[n] = codes_of<kWidth>(t.codes[n] + 64 * i, t.shift[n], nullptr, 0);
     for (int r = 0; r < kRows; r++) {
-      const int8_t* d = (const int8_t*)digits + r * t.digits_stride + 4 * i;
-      Four first_digit = four(d), second_digit = four(d + kBlock);
-      for (int n = 0; n < kVectors; n++) {
-        high[r][n] = dot_codes<kWidth>(high[r][n], codes[n], first_digit);
-        low[r][n] = dot_codes<kWidth>(low[r][n], codes[n], second_digit);
+      const int8_t* d = (const int8_t*)digits + r * row_bytes + 4 * i;
+      Four first_digit = four(d);
+      for (int n = 0; n < kVectors; n++) high[r][n] = dot_codes<kWidth>(high[r][n], codes[n], first_digit);
+      if constexpr (kTwo) {
+        Four second_digit = four(d + kBlock);
+        for (int n = 0; n < kVectors; n++) low[r][n] = dot_codes<kWidth>(low[r][n], codes[n], second_digit);
       }
     }
   }
@@ -177,7 +205,7 @@ void mix_packed(const ValueTile& t, const uint8_t* digits, float* out, int64_t o
     Floats unit = set1(t.units[r * t.units_stride]);
     for (int n = 0; n < kVectors; n++) {
       float* to = out + r * out_stride + 16 * n;
-      store(to, fma(to_float(iadd(ishl<7>(high[r][n]), low[r][n])), unit, load(to)));
+      store(to, fma(to_float(whole_of<kTwo>(high[r][n], low[r][n])), unit, load(to)));
     }
   }
 }
