@@ -123,7 +123,7 @@ class QuantizedAttention:
         recent_pages: tuple[bool, int],  # whether they are float16, number
         query_starts: Sequence[int],
         context_lens: Sequence[int],
-        block_tables: tuple[int, int],  # address, pages of a row
+        block_tables: tuple[int, int, int],  # address, rows, pages of a row
         slots: tuple[int, int],  # address, number
         recent: tuple[int, int, int],  # address of the tables, pages of a row, address of the slots
     ) -> None: ...

@@ -68,12 +68,12 @@ void bind_quantized(nb::module_& m) {
           "__init__",
           [](QuantizedAttention* self, std::array<int64_t, 4> shape, std::pair<Format, Format> formats,
              std::pair<int, int> high, std::pair<bool, int64_t> recent_pages, std::vector<int64_t> query_starts,
-             std::vector<int64_t> context_lens, std::pair<uintptr_t, int64_t> block_tables,
+             std::vector<int64_t> context_lens, std::tuple<uintptr_t, int64_t, int64_t> block_tables,
              std::pair<uintptr_t, int64_t> slots, std::tuple<uintptr_t, int64_t, uintptr_t> recent) {
             QuantizedShape own = shape_of(shape, formats, high);
             own.heads.cell = recent_pages.first ? Cell::f16 : Cell::f32;
             PagedInputs inputs{own.heads,           shape[0], std::move(query_starts), std::move(context_lens),
-                               (const int64_t*)block_tables.first, block_tables.second,
+                               (const int64_t*)std::get<0>(block_tables), std::get<1>(block_tables), std::get<2>(block_tables),
                                (const int64_t*)slots.first, slots.second};
             RecentInputs rows{recent_pages.second, (const int64_t*)std::get<0>(recent), std::get<1>(recent),
                               (const int64_t*)std::get<2>(recent)};

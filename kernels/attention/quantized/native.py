@@ -122,7 +122,7 @@ def _step(inputs: AttentionInputs, cache: QuantizedCache) -> "_native.QuantizedA
             (cache.recent.dtype == torch.float16, cache.recent.shape[0]),
             inputs.query_starts,
             inputs.context_lens,
-            (tables.data_ptr(), tables.shape[1]),
+            (tables.data_ptr(), *tables.shape),
             (slots.data_ptr(), slots.shape[0]),
             recent,
         )
