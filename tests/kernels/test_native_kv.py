@@ -1,4 +1,4 @@
-"""The quantized cache in C++: the reference's bytes, float64's attention, and the same bits whatever is computed beside."""
+"""The quantized cache in C++: the reference's bytes, float64's attention, the same bits whatever is beside."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.batch import BatchRow, build_batch
 from kernels import native
 from kernels.attention.f16.layout import keys_of, values_of
-from kernels.attention.quantized.cache import LayerCodec, QuantizedCache, QuantizedSpec, page_views
+from kernels.attention.quantized.cache import LayerCodec, QuantizedSpec, page_views
 from kernels.attention.quantized.layout import RECENT_TOKENS, WIDTHS, ChunkLayout
 from kernels.attention.quantized.transforms import Hadamard, HeadTransform, Identity, Permutation
 from kernels.contract import AttentionInputs
@@ -150,7 +150,7 @@ def exact_attention(world: World, start: int, length: int) -> tuple[Tensor, Tens
 
 def largest_of_groups(x: Tensor, group_size: int) -> Tensor:
     """x: [..., D] -> the same shape."""
-    grouped = x.abs().unflatten(-1, (-1, group_size))
+    grouped = x.abs().reshape(*x.shape[:-1], -1, group_size)
     return grouped.amax(-1, keepdim=True).expand(grouped.shape).flatten(-2)
 
 
@@ -164,8 +164,10 @@ def weight_error(world: World, weights: Tensor, kv_head: int) -> Tensor:
     both = stored.contiguous().view(layout.parameter_dtype).squeeze(-1).double()  # [n, 2 num_groups]
     both = both * float(world.codec.values.prescale[kv_head])
     scales, zeros = both.chunk(2, -1)
-    blocks = torch.nn.functional.pad(weights, (0, -length % BLOCK)).unflatten(1, (-1, BLOCK))[..., None]
-    read = torch.nn.functional.pad(scales, (0, 0, 0, -length % BLOCK)).unflatten(0, (-1, BLOCK)) * (blocks > 0)
+    padded = torch.nn.functional.pad(weights, (0, -length % BLOCK))
+    blocks = padded.reshape(len(weights), -1, BLOCK, 1)
+    read = torch.nn.functional.pad(scales, (0, 0, 0, -length % BLOCK))
+    read = read.reshape(-1, BLOCK, scales.shape[1]) * (blocks > 0)
     peaks = blocks.amax(2) * read.amax(2)  # [rows, blocks, num_groups]
     error = 1.01 / levels(layout.bits) / 2 * layout.max_code / 2 * (peaks * (blocks > 0).sum(2)).sum(1)
     products = weights[:, :, None] * (scales * layout.max_code + zeros.abs())
@@ -276,12 +278,12 @@ def test_later_tokens_cannot_reach_a_row(isa: str, bits: tuple[float, float]) ->
 @pytest.mark.parametrize("bits", [(bits, bits) for bits in WIDTHS], ids=str)
 @pytest.mark.parametrize("turn", [Identity(), Hadamard()], ids=["as they are", "turned"])
 def test_store_writes_what_the_reference_writes(isa: str, bits: tuple[float, float], turn: HeadTransform) -> None:
-    """Bitwise: codes, scales, zeros and recent pages, for ties, huge ranges, groups of one value, infinities and NaN."""
+    """Bitwise: codes, scales, zeros, recent pages, for ties, huge ranges, groups of one value, infinities and NaN."""
     _native.use_isa(isa)
     for sizes, page_size in (((32, 16), 16), ((96, 48), 64), ((128, 128), 32)):
         world = World(codec_of(bits, sizes, high=(40, 4), turn=turn), 40, page_size)
-        for x, factor in ((world.k, 1.0), (world.v, 1e-3)):
-            x *= factor
+        world.v *= 1e-3
+        for x in (world.k, world.v):
             x[3], x[4], x[5] = 0.25, torch.round(x[4] * 4), x[5] * 1e5
             x[6], x[7, 0, 3], x[8, 1, 1], x[9, 0, 20] = 0, torch.inf, torch.nan, -1e30
         expected = replace(world.cache, pages=world.cache.pages.clone(), recent=world.cache.recent.clone())
@@ -322,18 +324,19 @@ def test_nan_shows_and_infinities_saturate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("bits", "head_dim", "group_size", "change", "reason"),
     [
-        ({"layout": ((4.0, 40, 40), 16)}, "head_dim 40 is not a multiple of 16"),
-        ({"layout": ((8.0, 64, 8), 16)}, r"groups of 8 channels \(keys\) are not a multiple of 16"),
-        ({"dtype": torch.bfloat16}, "float32 activations"),
-        ({"device": torch.device("meta")}, "not on meta"),
+        (4.0, 40, 40, {}, "head_dim 40 is not a multiple of 16"),
+        (8.0, 64, 8, {}, r"groups of 8 channels \(keys\) are not a multiple of 16"),
+        (4.0, 64, 32, {"dtype": torch.bfloat16}, "float32 activations"),
+        (4.0, 64, 32, {"device": torch.device("meta")}, "not on meta"),
     ],
 )
-def test_what_is_not_served_is_refused_with_the_reason(change: dict[str, object], reason: str) -> None:
-    row, page_size = change.pop("layout", ((4.0, 64, 32), 16))  # type: ignore[misc]
-    codec = row_codec(*row, 2)
-    spec = QuantizedSpec(4, 2, ChunkLayout(codec.layout, codec.layout, page_size), torch.device("cpu"), torch.float32)
+def test_what_is_not_served_is_refused_with_the_reason(
+    bits: float, head_dim: int, group_size: int, change: dict[str, object], reason: str
+) -> None:
+    codec = row_codec(bits, head_dim, group_size, 2)
+    spec = QuantizedSpec(4, 2, ChunkLayout(codec.layout, codec.layout, 16), torch.device("cpu"), torch.float32)
     assert re.search(reason, KERNEL.refuses(replace(spec, **change)) or "")  # type: ignore[arg-type]
 
 

@@ -23,8 +23,9 @@ class QuantizedNative:
 
     k_ij, v_ij as in the reference. Products with codes are exact sums of integers: a query's channels are rounded to
     1 / levels of the largest of their group; and weights times scales, for what codes differ from the middle one, to
-    1 / levels of the largest weight times the largest scale of 64 tokens. All else is float32. A row's result is the same to the last bit for any batch, any chunks of its prompt, any number of
-    threads and any instruction set. Only rows below a sequence's context length can reach a result.
+    1 / levels of the largest weight times the largest scale of 64 tokens. All else is float32. A row's result is the
+    same to the last bit for any batch, any chunks of its prompt, any number of threads and any instruction set. Only
+    rows below a sequence's context length can reach a result.
 
     A sequence of n tokens reads n * token_bytes of its pages, once for up to 48 / G query rows, and its window, for
     4 * n * num_heads * D operations a query row, twice as integers.
@@ -69,8 +70,8 @@ class QuantizedNative:
 
 
 def levels(bits: float) -> int:
-    """Steps that a query, or a weight, is rounded to: one int8 digit, two where codes are as fine as one. On normal data
-    in groups of 64 one digit makes an error of 0.006 of a query's size, 4 bits one of 0.1 of a key's."""
+    """Steps that a query, or a weight, is rounded to: one int8 digit, two where codes are as fine as one. On normal
+    data in groups of 64 one digit makes an error of 0.006 of a query's size, 4 bits one of 0.1 of a key's."""
     return 127 * 128 if bits == 8 else 127
 
 
