@@ -30,7 +30,9 @@ def named(kernel: QuantizedKernel) -> str:
     return kernel.name
 
 
-every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=named)
+# The bounds are those of float32 products; the C++ kernel rounds queries and weights and has bounds of its own
+# (test_native_kv.py).
+every_kernel = pytest.mark.parametrize("kernel", KERNELS[-1:], ids=named)
 
 
 def codec_of(bits: tuple[float, float], window: int = WINDOW, num_sinks: int = SINKS, head_dim: int = 32) -> LayerCodec:
