@@ -9,12 +9,13 @@ import torch
 from engine.checkpoint.errors import CheckpointError
 from engine.config import ConfigError, EngineConfig, Plan, resolve
 from engine.core import EngineCore, Parts
-from engine.loading import Checkpoint, LoadedModel, load_model, model_facts, open_checkpoint, page_layout
+from engine.loading import Checkpoint, LoadedModel, load_model, model_facts, open_checkpoint
 from engine.messages import Cancel, Failed, Inbound, Loading, PlanSummary, Sampling, Submit
 from engine.models.config import UnsupportedModel
 from engine.runner import Runner
 from kernels import native
 from kernels.contract import KernelRefused
+from kvcache.calibration import FILE_NAME, CalibrationError
 from kvcache.layout import PageLayout
 from kvcache.manager import KVCacheManager, RecentSizes
 from kvcache.policy import PolicyError
@@ -40,9 +41,9 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
         native.set_num_threads(plan.threads)
         loaded = load_model(checkpoint, plan)
         torch.set_num_threads(_torch_threads(loaded, plan))
-        layout = page_layout(checkpoint, plan.kv_policy, plan.page_size)
+        layout = loaded.layout
         storage = _allocate(layout, plan)
-    except (CheckpointError, ConfigError, KernelRefused, PolicyError, UnsupportedModel) as error:
+    except (CalibrationError, CheckpointError, ConfigError, KernelRefused, PolicyError, UnsupportedModel) as error:
         raise StartError(str(error)) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise StartError(f"not enough memory for the weights: {error}. Use a smaller model") from error
@@ -54,7 +55,7 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
         return EngineCore(Parts(plan, runner, storage, manager, checkpoint.config.vocab_size, eos_token_ids))
 
     speed = measure_decode(core(make_manager(plan, layout, "measurement")), plan)
-    salt = f"{checkpoint.folder.resolve()}:{layout.policy}"
+    salt = f"{checkpoint.folder.resolve()}:{layout.salt}"
     summary = _summary(checkpoint, plan, loaded, (load_seconds, speed))
     return core(make_manager(plan, layout, salt)), summary
 
@@ -117,7 +118,7 @@ def make_manager(plan: Plan, layout: PageLayout, salt: str) -> KVCacheManager:
 
 def _summary(checkpoint: Checkpoint, plan: Plan, loaded: LoadedModel, timing: tuple[float, float]) -> PlanSummary:
     load_seconds, tokens_per_s = timing
-    layout = page_layout(checkpoint, plan.kv_policy, plan.page_size)
+    layout = loaded.layout
     return PlanSummary(
         model=str(checkpoint.folder),
         architecture=checkpoint.config.architecture,
@@ -145,6 +146,7 @@ def _summary(checkpoint: Checkpoint, plan: Plan, loaded: LoadedModel, timing: tu
             *checkpoint.config.notes,
             *loaded.notes,
             *_memory_note(checkpoint, plan),
+            *_calibration_note(layout),
             *_recent_note(layout, plan),
         ),
     )
@@ -159,6 +161,16 @@ def _memory_note(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     context_len = checkpoint.config.context_len
     if plan.max_model_len < context_len and plan.max_model_len == plan.num_kv_tokens:
         return (f"context limited to {plan.max_model_len:,} of {context_len:,} tokens by the memory of the KV cache",)
+    return ()
+
+
+def _calibration_note(layout: PageLayout) -> tuple[str, ...]:
+    """What a policy that would use an artifact runs on."""
+    if layout.calibration is not None:
+        held = layout.calibration
+        return (f"KV cache calibrated on {held.header.provenance} (artifact {held.digest[:8]})",)
+    if layout.policy.is_calibrated:
+        return (f"KV cache not calibrated: no {FILE_NAME}, so heads are rotated instead; nibble calibrate makes one",)
     return ()
 
 

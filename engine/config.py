@@ -30,6 +30,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     device: Device = "auto"  # the CPU, until GPU kernels exist; "cuda" runs the reference kernels there
     kernel: str = "auto"  # or the name of one back end every layer must use
     kv_policy: str = "f16"
+    kv_calibration: str | None = None  # a file; None: the one beside the checkpoint, if the policy uses one
     kv_memory: int | None = None  # bytes
     page_size: int = 64
     max_model_len: int | None = None
@@ -69,6 +70,7 @@ class Plan(msgspec.Struct, frozen=True):
     threads: int
     activations: Activations
     head_bits: HeadBits
+    kv_calibration: str | None = None
     num_recent_pages: int = 0  # RECENT_TOKENS tokens each, in high precision
 
     @property
@@ -92,6 +94,7 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Plan:
         device="cpu" if config.device == "auto" else config.device,
         kernel=None if config.kernel == "auto" else config.kernel,
         kv_policy=config.kv_policy,
+        kv_calibration=config.kv_calibration,
         page_size=config.page_size,
         num_pages=num_pages,
         max_model_len=min(max_model_len, capacity),

@@ -18,6 +18,7 @@ import kernels.attention.registry
 import kernels.linear.registry
 import kernels.norm
 import kernels.rope
+from engine.calibration.fingerprint import fingerprint
 from engine.checkpoint.errors import TensorError
 from engine.checkpoint.format import Format, detect
 from engine.checkpoint.source import Progress, Source
@@ -42,9 +43,9 @@ from kernels.contract import (
 from kernels.linear.affine.quantize import quantize_symmetric
 from kernels.linear.dense.layout import DenseWeights
 from kernels.linear.weights import LinearWeights, Term
-from kvcache.calibration import FILE_NAME
+from kvcache.calibration import FILE_NAME, CalibrationError, read_calibration
 from kvcache.layout import PageLayout
-from kvcache.policy import PolicyError, read_policy
+from kvcache.policy import Policy, PolicyError, read_policy
 from kvcache.storage import page_dtype
 
 ROUNDED = "activations rounded to 8 bits where they meet quantized weights; --activations float keeps them"
@@ -78,6 +79,7 @@ class LoadedModel:
     device: str
     dtype: str  # of the activations
     notes: tuple[str, ...]  # what was changed at load
+    layout: PageLayout  # of the cache that the attention kernels were chosen for
 
 
 def open_checkpoint(folder: Path, on_progress: Progress | None = None) -> Checkpoint:
@@ -90,22 +92,42 @@ def open_checkpoint(folder: Path, on_progress: Progress | None = None) -> Checkp
     return Checkpoint(folder, description, source, detect(read_json(folder), source))
 
 
-def page_layout(checkpoint: Checkpoint, kv_policy: str, page_size: int) -> PageLayout:
-    """What a page of the cache holds. Raises PolicyError when the policy is not known or cannot serve the model."""
+def page_layout(checkpoint: Checkpoint, kv_policy: str, page_size: int, artifact: str | None = None) -> PageLayout:
+    """What a page of the cache holds, with the calibration that the policy asks for: the file `artifact`, or else the
+    one beside the checkpoint. The checkpoint must not be closed yet.
+
+    Raises PolicyError when the policy is not known or cannot serve the model, and CalibrationError when the artifact
+    cannot: damaged, or made for another model or policy.
+    """
     policy, config = read_policy(kv_policy), checkpoint.config
-    artifact = checkpoint.folder / FILE_NAME
-    if policy.is_calibrated and artifact.exists():
+    sizes = (config.num_layers, config.num_kv_heads, config.head_dim, page_size)
+    path = _artifact_path(checkpoint, policy, artifact)
+    if path is None:
+        return PageLayout(policy, *sizes)
+    calibration = read_calibration(path, fingerprint(config, checkpoint.source))
+    try:
+        return PageLayout(policy, *sizes, calibration)
+    except CalibrationError as error:
+        raise CalibrationError(f"KV cache policy {policy} and {path}: {error}") from error
+
+
+def _artifact_path(checkpoint: Checkpoint, policy: Policy, named: str | None) -> Path | None:
+    """The artifact to use, if any."""
+    if named is None:
+        beside = checkpoint.folder / FILE_NAME
+        return beside if policy.is_calibrated and beside.exists() else None
+    if not policy.is_calibrated:
         raise PolicyError(
-            f"KV cache policy {policy}: {artifact} cannot be used yet. Move it elsewhere to serve the policy without "
-            f"calibration, or use {str(policy).replace('skvq:', '')}, which needs none"
+            f"KV cache policy {policy} uses no calibration, and --kv-calibration names {named}: leave it out, or use a "
+            "policy such as skvq:k2v2"
         )
-    return PageLayout(policy, config.num_layers, config.num_kv_heads, config.head_dim, page_size)
+    return Path(named)
 
 
 def model_facts(checkpoint: Checkpoint, config: EngineConfig) -> ModelFacts:
     """What `resolve` must know before a weight is read. Raises PolicyError when the cache policy is not known or cannot
     serve the model."""
-    layout = page_layout(checkpoint, config.kv_policy, config.page_size)
+    layout = page_layout(checkpoint, config.kv_policy, config.page_size, config.kv_calibration)
     device = config.device
     return ModelFacts(
         max_position=checkpoint.config.context_len,
@@ -136,6 +158,7 @@ def load_model(checkpoint: Checkpoint, plan: Plan) -> LoadedModel:
         weight_bytes=checkpoint.source.total_bytes,
         device=plan.device,
         dtype=str(parts.dtype).removeprefix("torch."),
+        layout=parts.layout,
     )
 
 
@@ -146,7 +169,7 @@ class CheckpointParts:
         self._source = checkpoint.source
         self._format = checkpoint.format
         self._plan = plan
-        self._layout = page_layout(checkpoint, plan.kv_policy, plan.page_size)
+        self.layout = page_layout(checkpoint, plan.kv_policy, plan.page_size, plan.kv_calibration)
         self._device = torch.device(plan.device)
         self.dtype = ACTIVATION_DTYPES[plan.device]
         self._chosen: Counter[tuple[str, str, str]] = Counter()  # (what, kernel, refusals) -> layers
@@ -180,10 +203,10 @@ class CheckpointParts:
         return Rope(self._choose_row_op("rope", kernels.rope.KERNELS, spec), config.rope, self._device)
 
     def attention_kernel(self, config: ModelConfig, layer: int) -> AttentionKernel | QuantizedKernel:
-        policy, heads = self._layout.layers[layer], (config.num_heads, config.num_kv_heads)
+        policy, heads = self.layout.layers[layer], (config.num_heads, config.num_kv_heads)
         spec: AttentionSpec | QuantizedSpec
         if policy.is_quantized:
-            codec, spec = "quantized", QuantizedSpec(*heads, self._layout.chunk(policy), self._device, self.dtype)
+            codec, spec = "quantized", QuantizedSpec(*heads, self.layout.chunk(policy), self._device, self.dtype)
         else:
             sizes = (config.head_dim, self._plan.page_size)
             codec, spec = "f16", AttentionSpec(*heads, *sizes, self._device, self.dtype, page_dtype(policy))

@@ -5,14 +5,13 @@ One metadata entry, "kvcal", is JSON (`Header`); the tensors, for L layers, H kv
     k_perm  v_perm   [L, H, D] int16         x'[c] = x[perm[c]], inside each head
     k_clip  v_clip   [L, H, D / g] float16   alpha, above 0 and at most 1; 1 where a layer has 16 bits
     k_ps    v_ps     [L, H] float32          prescales, powers of two
-    inv_freq         [L, H, D / 2] float32   rotary frequencies in the order of k_perm, iff permuted before RoPE
     k_rot   v_rot    [L, H, D, D] float32    optional orthogonal matrices, applied after the permutation
 
-Keys are permuted before RoPE when the weights hold the permutation (`fused`) or pages hold keys before RoPE; then a
-permutation must keep rotary partners (c, c + D/2) together.
+All of it acts on what is stored: keys after RoPE, and values. Nothing is folded into the weights.
 """
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
@@ -30,7 +29,7 @@ LARGEST_DEVIATION = 1e-3  # of a rotation times its transpose from the identity:
 
 
 class CalibrationError(ValueError):
-    """The artifact is damaged or was made for something else; the message says which and what to do."""
+    """The artifact is missing, damaged or was made for something else; the message says which and what to do."""
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,17 +42,12 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head_dim: int  # D
     group_size: int  # g
     bits: tuple[tuple[float, float], ...]  # of keys and values in each layer
-    rope: Literal["after", "before"]  # pages hold keys after RoPE, or before it
-    fused: bool  # the checkpoint's weights are permuted already
+    rope: Literal["after"]  # what is described are keys after RoPE
     clip_mode: Literal["mid", "origin"]
     parameters: Literal["e4m3"]  # of scales and zeros; float16 at 8 bits
     window: int  # W and S that the search assumed
     num_sinks: int
     provenance: str  # the data it was calibrated on
-
-    @property
-    def permutes_before_rope(self) -> bool:
-        return self.fused or self.rope == "before"
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,6 @@ class Calibration:
     v_clip: Tensor
     k_ps: Tensor
     v_ps: Tensor
-    inv_freq: Tensor | None = None
     k_rot: Tensor | None = None
     v_rot: Tensor | None = None
 
@@ -78,9 +71,6 @@ class Calibration:
             raise CalibrationError(f"groups of {header.group_size} do not divide heads of {header.head_dim} channels")
         if len(header.bits) != header.num_layers:
             raise CalibrationError(f"bits are given for {len(header.bits)} layers of {header.num_layers}")
-        if header.permutes_before_rope != (self.inv_freq is not None):
-            state = "missing" if self.inv_freq is None else "there, and nothing would use it"
-            raise CalibrationError(f"inv_freq is {state}: rope is {header.rope!r} and fused is {header.fused}")
         for name, tensor in held.items():
             dtype, shape = _expected(name, header)
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
@@ -89,6 +79,15 @@ class Calibration:
             wrong = _what_is_wrong(name, tensor, header)
             if wrong is not None:
                 raise CalibrationError(f"tensor {name} {wrong}")
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for the content, part of what names a page: other clips make other pages of the same tokens."""
+        content = blake2b(msgspec.json.encode(self.header), digest_size=DIGEST_BYTES)
+        for name, tensor in sorted(self.tensors().items()):
+            content.update(name.encode())
+            content.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return content.hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by name."""
@@ -133,18 +132,12 @@ def read_calibration(path: Path, fingerprint: str) -> Calibration:
         raise CalibrationError(f"{path}: {error}") from error
 
 
-def digest(path: Path) -> str:
-    """A name for the artifact's content, part of what names a page: other clips make other pages of the same tokens."""
-    return blake2b(path.read_bytes(), digest_size=DIGEST_BYTES).hexdigest()
-
-
 def _expected(name: str, header: Header) -> tuple[torch.dtype, tuple[int, ...]]:
     heads, dim = (header.num_layers, header.num_kv_heads), header.head_dim
     return {
         "perm": (torch.int16, (*heads, dim)),
         "clip": (torch.float16, (*heads, dim // header.group_size)),
         "ps": (torch.float32, heads),
-        "freq": (torch.float32, (*heads, dim // 2)),
         "rot": (torch.float32, (*heads, dim, dim)),
     }[name.split("_")[1]]
 
@@ -152,27 +145,19 @@ def _expected(name: str, header: Header) -> tuple[torch.dtype, tuple[int, ...]]:
 def _what_is_wrong(name: str, tensor: Tensor, header: Header) -> str | None:
     """What no tensor of this name may hold, of the right shape as it is."""
     match name.split("_")[1]:
-        case "perm":
-            return _what_is_wrong_with_order(name, tensor, header)
+        case "perm" if not torch.equal(tensor.sort(-1).values, _channels(header).expand(tensor.shape)):
+            return f"is not a permutation of the {header.head_dim} channels in every head"
         case "clip" if not bool(((tensor > 0) & (tensor <= 1)).all()):
             return "must be above 0 and at most 1"
         case "ps" if not bool((tensor > 0).all()) or bool((torch.frexp(tensor).mantissa != 0.5).any()):
             return "must hold powers of two"
-        case "freq" if not bool((tensor >= 0).all()):
-            return "must hold frequencies"
         case "rot" if not _is_orthogonal(tensor):
             return "is not orthogonal: attention would change"
     return None
 
 
-def _what_is_wrong_with_order(name: str, perm: Tensor, header: Header) -> str | None:
-    channels = torch.arange(header.head_dim, dtype=perm.dtype)
-    if not torch.equal(perm.sort(-1).values, channels.expand(perm.shape)):
-        return f"is not a permutation of the {header.head_dim} channels in every head"
-    first, second = perm.chunk(2, dim=-1)
-    if name == "k_perm" and header.permutes_before_rope and not torch.equal(first + header.head_dim // 2, second):
-        return "parts rotary partners, and keys are permuted before RoPE"
-    return None
+def _channels(header: Header) -> Tensor:
+    return torch.arange(header.head_dim, dtype=torch.int16)
 
 
 def _is_orthogonal(matrices: Tensor) -> bool:

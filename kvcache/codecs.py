@@ -38,17 +38,8 @@ def uncalibrated_codec(
 
 def calibrated_codec(layer: LayerPolicy, calibration: Calibration, index: int) -> LayerCodec:
     """What the artifact says of layer `index`. Raises CalibrationError when it was made for something else."""
-    header = calibration.header
-    if header.permutes_before_rope:
-        raise CalibrationError("keys permuted before RoPE are not served: calibrate with rope 'after' and not fused")
-    wanted, made_for = (layer.key_bits, layer.value_bits), header.bits[index]
-    if wanted != made_for or layer.group_size != header.group_size:
-        raise CalibrationError(
-            f"layer {index} is to have {wanted[0]:g} and {wanted[1]:g} bits in groups of {layer.group_size}, and was "
-            f"calibrated for {made_for[0]:g} and {made_for[1]:g} in groups of {header.group_size}: use that policy, or "
-            "calibrate for this one"
-        )
-    codecs = []
+    check_made_for(layer, calibration, index)
+    header, codecs = calibration.header, []
     for bits, clip, prescale in (
         (layer.key_bits, calibration.k_clip, calibration.k_ps),
         (layer.value_bits, calibration.v_clip, calibration.v_ps),
@@ -59,6 +50,19 @@ def calibrated_codec(layer: LayerPolicy, calibration: Calibration, index: int) -
     key_transform = _transform(calibration.k_perm[index], calibration.k_rot, index)
     value_transform = _transform(calibration.v_perm[index], calibration.v_rot, index)
     return LayerCodec(codecs[0], codecs[1], key_transform, value_transform, layer.window, layer.num_sinks)
+
+
+def check_made_for(layer: LayerPolicy, calibration: Calibration, index: int) -> None:
+    """Raises CalibrationError when layer `index` has other widths or groups in the artifact. Window and sinks may
+    differ: they choose the tokens that are read quantized, not how."""
+    header = calibration.header
+    wanted, made_for = (layer.key_bits, layer.value_bits), header.bits[index]
+    if wanted != made_for or layer.group_size != header.group_size:
+        raise CalibrationError(
+            f"layer {index} is to have {wanted[0]:g} and {wanted[1]:g} bits in groups of {layer.group_size}, and was "
+            f"calibrated for {made_for[0]:g} and {made_for[1]:g} in groups of {header.group_size}: use that policy, or "
+            "calibrate for this one"
+        )
 
 
 def _transform(perm: Tensor, rotations: Tensor | None, index: int) -> HeadTransform:

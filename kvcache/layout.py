@@ -1,10 +1,12 @@
 """Shapes and bytes of pages and of recent pages."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from kernels.attention.quantized.layout import RECENT_TOKENS, ChunkLayout, LayoutError, RowLayout
-from kvcache.policy import LayerPolicy, Policy, PolicyError
+from kvcache.calibration import Calibration, CalibrationError
+from kvcache.codecs import check_made_for
+from kvcache.policy import CALIBRATED, LayerPolicy, Policy, PolicyError
 from kvcache.recent import ReadRule
 
 RECENT_BYTES = 2  # of an element of the window and the sinks: float16
@@ -12,22 +14,42 @@ RECENT_BYTES = 2  # of an element of the window and the sinks: float16
 
 @dataclass(frozen=True)
 class PageLayout:
-    """One page: `page_size` tokens of every layer. Raises PolicyError when the policy cannot serve the model."""
+    """One page: `page_size` tokens of every layer. Raises PolicyError when the policy cannot serve the model, and
+    CalibrationError when the artifact was made for another policy."""
 
     policy: Policy
     num_layers: int
     num_kv_heads: int
     head_dim: int
     page_size: int  # tokens
+    calibration: Calibration | None = field(default=None, repr=False, compare=False)  # for the layers that ask for one
 
     def __post_init__(self) -> None:
         for layer in self.layers:
             if layer.is_quantized:
                 self.chunk(layer)
+        if self.calibration is not None:
+            self._check(self.calibration)
+
+    def _check(self, calibration: Calibration) -> None:
+        header = calibration.header
+        made_for = (header.num_layers, header.num_kv_heads, header.head_dim)
+        sizes = (self.num_layers, self.num_kv_heads, self.head_dim)
+        if made_for != sizes:
+            names = "layers, kv heads and channels of a head"
+            raise CalibrationError(f"the model has {sizes} {names}, and the calibration is for {made_for}")
+        for index, layer in enumerate(self.layers):
+            if layer.transform == CALIBRATED:
+                check_made_for(layer, calibration, index)
 
     @cached_property
     def layers(self) -> tuple[LayerPolicy, ...]:
-        return self.policy.layers(self.num_layers, self.head_dim)
+        return self.policy.layers(self.num_layers, self.head_dim, has_artifact=self.calibration is not None)
+
+    @property
+    def salt(self) -> str:
+        """All that decides the bytes of a page besides the tokens and the model."""
+        return str(self.policy) if self.calibration is None else f"{self.policy}:{self.calibration.digest}"
 
     def chunk(self, layer: LayerPolicy) -> ChunkLayout:
         """A page of one kv head of a quantized layer. Raises PolicyError when pages cannot have this size."""

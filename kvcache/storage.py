@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.attention.quantized.cache import QuantizedCache, recent_page_shape
-from kvcache.codecs import uncalibrated_codec
+from kernels.attention.quantized.cache import LayerCodec, QuantizedCache, recent_page_shape
+from kvcache.codecs import calibrated_codec, uncalibrated_codec
 from kvcache.layout import PageLayout
 from kvcache.manager import PageCopy
-from kvcache.policy import LayerPolicy
+from kvcache.policy import CALIBRATED, LayerPolicy
 
 HUGE_PAGE = 2 << 20
 
@@ -52,10 +52,10 @@ class PageStorage:
         self.layout = layout
         self._device = device
         self.layers: list[Any] = [  # as the layer's kernels take it: pages, or a QuantizedCache
-            self._quantized(layer, num_pages, num_recent_pages)
+            self._quantized(index, num_pages, num_recent_pages)
             if layer.is_quantized
             else zeros((num_pages, *layout.layer_shape), page_dtype(layer), device)
-            for layer in layout.layers
+            for index, layer in enumerate(layout.layers)
         ]
 
     def copy(self, copies: Sequence[PageCopy]) -> None:
@@ -75,10 +75,17 @@ class PageStorage:
     def _recent_pages(self) -> list[Tensor]:
         return [layer.recent for layer in self.layers if isinstance(layer, QuantizedCache)]
 
-    def _quantized(self, layer: LayerPolicy, num_pages: int, num_recent_pages: int) -> QuantizedCache:
-        heads, dim, chunk = self.layout.num_kv_heads, self.layout.head_dim, self.layout.chunk(layer)
+    def _codec(self, index: int) -> LayerCodec:
+        layer, calibration = self.layout.layers[index], self.layout.calibration
+        if layer.transform == CALIBRATED and calibration is not None:
+            return calibrated_codec(layer, calibration, index)
+        return uncalibrated_codec(layer, self.layout.num_kv_heads, self.layout.head_dim)
+
+    def _quantized(self, index: int, num_pages: int, num_recent_pages: int) -> QuantizedCache:
+        heads, dim = self.layout.num_kv_heads, self.layout.head_dim
+        chunk = self.layout.chunk(self.layout.layers[index])
         return QuantizedCache(
-            uncalibrated_codec(layer, heads, dim).to(self._device),
+            self._codec(index).to(self._device),
             chunk,
             zeros((num_pages, heads, chunk.chunk_bytes), torch.uint8, self._device),
             zeros((num_recent_pages, *recent_page_shape(heads, dim)), torch.float16, self._device),

@@ -97,6 +97,9 @@ class ServerConfig(BaseSettings):
     max_batch_tokens: int = setting(512, "Engine", "Most tokens in one step; long prompts are split.", ge=1)
 
     kv: Text = setting("f16", "KV cache", "Precision of the cache: f16, k8v8, k4v4, skvq:k4v2, skvq:k2v2 or f32.")
+    kv_calibration: Path | None = setting(
+        None, "KV cache", "Artifact for a skvq: policy. Default: kvcal.safetensors beside the model, if there."
+    )
     kv_memory: Size | None = setting(
         None, "KV cache", "Memory of the cache, like 4GiB. Default: half of what is free.", ge=1
     )
@@ -110,6 +113,7 @@ class ServerConfig(BaseSettings):
             device=self.device,
             kernel=self.kernel,
             kv_policy=self.kv,
+            kv_calibration=None if self.kv_calibration is None else str(self.kv_calibration),
             kv_memory=self.kv_memory,
             page_size=self.page_size,
             max_model_len=self.max_model_len,
@@ -125,7 +129,7 @@ class ServerConfig(BaseSettings):
 # The settings that `nibble inspect` takes: which model, and how it would run.
 ENGINE_SETTINGS = (
     *("model", "revision", "offline", "max_model_len", "device", "kernel", "threads", "activations", "head_bits"),
-    *("max_num_seqs", "max_batch_tokens", "kv", "kv_memory", "page_size"),
+    *("max_num_seqs", "max_batch_tokens", "kv", "kv_calibration", "kv_memory", "page_size"),
 )
 
 

@@ -28,7 +28,7 @@ HOW_TO_CONVERT = (
     "pickled files can run code when opened and are never read. Convert the checkpoint once, on a machine where you "
     "trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)"
 )
-OTHER_MODELS = re.compile(r"(consolidated|adapter_model|expected).*\.safetensors$")  # beside a model, not of it
+OTHER_MODELS = re.compile(r"(consolidated|adapter_model|expected|kvcal).*\.safetensors$")  # beside a model, not of it
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {
     "BOOL": torch.bool,
@@ -123,6 +123,11 @@ class Source:
             self.read_bytes += self.num_bytes(name)
             if self._on_progress is not None:
                 self._on_progress(self.read_bytes, self.total_bytes)
+        return tensor
+
+    def peek(self, name: str) -> Tensor:
+        """A tensor as stored, to look at a few of its bytes: does not count as read. Raises TensorError."""
+        tensor: Tensor = self._handle(name).get_tensor(name)
         return tensor
 
     def take(self, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype] = FLOATS) -> Tensor:

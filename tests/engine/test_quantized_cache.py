@@ -15,13 +15,15 @@ from engine.config import EngineConfig
 from engine.core import EngineCore, Parts
 from engine.messages import Cancel, Event, Inbound, Logprobs, PromptLogprobs, Submit, Token
 from kvcache.layout import PageLayout
+from tests.engine.artifacts import write_random
 from tests.engine.models.oracle import write_checkpoint
 from tests.engine.models.variants import SIZES
 from tests.engine.worlds import run, submit
 
 POLICIES = {  # name -> tokens of a page
     "k4v4:w16:s4": 16,
-    "skvq:k2v2:w32": 32,
+    "skvq:k2v2:w32": 32,  # skvq: with an artifact
+    "skvq:k4v2:w24:s1": 16,  # and with one that turns heads
     "k8v8": 16,
     "k4v4:w40:s20/0=f16": 16,
     "k3v1.5:w1:s0": 16,
@@ -88,9 +90,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=POLICIES)
-def world(folder: Path, request: pytest.FixtureRequest) -> World:
+def world(folder: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
     policy = str(request.param)
     config = EngineConfig(str(folder), kv_policy=policy, page_size=POLICIES[policy], max_num_seqs=8, head_bits=16)
+    if policy.startswith("skvq:"):
+        artifact = write_random(folder, policy, tmp_path_factory.mktemp("artifact") / "cal", rotated="k4" in policy)
+        config = msgspec.structs.replace(config, kv_calibration=str(artifact))
     return World(build(config)[0].parts, build(config)[0].parts)
 
 
@@ -192,18 +197,6 @@ def test_any_schedule(world: World, data: st.DataObject) -> None:
     events += run(core, [])
     for request in requests:
         check(world, request, events)
-
-
-def test_an_artifact_that_cannot_be_used_is_not_ignored(folder: Path) -> None:
-    """Bug: a calibrated checkpoint that is served without its calibration, in silence."""
-    artifact = folder / "kvcal.safetensors"
-    artifact.write_bytes(b"")
-    try:
-        with pytest.raises(StartError, match=r"skvq:k2v2.*kvcal\.safetensors cannot be used yet.*use k2v2"):
-            build(EngineConfig(str(folder), kv_policy="skvq:k2v2"))
-        assert build(EngineConfig(str(folder), kv_policy="k2v2"))[1].num_recent_pages > 0
-    finally:
-        artifact.unlink()
 
 
 def test_a_policy_that_cannot_serve_the_model_says_what_can(folder: Path) -> None:
