@@ -27,7 +27,8 @@ from engine.checkpoint.errors import FormatRefused, TensorError
 from engine.checkpoint.linear import present, read_bias, read_dense, read_settings
 from engine.checkpoint.source import FLOATS, Source
 from kernels.linear.affine.layout import AffineWeights
-from kernels.linear.weights import LinearWeights, Permutation
+from kernels.linear.transforms import Permutation
+from kernels.linear.weights import LinearWeights
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape", "bias", "weight")
 FORMAT = "pack-quantized"

@@ -26,7 +26,8 @@ from engine.checkpoint.errors import FormatRefused
 from engine.checkpoint.linear import is_packed, present, read_bias, read_dense, read_settings, rename
 from engine.checkpoint.source import FLOATS, Source
 from kernels.linear.affine.layout import AffineWeights
-from kernels.linear.weights import LinearWeights, Permutation
+from kernels.linear.transforms import Permutation
+from kernels.linear.weights import LinearWeights
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias", "weight")
 ONE_IN_EVERY_FIELD = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # bits -> word

@@ -15,7 +15,7 @@ from engine.models.config import ModelConfig
 from engine.models.rope import RopeConfig, inverse_frequencies
 from kernels.attention.quantized.cache import QuantizedKernel
 from kernels.contract import ActivationKernel, AttentionInputs, AttentionKernel, LinearKernel, NormKernel, RopeKernel
-from kernels.linear.weights import Permutation
+from kernels.linear.transforms import Transform, same
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,18 @@ class BoundTerm:
 
 
 class Linear:
-    """y = sum_t Term_t(Pre(x)) + bias."""
+    """y = Post(sum_t Term_t(Pre(x))) + bias."""
 
-    def __init__(self, terms: Sequence[BoundTerm], pre: Sequence[Permutation], bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        terms: Sequence[BoundTerm],
+        pre: Sequence[Transform],
+        bias: Tensor | None,
+        post: Sequence[Transform] = (),
+    ) -> None:
         self.terms = tuple(terms)
         self.pre = tuple(pre)
+        self.post = tuple(post)
         self.bias = bias  # [out_features] of the activations' dtype
         self._joined = [term.kernel.join([term.prepared]) for term in terms]
 
@@ -43,6 +50,12 @@ class Linear:
         y = results[0]  # [num_tokens, out_features]
         for other in results[1:]:
             y = y + other
+        return self.finish(y)
+
+    def finish(self, y: Tensor) -> Tensor:
+        """y: [num_tokens, out_features], the sum of the terms -> what the layer gives."""
+        for transform in self.post:
+            y = transform.apply(y)
         return y if self.bias is None else y + self.bias
 
 
@@ -61,9 +74,7 @@ class Projections:
         for transform in first.pre:
             x = transform.apply(x)
         results = first.terms[0].kernel.linear(x, self._joined)
-        return tuple(
-            y if linear.bias is None else y + linear.bias for linear, y in zip(self._linears, results, strict=True)
-        )
+        return tuple(linear.finish(y) for linear, y in zip(self._linears, results, strict=True))
 
 
 def _join(linears: Sequence[Linear]) -> Any | None:
@@ -72,9 +83,7 @@ def _join(linears: Sequence[Linear]) -> Any | None:
     for linear in linears:
         if len(linear.terms) != 1 or linear.terms[0].kernel is not first.terms[0].kernel:
             return None
-        if len(linear.pre) != len(first.pre):
-            return None
-        if not all(torch.equal(a.index, b.index) for a, b in zip(linear.pre, first.pre, strict=True)):
+        if not same(linear.pre, first.pre):
             return None
     return first.terms[0].kernel.join([linear.terms[0].prepared for linear in linears])
 

@@ -1,9 +1,8 @@
 """The canonical description of a linear layer, whatever the format on disk.
 
-    y = sum_t Term_t( Pre(x) ) + bias
+    y = Post( sum_t Term_t( Pre(x) ) ) + bias
 
-Every reader in ``engine/checkpoint`` returns this; kernels see single terms. Families with post transforms add them
-here the day a format needs them.
+Every reader in ``engine/checkpoint`` returns this; kernels see single terms.
 """
 
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from kernels.linear.transforms import Transform
 
 
 class Term(Protocol):
@@ -52,23 +53,13 @@ class Term(Protocol):
 
 
 @dataclass(frozen=True)
-class Permutation:
-    """Pre-transform: column j of the term multiplies input channel ``index[j]`` (GPTQ act-order)."""
-
-    index: Tensor  # [in_features] int64
-
-    def apply(self, x: Tensor) -> Tensor:
-        """x: [..., in_features] -> the same shape, channels in the term's order."""
-        return x.index_select(-1, self.index)
-
-
-@dataclass(frozen=True)
 class LinearWeights:
-    """A whole layer: terms that are summed, what is done to the input first, and the bias."""
+    """A whole layer: terms that are summed, what is done to the input first and to the sum last, and the bias."""
 
     terms: tuple[Term, ...]
-    pre: tuple[Permutation, ...] = ()
+    pre: tuple[Transform, ...] = ()  # the first is applied first
     bias: Tensor | None = None  # [out_features]
+    post: tuple[Transform, ...] = ()  # likewise
 
     @property
     def in_features(self) -> int:
@@ -83,14 +74,14 @@ class LinearWeights:
         return sum(term.num_bytes for term in self.terms)
 
     def describe(self) -> str:
-        order = " act-order" if self.pre else ""
-        return " + ".join(term.describe() for term in self.terms) + order
+        around = [transform.describe() for transform in (*self.pre, *self.post)]
+        return " ".join([" + ".join(term.describe() for term in self.terms), *around])
 
     def dequantize(self) -> Tensor:
         """Return W as [out_features, in_features] float32, columns in the order of the layer's input channels."""
         weight = torch.stack([term.dequantize() for term in self.terms]).sum(0)  # [out, in]
-        for permutation in reversed(self.pre):
-            original = torch.empty_like(weight)
-            original[:, permutation.index] = weight
-            weight = original
+        for transform in reversed(self.pre):
+            weight = transform.apply_transposed(weight)
+        for transform in self.post:
+            weight = transform.apply(weight.T).T
         return weight
