@@ -249,7 +249,8 @@ class CheckpointParts:
         """Choose a kernel for every term and let it repack the weights. Raises TensorError naming a damaged layer."""
         bias = None if weights.bias is None else self._activation(weights.bias)
         pre = tuple(self._place(transform) for transform in weights.pre)
-        bound = Linear([self._bind_term(name, term) for term in weights.terms], pre, bias)
+        post = tuple(self._place(transform) for transform in weights.post)
+        bound = Linear([self._bind_term(name, term) for term in weights.terms], pre, bias, post)
         self._source.release()
         return bound
 
