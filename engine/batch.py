@@ -21,6 +21,7 @@ class BatchRow:
     page_size: int  # tokens
     num_logits: int  # how many of the last rows need logits: 0 while a prompt is unfinished, usually 1
     recent_table: Mapping[int, int] = field(default_factory=dict)  # position // RECENT_TOKENS -> recent page id
+    window: int | None = None  # tokens that the rows read in high precision; None: what the cache's policy says
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Batch:
             self.attention,
             block_tables=self.attention.block_tables.to(device),
             slots=self.attention.slots.to(device),
-            recent=None if recent is None else RecentInputs(recent.tables.to(device), recent.slots.to(device)),
+            recent=None if recent is None else recent.to(device),
         )
         return Batch(self.input_ids.to(device), self.positions.to(device), attention, self.logit_rows.to(device))
 
@@ -96,4 +97,4 @@ def _recent(rows: Sequence[BatchRow]) -> RecentInputs:
         for position in range(row.start, row.start + len(row.token_ids)):
             page = held.get(position // RECENT_TOKENS)
             slots.append(-1 if page is None else page * RECENT_TOKENS + position % RECENT_TOKENS)
-    return RecentInputs(tables, torch.tensor(slots, dtype=torch.int64))
+    return RecentInputs(tables, torch.tensor(slots, dtype=torch.int64), tuple(row.window for row in rows))

@@ -119,7 +119,7 @@ class QuantizedAttention:
         self,
         shape: tuple[int, int, int, int],  # num_pages, num_kv_heads, head_dim, page_size
         formats: tuple[tuple[int, int, int, int, int, int, int], tuple[int, int, int, int, int, int, int]],
-        high: tuple[int, int],  # window, sinks
+        high: tuple[Sequence[int], int],  # window of each sequence, sinks
         recent_pages: tuple[bool, int],  # whether they are float16, number
         query_starts: Sequence[int],
         context_lens: Sequence[int],

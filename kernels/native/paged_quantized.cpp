@@ -22,12 +22,15 @@ void check_format(const RowFormat& format, int head_dim) {
 }
 
 void check_recent(const PagedInputs& in, const QuantizedShape& shape, const RecentInputs& recent) {
+  require(recent.windows.size() == in.context_lens.size(), "there must be a window for each sequence");
   for (size_t i = 0; i < in.context_lens.size(); i++) {
     int64_t stop = in.context_lens[i], first = stop - (in.query_starts[i + 1] - in.query_starts[i]);
+    int64_t window = recent.windows[i];
+    require(window >= 0, "a window cannot be negative");
     if (first == stop) continue;
     std::string missing;
     for (int64_t j = 0; j < stop; j++) {
-      if (j == std::min<int64_t>(shape.num_sinks, stop)) j = std::max(j, shape.window ? first - shape.window + 1 : stop);
+      if (j == std::min<int64_t>(shape.num_sinks, stop)) j = std::max(j, window ? first - window + 1 : stop);
       if (j >= stop) break;
       int64_t at = j / kRecentTokens, page = at < recent.max_pages ? recent.tables[i * recent.max_pages + at] : -1;
       require(page < recent.num_pages, "recent page " + std::to_string(page) + " does not exist");
@@ -65,7 +68,7 @@ void each(int64_t count, int64_t few, F one) {
 
 QuantizedAttention::QuantizedAttention(const PagedInputs& inputs, const QuantizedShape& shape,
                                        const RecentInputs& recent)
-    : shape_(shape), work_(inputs), max_recent_(recent.max_pages) {
+    : shape_(shape), work_(inputs), windows_(recent.windows), max_recent_(recent.max_pages) {
   int dim = shape.heads.head_dim;
   require(dim % 16 == 0 && dim <= kMaxHeadDim, "head_dim must be a multiple of 16, at most 512");
   check_format(shape.keys, dim);
@@ -92,7 +95,7 @@ void QuantizedAttention::attend(const float* q, const QuantizedLayer& layer, flo
   QuantizedAttend call{};
   call.base = {shape_.heads, work_.group_of(num_heads), scale, layer.pages, q, out};
   call.shape = shape_, call.layer = layer, call.num_tokens = work_.num_rows();
-  call.recent_tables = recent_tables_.data(), call.max_recent = max_recent_;
+  call.recent_tables = recent_tables_.data(), call.max_recent = max_recent_, call.windows = windows_.data();
   int64_t rows = call.num_tokens * num_heads;
   queries.reserve((size_t)(rows * shape_.heads.head_dim) * sizeof(float));
   digits.reserve((size_t)(rows * call.digits_stride()));

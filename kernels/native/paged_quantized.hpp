@@ -1,4 +1,4 @@
-// Attention of one step over a quantized cache. The same for every layer of one layout, window and sinks.
+// Attention of one step over a quantized cache. The same for every layer of one layout, windows and sinks.
 #pragma once
 
 #include <vector>
@@ -13,6 +13,7 @@ struct RecentInputs {
   const int64_t* tables;  // [num_seqs, max_pages], -1 where there is none
   int64_t max_pages;
   const int64_t* slots;   // [num_rows], -1 where a row is not kept; null where none is
+  std::vector<int64_t> windows;  // [num_seqs], tokens that each sequence reads in high precision
 };
 
 class QuantizedAttention {
@@ -30,7 +31,7 @@ class QuantizedAttention {
  private:
   QuantizedShape shape_;
   PagedWork work_;
-  std::vector<int64_t> recent_tables_, recent_slots_;
+  std::vector<int64_t> recent_tables_, recent_slots_, windows_;
   int64_t max_recent_;
 };
 

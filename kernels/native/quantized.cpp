@@ -24,6 +24,7 @@ struct QuantizedRun {
   const QuantizedShape& shape;
   const Unit& unit;
   int64_t first_key;
+  int64_t window;  // of the unit's sequence
   int dim, page_size, num_rows, first_row;
   const float* queries;
   const uint8_t* query_digits;
@@ -39,7 +40,8 @@ struct QuantizedRun {
   const uint8_t* recent_values[kSplit / 16 + 1];
 
   QuantizedRun(const QuantizedAttend& call, const Unit& unit, int split, float* scratch, float* parts)
-      : call(call), shape(call.shape), unit(unit), first_key((int64_t)split * kSplit), dim(shape.heads.head_dim),
+      : call(call), shape(call.shape), unit(unit), first_key((int64_t)split * kSplit),
+        window(call.windows[unit.sequence]), dim(shape.heads.head_dim),
         page_size(shape.heads.page_size), stride(call.base.part_stride()) {
     int64_t hidden = first_key - unit.first_position;  // tokens before the split
     first_row = hidden > 0 ? (int)hidden * call.base.group : 0;
@@ -52,7 +54,7 @@ struct QuantizedRun {
     int last = num_rows - 1;
     packed = {clamp_to_split(shape.num_sinks - first_key), edge(last)};
     recent[0] = {0, min_of(packed.first, visible(last))};
-    recent[1] = {max_of(edge(0), recent[0].stop), shape.window ? visible(last) : 0};
+    recent[1] = {max_of(edge(0), recent[0].stop), window ? visible(last) : 0};
     find_pages();
   }
 
@@ -93,7 +95,7 @@ struct QuantizedRun {
   // Tokens of the split that a row sees, at least 1.
   int visible(int row) const { return clamp_to_split(position(row) + 1 - first_key); }
   // The first token of the split in the row's window; it sees no packed one from there on.
-  int edge(int row) const { return clamp_to_split(position(row) - shape.window + 1 - first_key); }
+  int edge(int row) const { return clamp_to_split(position(row) - window + 1 - first_key); }
   // x in the lanes of the 16 tokens of vector v that the row reads packed, `other` elsewhere.
   Floats where_packed(int row, int v, Floats x, Floats other) const {
     return first(packed.first - 16 * v, other, first(edge(row) - 16 * v, x, other));

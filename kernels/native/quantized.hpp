@@ -43,7 +43,7 @@ struct QuantizedShape {
   CacheShape heads;  // page_size of the packed pages; cell of the recent ones
   RowFormat keys, values;
   int64_t chunk_bytes, value_codes_at, key_parameters_at, value_parameters_at;
-  int window, num_sinks;
+  int num_sinks;
 
   NIBBLE_INLINE int64_t chunk(int64_t page, int head) const { return (page * heads.num_kv_heads + head) * chunk_bytes; }
   NIBBLE_INLINE CacheShape recent() const { return {heads.num_kv_heads, heads.head_dim, kRecentTokens, heads.cell}; }
@@ -68,6 +68,7 @@ struct QuantizedAttend {
   int64_t num_tokens;
   const int64_t* recent_tables;  // [num_seqs, max_recent]
   int64_t max_recent;
+  const int64_t* windows;  // [num_seqs]
   float* queries;    // [rows, head_dim], turned and scaled
   uint8_t* digits;   // [rows, digits_stride]
 

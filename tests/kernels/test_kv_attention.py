@@ -5,12 +5,14 @@ The codec has its own tests; here what a page decodes to is taken from it.
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
 from engine.batch import BatchRow, build_batch
+from kernels import native
 from kernels.attention.quantized import KERNELS
 from kernels.attention.quantized.cache import LayerCodec, QuantizedCache, QuantizedKernel
 from kernels.attention.quantized.layout import RECENT_TOKENS
@@ -189,6 +191,28 @@ def test_chunks_do_not_change_a_bit(kernel: QuantizedKernel, size: int, length: 
     assert torch.equal(cache.pages[held], whole.pages[held])
     recent = torch.tensor(list(row_of(cache.codec, length, 0, 0).recent_table.values()))
     assert torch.equal(cache.recent[recent].nan_to_num(7), whole.recent[recent].nan_to_num(7))
+
+
+@pytest.mark.parametrize("kernel", KERNELS if native.MISSING is None else KERNELS[-1:], ids=named)
+@pytest.mark.parametrize("windows", [(None, 50), (60, None), (310, 21), (None, 1)])
+def test_every_sequence_has_its_own_window(kernel: QuantizedKernel, windows: tuple[int | None, int | None]) -> None:
+    """Bugs: a step in which the first sequence's window holds for all; a longer window that gives other bits than a
+    cache whose own window is as long."""
+    codec, length = codec_of((4.0, 2.0)), 310
+    cache = cache_of(codec)
+    rows = tokens(length, seed=3), tokens(length, seed=4)
+    own = [replace(codec, window=codec.window if window is None else window) for window in windows]
+    expected = [run(kernel, rows[i], cache_of(own[i]), [length], i) for i in range(2)]
+    results: list[list[Tensor]] = [[], []]
+    for start, stop in pairwise([0, 40, 41, 250, length]):
+        at = [replace(row_of(own[i], start, stop - start, i), window=windows[i]) for i in range(2)]
+        parts = [torch.cat(pair) for pair in zip(*(cut(rows[i], start, stop) for i in range(2)), strict=True)]
+        q, k, v = parts
+        found = step(kernel, (q, k, v), cache, build_batch(at).attention)
+        for i in range(2):
+            results[i].append(found[i * (stop - start) : (i + 1) * (stop - start)])
+    for i in range(2):
+        assert torch.equal(torch.cat(results[i]), expected[i])
 
 
 @every_kernel

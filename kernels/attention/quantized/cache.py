@@ -1,7 +1,8 @@
 """The memory of one layer's quantized cache, and how it is quantized.
 
 **Read rule.** A query at position i reads key and value j <= i in high precision iff j < S or i - j < W, and from the
-packed page otherwise. The rule knows positions alone, so chunks, batches and preemptions cannot change a result.
+packed page otherwise. The rule knows positions alone, so chunks, batches and preemptions cannot change a result. W is
+the codec's, or what a step says of a sequence (RecentInputs.windows); no row depends on its neighbours' windows.
 
 **Dual write.** Every token is packed into its page at once. Where its sequence holds a *recent page* for it, it is also
 kept there in high precision. Nothing moves when a token leaves the window: its recent page is handed to someone else.
@@ -41,7 +42,7 @@ class LayerCodec:
     values: RowCodec
     key_transform: HeadTransform
     value_transform: HeadTransform
-    window: int  # W tokens
+    window: int  # W tokens, of sequences that are not given another
     num_sinks: int  # S tokens
 
     def to(self, device: torch.device) -> "LayerCodec":
@@ -82,6 +83,12 @@ class QuantizedCache:
     @property
     def num_kv_heads(self) -> int:
         return self.pages.shape[1]
+
+    def windows(self, inputs: AttentionInputs) -> list[int]:
+        """W of each sequence of a step, [num_seqs]."""
+        if inputs.recent is None:
+            return [self.codec.window] * len(inputs.context_lens)
+        return [self.codec.window if window is None else window for window in inputs.recent.windows]
 
     @property
     def device(self) -> torch.device:

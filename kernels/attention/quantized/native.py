@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
-from kernels.attention.quantized.cache import LayerCodec, QuantizedCache, QuantizedSpec
+from kernels.attention.quantized.cache import QuantizedCache, QuantizedSpec
 from kernels.attention.quantized.codec import LIMIT, RowCodec
 from kernels.attention.quantized.layout import RowLayout
 from kernels.attention.quantized.transforms import Hadamard, HeadTransform, Identity
@@ -108,7 +108,8 @@ def _step(inputs: AttentionInputs, cache: QuantizedCache) -> "_native.QuantizedA
     and for positions whose recent page is missing."""
     codec, layout = cache.codec, cache.layout
     formats = (_format(layout.keys, codec.key_transform), _format(layout.values, codec.value_transform))
-    key = ("quantized", cache.pages.shape, cache.recent.shape, cache.recent.dtype, formats, _high(codec))
+    high = (tuple(cache.windows(inputs)), codec.num_sinks)
+    key = ("quantized", cache.pages.shape, cache.recent.shape, cache.recent.dtype, formats, high)
     step: _native.QuantizedAttention | None = inputs.prepared.get(key)
     if step is None:
         tables, slots = inputs.block_tables.contiguous(), inputs.slots.contiguous()
@@ -119,7 +120,7 @@ def _step(inputs: AttentionInputs, cache: QuantizedCache) -> "_native.QuantizedA
         step = inputs.prepared[key] = _native.QuantizedAttention(
             (cache.pages.shape[0], cache.num_kv_heads, layout.head_dim, layout.page_size),
             formats,
-            _high(codec),
+            high,
             (cache.recent.dtype == torch.float16, cache.recent.shape[0]),
             inputs.query_starts,
             inputs.context_lens,
@@ -128,10 +129,6 @@ def _step(inputs: AttentionInputs, cache: QuantizedCache) -> "_native.QuantizedA
             recent,
         )
     return step
-
-
-def _high(codec: LayerCodec) -> tuple[int, int]:
-    return codec.window, codec.num_sinks
 
 
 def _format(row: RowLayout, transform: HeadTransform) -> tuple[int, int, int, int, int, int, int]:

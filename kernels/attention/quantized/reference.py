@@ -49,13 +49,13 @@ class QuantizedReference:
         """QuantizedKernel.attend."""
         queries = cache.codec.key_transform.apply(q.float())  # [num_tokens, num_heads, D]
         result = torch.empty_like(queries)
-        for i, context_len in enumerate(inputs.context_lens):
+        for i, (context_len, window) in enumerate(zip(inputs.context_lens, cache.windows(inputs), strict=True)):
             rows = slice(inputs.query_starts[i], inputs.query_starts[i + 1])
             first = context_len - (rows.stop - rows.start)  # position of the sequence's first row
             if first < context_len:
                 packed = _unpack_pages(cache, inputs.block_tables[i], context_len)
-                history = torch.stack((packed, _recent_pages(cache, inputs, i, first, packed)))
-                result[rows] = _attend_rows(queries[rows], history, cache, first, scale)
+                history = torch.stack((packed, _recent_pages(cache, inputs, i, (first, window), packed)))
+                result[rows] = _attend_rows(queries[rows], history, (window, cache.codec.num_sinks), first, scale)
         return cache.codec.value_transform.invert(result).to(q.dtype)
 
 
@@ -71,13 +71,15 @@ def _store_recent(keys: Tensor, values: Tensor, recent: Tensor, slots: Tensor) -
     values_of(recent)[pages, :, rows] = values.clamp(-limit, limit).to(recent.dtype)
 
 
-def _recent_pages(cache: QuantizedCache, inputs: AttentionInputs, i: int, first: int, packed: Tensor) -> Tensor:
-    """What sequence i, with its first row at position `first`, reads in high precision; 0 elsewhere, packed's shape."""
-    codec, context_len = cache.codec, inputs.context_lens[i]
+def _recent_pages(
+    cache: QuantizedCache, inputs: AttentionInputs, i: int, reads: tuple[int, int], packed: Tensor
+) -> Tensor:
+    """What sequence i reads in high precision; 0 elsewhere, packed's shape. reads: position of its first row, W."""
+    (first, window), context_len = reads, inputs.context_lens[i]
     page_size = cache.layout.page_size
     high = torch.zeros_like(packed).transpose(2, 3).flatten(1, 2)  # [keys | values, positions, num_kv_heads, D]
     at = torch.arange(context_len, device=packed.device)
-    at = at[(at < codec.num_sinks) | ((at > first - codec.window) & (codec.window > 0))]
+    at = at[(at < cache.codec.num_sinks) | ((at > first - window) & (window > 0))]
     if len(at):
         if inputs.recent is None:
             raise ValueError(f"positions {at.tolist()} are read in high precision and the step has no recent pages")
@@ -104,11 +106,11 @@ def _unpack_pages(cache: QuantizedCache, block_table: Tensor, context_len: int) 
     return packed
 
 
-def _attend_rows(q: Tensor, history: Tensor, cache: QuantizedCache, first: int, scale: float) -> Tensor:
+def _attend_rows(q: Tensor, history: Tensor, high: tuple[int, int], first: int, scale: float) -> Tensor:
     """Some tiles at a time.
 
     q: [num_rows, num_heads, D] from position `first` on; history: [packed | high, keys | values, num_pages,
-    num_kv_heads, page_size, D].
+    num_kv_heads, page_size, D]; high: window and sinks.
     """
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = history.shape[3]
@@ -118,14 +120,14 @@ def _attend_rows(q: Tensor, history: Tensor, cache: QuantizedCache, first: int, 
     positions = torch.arange(first, first + len(q), device=q.device).view(-1, TILE_ROWS)
     at_once = max(1, MAX_KEYS // history[:, 0].numel())
     attended = [
-        _attend_tiles(tiles[i : i + at_once], history, positions[i : i + at_once], cache, scale)
+        _attend_tiles(tiles[i : i + at_once], history, positions[i : i + at_once], high, scale)
         for i in range(0, len(tiles), at_once)
     ]
     rows = torch.cat(attended).view(len(tiles), num_kv_heads, -1, TILE_ROWS, head_dim)
     return rows.permute(0, 3, 1, 2, 4).reshape(-1, num_heads, head_dim)[:num_rows]
 
 
-def _attend_tiles(q: Tensor, history: Tensor, positions: Tensor, cache: QuantizedCache, scale: float) -> Tensor:
+def _attend_tiles(q: Tensor, history: Tensor, positions: Tensor, high: tuple[int, int], scale: float) -> Tensor:
     """One product of one shape for every (tile, page, kv head, precision); then the pages are summed in order.
 
     q: [num_tiles, num_kv_heads, G * TILE_ROWS, D]; positions: [num_tiles, TILE_ROWS] -> q's shape. What a row does not
@@ -137,7 +139,8 @@ def _attend_tiles(q: Tensor, history: Tensor, positions: Tensor, cache: Quantize
     distance = positions[:, None, :, None] - at  # [num_tiles, num_pages, TILE_ROWS, page_size]
     groups = q.shape[2] // positions.shape[1]
     hidden = (distance < 0).repeat(1, 1, groups, 1)[:, :, None]  # [num_tiles, num_pages, 1, G * TILE_ROWS, page_size]
-    is_high = ((at < cache.codec.num_sinks) | (distance < cache.codec.window)).repeat(1, 1, groups, 1)[:, :, None]
+    window, num_sinks = high
+    is_high = ((at < num_sinks) | (distance < window)).repeat(1, 1, groups, 1)[:, :, None]
     scores = torch.where(is_high, q[:, None] @ high_keys.mT, q[:, None] @ packed_keys.mT) * scale
     scores.masked_fill_(hidden, -torch.inf)
     highest = scores.amax((1, 4), keepdim=True)  # [num_tiles, 1, num_kv_heads, G * TILE_ROWS, 1]
