@@ -5,8 +5,14 @@ from torch import Tensor
 
 from kernels.linear.affine.layout import AffineWeights
 from kernels.linear.bitstream import pack_codes
+from kernels.linear.codebook.layout import CodebookWeights
 from kernels.linear.dense.layout import DenseWeights
+from kernels.linear.lookup.layout import LookupWeights
+from kernels.linear.lowrank.layout import LowRankWeights
+from kernels.linear.sparse.layout import SparseWeights
 from kernels.linear.table.layout import TableWeights
+from kernels.linear.table.tables import NF4
+from kernels.linear.weights import Term
 
 
 def random_affine(
@@ -43,6 +49,53 @@ def random_table(
     else:
         scales = (torch.rand(shape, generator=random) + 0.1).to(scale_dtype)
     return TableWeights(bits, in_features, group_size, pack_codes(codes, bits), scales, table, factor)
+
+
+def random_lookup(bits: int, in_features: int, out_features: int, group_size: int, seed: int) -> LookupWeights:
+    random = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (out_features, in_features), generator=random, dtype=torch.uint8)
+    tables = torch.randn(out_features, -(-in_features // group_size), 2**bits, generator=random).half()
+    return LookupWeights(bits, in_features, group_size, pack_codes(codes, bits), tables)
+
+
+def random_codebook(
+    vector_size: int, num_vectors: int, in_features: int, out_features: int, group_size: int, seed: int
+) -> CodebookWeights:
+    """More than 256 vectors take codes of 16 bits, of which the upper half is stored negative."""
+    random = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, num_vectors, (out_features, in_features // vector_size), generator=random)
+    book = torch.randn(num_vectors, vector_size, generator=random).half()
+    scales = torch.rand(out_features, -(-in_features // group_size), generator=random) + 0.1
+    stored = codes.to(torch.uint8 if num_vectors <= 256 else torch.int16)
+    return CodebookWeights(in_features, group_size, stored, book, scales)
+
+
+def random_lowrank(in_features: int, out_features: int, rank: int, seed: int) -> LowRankWeights:
+    random = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(out_features, rank, generator=random), torch.randn(rank, in_features, generator=random)
+    return LowRankWeights(a.half(), b.half())
+
+
+def random_sparse(in_features: int, out_features: int, density: float, seed: int) -> SparseWeights:
+    random = torch.Generator().manual_seed(seed)
+    kept = torch.rand(out_features, in_features, generator=random) < density
+    starts = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
+    values = torch.randn(int(starts[-1]), generator=random).half()
+    return SparseWeights(in_features, starts, kept.nonzero()[:, 1].int(), values)
+
+
+def example(family: str, in_features: int, out_features: int, seed: int) -> Term:
+    """A matrix of any family; in_features a multiple of 32."""
+    examples: dict[str, Term] = {
+        "affine": random_affine(4, in_features, out_features, 32, torch.float16, seed),
+        "codebook": random_codebook(8, 256, in_features, out_features, in_features, seed),
+        "dense": random_dense(in_features, out_features, torch.float16, seed),
+        "lookup": random_lookup(3, in_features, out_features, 32, seed),
+        "lowrank": random_lowrank(in_features, out_features, 5, seed),
+        "sparse": random_sparse(in_features, out_features, 0.1, seed),
+        "table": random_table(NF4, in_features, out_features, 32, torch.float16, seed),
+    }
+    return examples[family]
 
 
 def codes_by_hand(codes: Tensor, bits: int, in_features: int) -> list[list[int]]:

@@ -1,0 +1,6 @@
+"""The lookup family: every group of a row has a table of its own."""
+
+from kernels.contract import LinearKernel
+from kernels.linear.lookup.reference import LookupReference
+
+KERNELS: tuple[LinearKernel, ...] = (LookupReference(),)
