@@ -47,12 +47,15 @@ def pack(
     scale_type: str | None = None,
     factors: Tensor | None = None,
     ternary: bool = False,
+    offsets: Tensor | None = None,
 ) -> Packed:
-    """w[n, k] = factors[n] scales[n, k // group_size] v, v = code - zero (or zeros[n, group]), or table[code].
+    """w[n, k] = factors[n] (scales[n, k // group_size] v + offsets[n, k // group_size]),
+    v = code - zero (or zeros[n, group]), or table[code].
 
     codes: [N, ceil(K bits / 8)] uint8, scales and zeros: [N, ceil(K / group_size)], factors: [N] float32 (1 without).
     Scales are float16, bfloat16, float32, or uint8 with scale_type 'e8m0' or 'e4m3'; zeros uint8 or float32. A table
     has at most 16 entries; those that are no small multiples of a common step are rounded to 2^-15 of the largest.
+    Offsets, [N, ceil(K / group_size)] float32, go without zero points and tables.
     ternary: codes 0 to 2 given in 2 bits lie five to a byte; one scale a row. Raises ValueError.
     """
 

@@ -84,9 +84,19 @@ void set_zeros(Canonical& from, const std::optional<Array>& zeros) {
   from.zeros = zeros->data();
 }
 
+void set_offsets(Canonical& from, const std::optional<Array>& offsets) {
+  if (!offsets) return;
+  check_groups(from, *offsets, "offsets");
+  require(is_float(*offsets, 32), "offsets must be float32");
+  require(from.table.empty() && !from.zeros && from.zero == 0, "weights with offsets have no table and no zero points");
+  from.zero_type = ZeroType::offset;
+  from.zeros = offsets->data();
+}
+
 Packed pack_arrays(int bits, int64_t num_channels, int64_t group_size, const Array& codes, const Array& scales,
                    const std::optional<Array>& zeros, int32_t zero, const std::optional<std::vector<float>>& table,
-                   const std::optional<std::string>& scale_type_name, const std::optional<Array>& factors, bool ternary) {
+                   const std::optional<std::string>& scale_type_name, const std::optional<Array>& factors, bool ternary,
+                   const std::optional<Array>& offsets) {
   Canonical from{};
   from.num_channels = num_channels;
   from.group_size = group_size;
@@ -102,6 +112,7 @@ Packed pack_arrays(int bits, int64_t num_channels, int64_t group_size, const Arr
   }
   from.zero = zero;
   set_zeros(from, zeros);
+  set_offsets(from, offsets);
   if (factors) {
     require(factors->ndim() == 1 && (int64_t)factors->shape(0) == from.num_rows && is_float(*factors, 32) &&
                 is_contiguous(*factors),
@@ -121,7 +132,8 @@ void bind_linear(nb::module_& m) {
       .def_prop_ro("num_bytes", [](const Packed& p) { return p.memory.size(); });
   m.def("pack", &pack_arrays, "bits"_a, "num_channels"_a, "group_size"_a, "codes"_a, "scales"_a,
         "zeros"_a.none() = nb::none(), "zero"_a = 0, "table"_a.none() = nb::none(), "scale_type"_a.none() = nb::none(),
-        "factors"_a.none() = nb::none(), "ternary"_a = false, nb::call_guard<nb::gil_scoped_release>());
+        "factors"_a.none() = nb::none(), "ternary"_a = false, "offsets"_a.none() = nb::none(),
+        nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Group>(m, "Group")
       .def(nb::init<std::vector<const Packed*>>(), "members"_a, nb::keep_alive<1, 2>())
       .def(

@@ -43,26 +43,34 @@ struct Unpacked {
 struct Values {
   Floats entries;  // of each code, where 16 are enough
   bool subtract;   // the zero point; it is in the entries otherwise
+  bool add;        // the offset, to the scaled code
+};
+
+// What is the same for a row block's channels of one block. Weights with offsets are scaled as they are unpacked.
+struct Shift {
+  Floats zeros, scales;
 };
 
 template <class C>
-inline Floats value(const Bytes* v, int k, const Values& values, Floats zeros) {
+inline Floats value(const Bytes* v, int k, const Values& values, const Shift& shift) {
   if constexpr (C::chosen) {
     Floats w = choose(values.entries, C::code(v, k));
-    return values.subtract ? sub(w, zeros) : w;
+    if (values.add) return fma(shift.scales, w, shift.zeros);
+    return values.subtract ? sub(w, shift.zeros) : w;
   } else {
-    return sub(to_float(iand(C::code(v, k), iset1(255))), zeros);
+    Floats w = to_float(iand(C::code(v, k), iset1(255)));
+    return values.add ? fma(shift.scales, w, shift.zeros) : sub(w, shift.zeros);
   }
 }
 
 inline Values values_of(const Packed& w, int num_codes) {
   float entries[16];
-  bool subtract = w.num_planes == 0 && w.zero_type != ZeroType::constant;
+  bool add = w.zero_type == ZeroType::offset, subtract = !add && w.num_planes == 0 && w.zero_type != ZeroType::constant;
   for (int i = 0; i < 16; i++) {
     int code = i % num_codes;
     entries[i] = w.num_planes ? w.entries[code] : (float)(subtract ? code : code - w.zero);
   }
-  return {load(entries), subtract};
+  return {load(entries), subtract, add};
 }
 
 // ---- a panel's place in the stream ----------------------------------------------------------------------------------
@@ -88,13 +96,15 @@ struct Place {
   void leave(const Packed& w) {
     for (int r = 0; r < kBlocks; r++) blocks[r] += w.codes_block_bytes;
   }
-  Floats zeros(const Packed& w, int r, int block) const {
-    if (w.zero_type == ZeroType::constant) return set1((float)w.zero);
-    return load_zeros(w.zero_type, parameters[r] + w.zeros_offset, block % kParameterBlocks);
+  Shift shift(const Packed& w, int r, int block) const {
+    if (w.zero_type == ZeroType::constant) return {set1((float)w.zero), set1(1.0f)};
+    int slot = block % kParameterBlocks;
+    Floats zeros = load_zeros(w.zero_type, parameters[r] + w.zeros_offset, slot);
+    return {zeros, w.zero_type == ZeroType::offset ? load_scales(w.scale_type, parameters[r], slot) : set1(1.0f)};
   }
-  // Returns the scales of the block's 64 rows, or nullptr where all are 1.
+  // Returns the scales of the block's 64 rows, or nullptr where all are 1 or are in the weights.
   const float* scales(const Packed& w, int block, float* to) const {
-    if (w.scale_type == ScaleType::none) return nullptr;
+    if (w.scale_type == ScaleType::none || w.zero_type == ZeroType::offset) return nullptr;
     for (int r = 0; r < kBlocks; r++) store(to + 16 * r, load_scales(w.scale_type, parameters[r], block % kParameterBlocks));
     return to;
   }
@@ -105,13 +115,13 @@ struct Place {
 // The first `channels` of a unit, in order.
 template <class C, int R, int T, bool kAll>
 inline void add_unit(Floats (&sums)[T][R], const Bytes (&v)[R][C::vectors], const Values& values,
-                     const Floats (&zeros)[R], const float* x, int64_t x_stride, int channels) {
+                     const Shift (&shifts)[R], const float* x, int64_t x_stride, int channels) {
 #pragma GCC unroll kUnroll
   for (int k = 0; k < C::channels; k++) {
     if (!kAll && k >= channels) return;
     Floats weights[R];
 #pragma GCC unroll kUnroll
-    for (int r = 0; r < R; r++) weights[r] = value<C>(v[r], k, values, zeros[r]);
+    for (int r = 0; r < R; r++) weights[r] = value<C>(v[r], k, values, shifts[r]);
 #pragma GCC unroll kUnroll
     for (int t = 0; t < T; t++) {
       Floats activation = set1(x[t * x_stride + k]);
@@ -125,10 +135,11 @@ inline void add_unit(Floats (&sums)[T][R], const Bytes (&v)[R][C::vectors], cons
 template <class C, int R, int T>
 inline void few_tokens(const Packed& w, const Place& at, int first, int block, const Values& values, const float* x,
                        int channels, const Totals& to) {
-  Floats sums[T][R], zeros[R];
+  Floats sums[T][R];
+  Shift shifts[R];
 #pragma GCC unroll kUnroll
   for (int r = 0; r < R; r++) {
-    zeros[r] = at.zeros(w, first + r, block);
+    shifts[r] = at.shift(w, first + r, block);
 #pragma GCC unroll kUnroll
     for (int t = 0; t < T; t++) sums[t][r] = zero();
   }
@@ -143,9 +154,9 @@ inline void few_tokens(const Packed& w, const Place& at, int first, int block, c
     }
     int left = channels - unit * C::channels;
     if (left >= C::channels)
-      add_unit<C, R, T, true>(sums, v, values, zeros, x, w.num_channels, C::channels);
+      add_unit<C, R, T, true>(sums, v, values, shifts, x, w.num_channels, C::channels);
     else
-      add_unit<C, R, T, false>(sums, v, values, zeros, x, w.num_channels, left);
+      add_unit<C, R, T, false>(sums, v, values, shifts, x, w.num_channels, left);
   }
   add_to<R, T>(to, sums);
 }
@@ -166,7 +177,7 @@ template <class C>
 void widen(const Packed& w, const Place& at, int block, const Values& values, float* to) {
   int units = units_of(w, block);
   for (int r = 0; r < kBlocks; r++) {
-    Floats zeros = at.zeros(w, r, block);
+    Shift shift = at.shift(w, r, block);
     for (int unit = 0; unit < units; unit++) {
       const uint8_t* codes = at.blocks[r] + unit * C::main;
       for (int line = 0; line < C::main; line += 64) prefetch(codes + line + kCodesAhead);
@@ -174,7 +185,7 @@ void widen(const Packed& w, const Place& at, int block, const Values& values, fl
       C::unpack(codes, at.blocks[r] + units * C::main + unit * C::extra, v);
 #pragma GCC unroll kUnroll
       for (int k = 0; k < C::channels; k++)
-        store(to + (unit * C::channels + k) * kPanelRows + 16 * r, value<C>(v, k, values, zeros));
+        store(to + (unit * C::channels + k) * kPanelRows + 16 * r, value<C>(v, k, values, shift));
     }
   }
 }

@@ -147,6 +147,14 @@ inline void add_block(const Packed& w, Floats (&sums)[T], Source from, const uin
     return;
   }
   Floats zeros = load_zeros(w.zero_type, parameters + w.zeros_offset, slot);
+  if (w.zero_type == ZeroType::offset) {
+    NIBBLE_UNROLL
+    for (int t = 0; t < T; t++) {
+      Floats part = fma(zeros, to_float(iset1(x.sums[t])), mul(scale, to_float(dots[t])));
+      sums[t] = fma(part, set1(x.scales[t]), sums[t]);
+    }
+    return;
+  }
   NIBBLE_UNROLL
   for (int t = 0; t < T; t++) {
     Floats part = fnma(zeros, to_float(iset1(x.sums[t])), to_float(dots[t]));

@@ -337,7 +337,8 @@ Packed pack(const Canonical& from) {
   to.num_rows = from.num_rows;
   to.num_channels = from.num_channels;
   to.codes = codes_for(from.bits, from.ternary);
-  to.scale_type = from.group_size >= from.num_channels ? ScaleType::none : from.scale_type;
+  bool one_scale = from.group_size >= from.num_channels && from.zero_type != ZeroType::offset;
+  to.scale_type = one_scale ? ScaleType::none : from.scale_type;
   to.zero_type = from.zero_type;
   to.zero = from.zero;
   double step = from.table.empty() ? 1 : set_table(from.table, to);

@@ -1,6 +1,7 @@
 // Weights of one matrix as the integer dot-product kernels stream them.
 //
 //   w[n, k] = factor[n] scale[n, j] (u[n, k] - zero[n, j]),   j the block of channels that k lies in
+//   w[n, k] = factor[n] (scale[n, j] u[n, k] + zero[n, j])    when zeros are offsets
 //
 // u is an unsigned integer: the code itself, or what a table makes of it (128 planes[0][code] + planes[1][code] when the
 // table needs two planes). Rows go in blocks of 16, one lane of a vector each. A row block is one stream in the order the
@@ -43,7 +44,7 @@ inline constexpr int32_t kMaxZero = 1 << 16;   // so that zero times the sum of 
 
 // none: one scale a row, kept in its factor. e8m0: 2^(byte - 127). e4m3: a float of 8 bits, no infinities.
 enum class ScaleType : int { none, f16, bf16, f32, e8m0, e4m3 };
-enum class ZeroType : int { constant, u8, f32 };
+enum class ZeroType : int { constant, u8, f32, offset };  // offset: a float32 that is added to the scaled code
 enum class Codes : int { u2, u3, u4, u5, u6, u8, ternary };
 
 struct Canonical {  // what the repacker reads; sizes in elements are checked against the bytes given

@@ -15,7 +15,7 @@ from kernels.linear.lowrank.layout import LowRankWeights
 from kernels.linear.registry import kernels_for
 from kernels.linear.weights import Term
 from kernels.registry import families
-from tests.kernels.weights import affine_by_hand, example, random_affine, random_dense
+from tests.kernels.weights import affine_by_hand, example, random_affine, random_dense, random_minima
 from tests.tolerance import EPS, assert_within, dot_bound
 
 SHAPES = [  # num_tokens, in_features, out_features, group_size
@@ -91,6 +91,13 @@ def test_affine_with_one_zero_for_all(kernel: LinearKernel) -> None:
 
 
 @pytest.mark.parametrize(("num_tokens", "k", "n", "group"), SHAPES)
+@pytest.mark.parametrize("kernel", kernels_for("affine"), ids=named)
+def test_affine_with_offsets(kernel: LinearKernel, num_tokens: int, k: int, n: int, group: int) -> None:
+    """Bug: offsets left out, scaled, or taken from a group whose scale is 0."""
+    check(kernel, random_minima(4, k, n, group, seed=5), num_tokens)
+
+
+@pytest.mark.parametrize(("num_tokens", "k", "n", "group"), SHAPES)
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kernel", kernels_for("dense"), ids=named)
 def test_dense(kernel: LinearKernel, stored: torch.dtype, num_tokens: int, k: int, n: int, group: int) -> None:
@@ -112,6 +119,16 @@ def test_dequantize_is_the_formula(bits: int, k: int, group: int) -> None:
     expected = affine_by_hand(weights)  # [5, k]
     assert_within(weights.dequantize(), expected, EPS / 2 * expected.abs())
     assert torch.equal(weights.dequantize_rows(1, 4), weights.dequantize()[1:4])
+    minima = random_minima(bits, k, 5, group, seed=k)
+    product = affine_by_hand(replace(minima, offsets=None)).abs()  # rounded before the offset is added
+    assert_within(minima.dequantize(), affine_by_hand(minima), EPS / 2 * (product + affine_by_hand(minima).abs()))
+
+
+def test_offsets_go_without_zero_points() -> None:
+    """Both would be one too many: a kernel keeps one of them."""
+    minima = random_minima(4, 64, 5, 32, seed=1)
+    with pytest.raises(ValueError, match="weights with offsets have no zero points"):
+        replace(minima, zeros=minima.zeros + 1)
 
 
 @pytest.mark.parametrize(

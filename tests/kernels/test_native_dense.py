@@ -13,7 +13,7 @@ from kernels.linear.dense.layout import DenseWeights
 from kernels.linear.table.layout import SCALE_DTYPES
 from kernels.linear.table.tables import BINARY, E2M1, FP4, NF4, TERNARY
 from kernels.linear.weights import Term
-from tests.kernels.weights import random_affine, random_dense, random_table
+from tests.kernels.weights import random_affine, random_dense, random_minima, random_table
 from tests.tolerance import assert_within, dot_bound
 
 if native.MISSING is not None:
@@ -82,6 +82,7 @@ def test_affine(bits: int, num_tokens: int, k: int, n: int, group: int) -> None:
     one = torch.tensor([[2 ** (bits - 1)]], dtype=torch.uint8).expand(weights.zeros.shape)
     for zeros in (weights.zeros, weights.zeros + 0.3, one):
         check_packed(AffineNativeFloat(), replace(weights, zeros=zeros), num_tokens)
+    check_packed(AffineNativeFloat(), random_minima(bits, k, n, group, seed=bits), num_tokens)
 
 
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
@@ -118,7 +119,7 @@ def test_dense_gives_the_same_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_affine_gives_the_same_bits(bits: int) -> None:
     terms = [random_affine(bits, 300, rows, group, torch.float16, rows) for rows, group in ((70, 64), (9, 32))]
-    check_same_bits(AffineNativeFloat(), *terms)
+    check_same_bits(AffineNativeFloat(), *terms, random_minima(bits, 300, 40, 48, 3))
 
 
 @pytest.mark.parametrize("table", TABLES)

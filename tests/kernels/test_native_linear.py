@@ -64,18 +64,20 @@ def scales_of(scale_type: str, shape: tuple[int, int], random: torch.Generator) 
 def make(
     bits: int, kind: str, k: int, n: int, group_size: int, scale_type: str = "float16", *, with_factors: bool = False
 ) -> Case:
-    """kind: 'constant', 'uint8' or 'float32' zero points, 'ternary', or the name of a table."""
+    """kind: 'constant', 'uint8' or 'float32' zero points, 'offsets', 'ternary', or the name of a table."""
     random = torch.Generator().manual_seed(bits * k + n)
     group_size = max(group_size, k) if kind == "ternary" else group_size
     shape = (n, -(-k // group_size))
     codes = torch.randint(0, 3 if kind == "ternary" else 2**bits, (n, k), generator=random, dtype=torch.uint8)
     stored, scales = scales_of(scale_type, shape, random)
     factors = torch.rand(n, generator=random) + 0.5 if with_factors else None
-    zeros, table, zero = None, TABLES.get(kind), 0
+    zeros, offsets, table, zero = None, None, TABLES.get(kind), 0
     if kind == "uint8":
         zeros = torch.randint(0, 2**bits, shape, generator=random, dtype=torch.uint8)
     elif kind == "float32":
         zeros = torch.rand(shape, generator=random) * 2**bits
+    elif kind == "offsets":
+        offsets = torch.rand(shape, generator=random) * -(2**bits)
     elif table is None:
         zero = 1 if kind == "ternary" else 2 ** (bits - 1)
 
@@ -97,10 +99,12 @@ def make(
         scale_type if scale_type.startswith("e") else None,
         factors,
         kind == "ternary",
+        offsets,
     )
     wide = spread(scales) * (1.0 if factors is None else factors.double().unsqueeze(1))
     table_error = 0.5 / 16383 if kind == "nf4" else 0.0
-    return Case(packed, values * wide, table_error, wide)
+    added = 0.0 if offsets is None else spread(offsets) * (1.0 if factors is None else factors.double().unsqueeze(1))
+    return Case(packed, values * wide + added, table_error, wide)
 
 
 def activations(num_tokens: int, k: int) -> Tensor:
@@ -132,7 +136,7 @@ def check(case: Case, num_tokens: int) -> None:
         assert_within(multiply(case, x), near @ case.matrix.T, bound, isa)
 
 
-@pytest.mark.parametrize("kind", ["constant", "uint8", "float32"])
+@pytest.mark.parametrize("kind", ["constant", "uint8", "float32", "offsets"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_affine(bits: int, kind: str) -> None:
     """Bug: a plane of bits, a zero point or a scale laid down in one place and read in another."""
@@ -175,7 +179,7 @@ def test_a_scale_wrong_by_one_step_is_seen() -> None:
 
 
 FORMS = [(bits, "constant") for bits in (2, 3, 4, 5, 6, 8)]
-FORMS += [(4, "uint8"), (4, "float32"), (4, "nf4"), (4, "mxfp4"), (2, "ternary")]
+FORMS += [(4, "uint8"), (4, "float32"), (4, "offsets"), (4, "nf4"), (4, "mxfp4"), (2, "ternary")]
 
 
 @pytest.mark.parametrize(("bits", "kind"), FORMS)

@@ -1,5 +1,7 @@
 """Random weights in canonical form, and what they mean, computed another way."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,14 @@ def random_affine(
     scales = (torch.rand(shape, generator=random) + 0.1).to(scale_dtype)
     zeros = torch.randint(0, 2**bits, shape, generator=random, dtype=torch.uint8)
     return AffineWeights(bits, in_features, group_size, pack_codes(codes, bits), scales, zeros)
+
+
+def random_minima(bits: int, in_features: int, out_features: int, group_size: int, seed: int) -> AffineWeights:
+    """Offsets in place of zero points, and a group whose scale is 0: all its weights are the offset."""
+    weights = random_affine(bits, in_features, out_features, group_size, torch.float32, seed)
+    weights.scales[0, 0] = 0
+    offsets = weights.scales.flip(0) * -(2.0 ** (bits - 1))
+    return replace(weights, zeros=torch.zeros(1, 1, dtype=torch.uint8).expand(weights.scales.shape), offsets=offsets)
 
 
 def random_dense(in_features: int, out_features: int, dtype: torch.dtype, seed: int) -> DenseWeights:
@@ -105,12 +115,16 @@ def codes_by_hand(codes: Tensor, bits: int, in_features: int) -> list[list[int]]
 
 
 def affine_by_hand(weights: AffineWeights) -> Tensor:
-    """scale * (code - zero) in float64, [N, K]."""
+    """scale * (code - zero) + offset in float64, [N, K]."""
     scales, zeros = weights.scales.double().tolist(), weights.zeros.double().tolist()
+    offsets = (torch.zeros(weights.scales.shape) if weights.offsets is None else weights.offsets).double().tolist()
     group_size = weights.group_size
     codes = codes_by_hand(weights.codes, weights.bits, weights.in_features)
     rows = [
-        [scales[n][k // group_size] * (code - zeros[n][k // group_size]) for k, code in enumerate(row)]
+        [
+            scales[n][k // group_size] * (code - zeros[n][k // group_size]) + offsets[n][k // group_size]
+            for k, code in enumerate(row)
+        ]
         for n, row in enumerate(codes)
     ]
     return torch.tensor(rows, dtype=torch.float64)

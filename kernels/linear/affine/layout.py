@@ -1,6 +1,9 @@
-"""Canonical weights of the affine family (GPTQ, AWQ, compressed-tensors pack-quantized, ...).
+"""Canonical weights of the affine family (GPTQ, AWQ, compressed-tensors pack-quantized, GGUF, ...).
 
-    w[n, k] = scale[n, k // G] * (code[n, k] - zero[n, k // G])
+    w[n, k] = scale[n, k // G] * (code[n, k] - zero[n, k // G]) + offset[n, k // G]
+
+Formats that store the smallest weight of a group (Q4_1, Q4_K) have offsets: divided by the scale they would be zero
+points only nearly, and not where a group's scale is 0.
 
 Codes of one row are a little-endian bit stream (kernels/linear/bitstream.py).
 """
@@ -23,6 +26,7 @@ class AffineWeights:
     codes: Tensor  # [N, ceil(K * bits / 8)] uint8, little-endian bit stream along K
     scales: Tensor  # [N, ceil(K / G)] float16, bfloat16 or float32
     zeros: Tensor  # [N, ceil(K / G)] uint8, or floating; may be an expanded (stride 0) tensor
+    offsets: Tensor | None = None  # [N, ceil(K / G)] float16, bfloat16 or float32; zeros are all 0 then
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= MAX_BITS:
@@ -34,11 +38,14 @@ class AffineWeights:
             ("codes", self.codes, -(-self.in_features * self.bits // 8)),
             ("scales", self.scales, self.num_groups),
             ("zeros", self.zeros, self.num_groups),
+            ("offsets", self.scales if self.offsets is None else self.offsets, self.num_groups),
         ):
             if tuple(tensor.shape) != (num_rows, width):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {(num_rows, width)}")
         if self.codes.dtype != torch.uint8:
             raise ValueError(f"codes must be uint8, found {self.codes.dtype}")
+        if self.offsets is not None and not (self.has_one_zero and self.zeros.eq(0).all()):
+            raise ValueError("weights with offsets have no zero points")
 
     @property
     def family(self) -> str:
@@ -60,13 +67,14 @@ class AffineWeights:
     @property
     def num_bytes(self) -> int:
         zeros = 0 if self.has_one_zero else self.zeros.numel() * self.zeros.element_size()
-        return self.codes.numel() + self.scales.numel() * self.scales.element_size() + zeros
+        offsets = 0 if self.offsets is None else self.offsets.numel() * self.offsets.element_size()
+        return self.codes.numel() + self.scales.numel() * self.scales.element_size() + zeros + offsets
 
     def describe(self) -> str:
-        return f"{self.bits}-bit g{self.group_size}"
+        return f"{self.bits}-bit g{self.group_size}" + ("" if self.offsets is None else " with minima")
 
     def dequantize(self) -> Tensor:
-        """Return the defining matrix, [N, K] float32: the product is rounded once, from exact integers."""
+        """Return the defining matrix, [N, K] float32: the product is rounded once, from exact integers, then the sum."""
         return self.dequantize_rows(0, self.out_features)
 
     def dequantize_rows(self, start: int, stop: int) -> Tensor:
@@ -74,10 +82,14 @@ class AffineWeights:
         codes = unpack_codes(self.codes[start:stop], self.bits, self.in_features)  # [rows, K] uint8
         zeros = self._per_channel(self.zeros[start:stop])  # [rows, K] or [rows, groups, 1]
         scales = self._per_channel(self.scales[start:stop])
+        offsets = None if self.offsets is None else self._per_channel(self.offsets[start:stop])
+        weights = codes.float()
         if self.in_features % self.group_size == 0:
-            grouped = codes.view(codes.shape[0], self.num_groups, self.group_size)
-            return grouped.float().sub_(zeros).mul_(scales).view(codes.shape)
-        return codes.float().sub_(zeros).mul_(scales)
+            weights = weights.view(codes.shape[0], self.num_groups, self.group_size)
+        weights.sub_(zeros).mul_(scales)
+        if offsets is not None:
+            weights.add_(offsets)
+        return weights.view(codes.shape)
 
     def _per_channel(self, parameters: Tensor) -> Tensor:
         """[rows, groups] -> float32 that broadcasts over the codes: a view when groups are even, spread otherwise."""

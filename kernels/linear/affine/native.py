@@ -17,7 +17,8 @@ if native.MISSING is None or TYPE_CHECKING:
 
 
 class AffineNative(RoundingKernel):
-    """y[t, n] = sum_j s[n, j] x_scale[t, j] (sum_{k in j} q[n, k] a[t, k] - z[n, j] sum_{k in j} a[t, k])
+    """y[t, n] = sum_j x_scale[t, j] (s[n, j] (sum_{k in j} q[n, k] a[t, k] - z[n, j] A[t, j]) + o[n, j] A[t, j])
+    A[t, j] = sum_{k in j} a[t, k]
 
     where j are blocks of at most 128 channels inside the groups, and a = round(x / x_scale), x_scale = max |x| / 127 of
     a token's block. The inner sums are exact integers; the outer one runs in order, so that a result is the same to
@@ -32,6 +33,7 @@ class AffineNative(RoundingKernel):
 
 class AffineNativeFloat(FloatKernel):
     """y[t, n] = sum_j s[n, j] sum_{k in j} x[t, k] (q[n, k] - z[n, j]),  j the same blocks
+    y[t, n] = sum_j sum_{k in j} x[t, k] (s[n, j] q[n, k] + o[n, j])       of weights with offsets
 
     Activations are not rounded. Both sums run in order in float32: a result has the same bits for any batch, any number
     of threads and any instruction set.
@@ -62,4 +64,5 @@ def pack(weights: AffineWeights) -> "_native.Packed":
         weights.scales.contiguous(),
         None if constant else zeros,
         int(first) if constant else 0,
+        offsets=None if weights.offsets is None else weights.offsets.float().contiguous(),
     )
