@@ -6,7 +6,7 @@ kernels have repacked it, so the model never exists twice.
 """
 
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -42,6 +42,7 @@ from kernels.contract import (
 )
 from kernels.linear.affine.quantize import quantize_symmetric
 from kernels.linear.dense.layout import DenseWeights
+from kernels.linear.rounding import Rounding
 from kernels.linear.weights import LinearWeights, Term
 from kvcache.calibration import FILE_NAME, CalibrationError, read_calibration
 from kvcache.layout import PageLayout
@@ -250,17 +251,21 @@ class CheckpointParts:
         bias = None if weights.bias is None else self._activation(weights.bias)
         pre = tuple(self._place(transform) for transform in weights.pre)
         post = tuple(self._place(transform) for transform in weights.post)
-        bound = Linear([self._bind_term(name, term) for term in weights.terms], pre, bias, post)
+        rounded = any(isinstance(transform, Rounding) for transform in pre)
+        bound = Linear([self._bind_term(name, term, rounded) for term in weights.terms], pre, bias, post)
         self._source.release()
         return bound
 
-    def _bind_term(self, name: str, term: Term) -> BoundTerm:
-        choice = select(kernels.linear.registry.kernels_for(term.family), self._spec(term), self._plan.kernel)
+    def _bind_term(self, name: str, term: Term, rounded: bool) -> BoundTerm:
+        """`rounded`: the checkpoint itself rounds the activations, and a kernel must not do so once more."""
+        spec = self._spec(term)
+        spec = replace(spec, exact_activations=spec.exact_activations or rounded)
+        choice = select(kernels.linear.registry.kernels_for(term.family), spec, self._plan.kernel)
         try:
             prepared = choice.kernel.prepare(self._place(term))
         except ValueError as error:
             raise TensorError(f"the weights of {name!r} cannot be served: {error}") from error
-        if choice.kernel.name == "native" and term.family != "dense" and ROUNDED not in self.notes:
+        if choice.kernel.name == "native" and term.family not in ("dense", "int8") and ROUNDED not in self.notes:
             self.notes.append(ROUNDED)
         return BoundTerm(self._note(f"{term.family} {term.describe()}", choice, prepared.num_bytes), prepared)
 
@@ -299,5 +304,10 @@ class CheckpointParts:
     def _place(self, holder: TensorsT) -> TensorsT:
         """The same frozen dataclass with its tensors on the model's device."""
         values = {field.name: getattr(holder, field.name) for field in fields(cast(Any, holder))}
-        moved = {name: self._to_device(value) for name, value in values.items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                moved[name] = self._to_device(value)
+            elif is_dataclass(value):
+                moved[name] = self._place(value)
         return cast(TensorsT, replace(cast(Any, holder), **moved))

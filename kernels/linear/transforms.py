@@ -1,7 +1,7 @@
 """What is done to a layer's input before its terms, and to their sum after:  y = Post( sum_t Term_t( Pre(x) ) ).
 
-Every transform is a linear map of the last dimension, the same for every token and computed in an order of its own: a
-token's result has the same bits whatever shares its step.
+Every transform is a linear map of the last dimension, or a rounding (rounding.py), the same for every token and
+computed in an order of its own: a token's result has the same bits whatever shares its step.
 """
 
 import math
@@ -163,4 +163,4 @@ def same(first: tuple[Transform, ...], second: tuple[Transform, ...]) -> bool:
 def _equal(a: Transform, b: Transform) -> bool:
     names = [field.name for field in fields(cast(Any, a))]
     pairs = [(getattr(a, name), getattr(b, name)) for name in names]
-    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
+    return all(torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y for x, y in pairs)

@@ -9,8 +9,11 @@ from kernels.linear.affine.layout import AffineWeights
 from kernels.linear.bitstream import pack_codes
 from kernels.linear.codebook.layout import CodebookWeights
 from kernels.linear.dense.layout import DenseWeights
+from kernels.linear.fp8.layout import Fp8Weights
+from kernels.linear.int8.layout import Int8Weights
 from kernels.linear.lookup.layout import LookupWeights
 from kernels.linear.lowrank.layout import LowRankWeights
+from kernels.linear.rounding import Rounding
 from kernels.linear.sparse.layout import SparseWeights
 from kernels.linear.table.layout import TableWeights
 from kernels.linear.table.tables import NF4
@@ -94,12 +97,35 @@ def random_sparse(in_features: int, out_features: int, density: float, seed: int
     return SparseWeights(in_features, starts, kept.nonzero()[:, 1].int(), values)
 
 
+def random_int8(
+    bits: int, in_features: int, out_features: int, group_size: int, rounding: Rounding, seed: int
+) -> Int8Weights:
+    """Weights over their whole range, with zero points."""
+    random = torch.Generator().manual_seed(seed)
+    shape = (out_features, -(-in_features // group_size))
+    low, high = -(1 << (bits - 1)), 1 << (bits - 1)
+    weight = torch.randint(low, high, (out_features, in_features), generator=random, dtype=torch.int8)
+    zeros = torch.randint(low, high, shape, generator=random, dtype=torch.int8)
+    return Int8Weights(bits, group_size, weight, torch.rand(shape, generator=random) + 0.1, zeros, rounding)
+
+
+def random_fp8(in_features: int, out_features: int, block: tuple[int, int], seed: int) -> Fp8Weights:
+    """Every e4m3 value but NaN, subnormals among them."""
+    random = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 127, (out_features, in_features), generator=random, dtype=torch.uint8)
+    signs = torch.randint(0, 2, codes.shape, generator=random, dtype=torch.uint8) << 7
+    shape = (-(-out_features // block[0]), -(-in_features // block[1]))
+    return Fp8Weights((codes | signs).view(torch.float8_e4m3fn), torch.rand(shape, generator=random) + 0.1, block)
+
+
 def example(family: str, in_features: int, out_features: int, seed: int) -> Term:
     """A matrix of any family; in_features a multiple of 32."""
     examples: dict[str, Term] = {
         "affine": random_affine(4, in_features, out_features, 32, torch.float16, seed),
         "codebook": random_codebook(8, 256, in_features, out_features, in_features, seed),
         "dense": random_dense(in_features, out_features, torch.float16, seed),
+        "fp8": random_fp8(in_features, out_features, (8, 32), seed),
+        "int8": random_int8(8, in_features, out_features, 32, Rounding("int", 8), seed),
         "lookup": random_lookup(3, in_features, out_features, 32, seed),
         "lowrank": random_lowrank(in_features, out_features, 5, seed),
         "sparse": random_sparse(in_features, out_features, 0.1, seed),

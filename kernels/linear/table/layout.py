@@ -80,7 +80,8 @@ class TableWeights:
         """Rows start..stop of the defining matrix, [stop - start, K] float32, so that callers bound their memory."""
         codes = unpack_codes(self.codes[start:stop], self.bits, self.in_features)  # [rows, K] uint8
         table = torch.tensor(self.table, dtype=torch.float32, device=codes.device)
-        scales = self.scales[start:stop].float() * torch.tensor(self.factor, dtype=torch.float32)  # [rows, groups]
+        # The factor in double: a format that divides by its global scale gets the same bits from the reciprocal.
+        scales = (self.scales[start:stop].double() * self.factor).float()  # [rows, groups]
         spread = scales.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
         return table[codes.int()] * spread
 

@@ -1,0 +1,6 @@
+"""The int8 family: integer weights times activations that the format itself rounds to integers."""
+
+from kernels.contract import LinearKernel
+from kernels.linear.int8.reference import Int8Reference
+
+KERNELS: tuple[LinearKernel, ...] = (Int8Reference(),)  # fastest first
