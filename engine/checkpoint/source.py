@@ -69,12 +69,7 @@ class Source:
         self._file_of: dict[str, str] = {}  # tensor -> file
         self._read: set[str] = set()
         self._handed_out: list[tuple[Path, Tensor]] = []  # since the last release
-        names_in, index = _find_files(folder)
-        for file in names_in:
-            self._open(file)
-        for name, file in index.items():
-            if self._file_of.get(name) != file:
-                raise FilesError(f"{folder}: the index places tensor {name!r} in {file}, which does not hold it")
+        self._open_all()
         self.total_bytes = sum(self.num_bytes(name) for name in self._file_of)
         self.read_bytes = 0
 
@@ -179,6 +174,14 @@ class Source:
         if not isinstance(content, dict):
             raise FilesError(f"{path} must hold a JSON object, found {type(content).__name__}")
         return content
+
+    def _open_all(self) -> None:
+        names_in, index = _find_files(self.folder)
+        for file in names_in:
+            self._open(file)
+        for name, file in index.items():
+            if self._file_of.get(name) != file:
+                raise FilesError(f"{self.folder}: the index places tensor {name!r} in {file}, which does not hold it")
 
     def _open(self, file: str) -> None:
         path = self.folder / file
