@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from engine.checkpoint import awq, bitnet, compressed_tensors, gptq
+from engine.checkpoint import awq, bitnet, compressed_tensors, gptq, nibble
 from engine.checkpoint.dense import Dense
 from engine.checkpoint.errors import FormatRefused
 from engine.checkpoint.source import Source
@@ -42,6 +42,7 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = MappingProxyType(
         "bitnet": bitnet.read_config,
         "compressed-tensors": compressed_tensors.read_config,
         "gptq": gptq.read_config,
+        "nibble": nibble.read_config,
     }
 )
 # Files in which tools left the config before config.json had a place for it, and the method that they mean.
