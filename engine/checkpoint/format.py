@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from engine.checkpoint import awq, bitnet, compressed_tensors, gptq, nibble
+from engine.checkpoint import awq, bitnet, bitsandbytes, compressed_tensors, gptq, nibble
 from engine.checkpoint.dense import Dense
 from engine.checkpoint.errors import FormatRefused
 from engine.checkpoint.source import Source
@@ -40,6 +40,7 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = MappingProxyType(
     {
         "awq": awq.read_config,
         "bitnet": bitnet.read_config,
+        "bitsandbytes": bitsandbytes.read_config,
         "compressed-tensors": compressed_tensors.read_config,
         "gptq": gptq.read_config,
         "nibble": nibble.read_config,
@@ -62,7 +63,7 @@ def detect(config: Mapping[str, Any], source: Source) -> Format:
             )
         return Dense()
     method = found.get("quant_method", found.get("method"))
-    if method not in READERS:
+    if not isinstance(method, str) or method not in READERS:
         raise FormatRefused(
             f"{source.folder}: quant_method {method!r} is not supported; supported are {', '.join(sorted(READERS))} "
             "and unquantized checkpoints"

@@ -1,13 +1,14 @@
 """What the readers share: dense layers, biases, and settings that are honoured or refused by name."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
+import torch
 from torch import Tensor
 
 from engine.checkpoint.errors import FormatRefused, TensorError
-from engine.checkpoint.source import Source
+from engine.checkpoint.source import FLOATS, Source
 from kernels.linear.dense.layout import DenseWeights
 from kernels.linear.weights import LinearWeights
 
@@ -35,6 +36,29 @@ def read_bias(source: Source, name: str, out_features: int, wanted: bool) -> Ten
     if bias.any():
         raise TensorError(f"tensor {key!r} is not zero, but the model's config says that this layer has no bias")
     return None
+
+
+def take_scales(source: Source, key: str, shape: Sequence[int], dtypes: Sequence[torch.dtype] = FLOATS) -> Tensor:
+    """Return scales as they are stored. Raises TensorError, also when one is NaN or infinite."""
+    scales = source.take(key, shape, dtypes)
+    if not bool(scales.float().isfinite().all()):
+        raise TensorError(f"tensor {key!r} holds scales that are not finite")
+    return scales
+
+
+def take_scalar(source: Source, key: str) -> Tensor:
+    """One positive number, stored with shape [] or [1] -> [1] float32. Raises TensorError."""
+    stored = take_scales(source, key, () if source.shape(key) == () else (1,)).float().view(1)
+    if float(stored) <= 0:
+        raise TensorError(f"tensor {key!r} is {float(stored)}, expected a positive scale")
+    return stored
+
+
+def check_finite(tensor: Tensor, name: str) -> Tensor:
+    """The scales or zero points `tensor`, of the tensor `name`. Raises TensorError when one is infinite or NaN."""
+    if not bool(tensor.isfinite().all()):
+        raise TensorError(f"tensor {name!r} holds values that are not finite: the file is damaged, download it again")
+    return tensor
 
 
 def is_packed(source: Source, name: str, part: str) -> bool:

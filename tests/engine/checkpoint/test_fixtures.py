@@ -14,16 +14,18 @@ from engine.checkpoint.format import detect
 from engine.checkpoint.linear import present
 from engine.checkpoint.source import Source
 from tests.engine.checkpoint.worlds import ALL, FIXTURES, QUERY, changed, expected, reader, stored
+from tests.tolerance import assert_within
 
 V1 = [name for name in ALL if name.startswith("gptq-v1")]
+# The tool multiplies the same factors in another order: four roundings of at most 2^-24, two of theirs and two of ours.
+ROUNDED_OTHERWISE = ("bnb-int8",)
 TIED = "gptq-v2-4bit-asym"
 ACT_ORDER = [name for name in ALL if name.endswith("actorder")]
 
 
 def test_there_are_fixtures_of_every_format() -> None:
     """A moved folder must not turn the tests below into tests of nothing."""
-    assert len(ALL) == 15
-    assert {name.split("-")[0] for name in ALL} == {"gptq", "awq", "ct"}
+    assert {name.split("-")[0] for name in ALL} >= {"gptq", "awq", "ct", "bnb"}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -32,7 +34,10 @@ def test_weights_are_those_of_the_tool_bit_for_bit(name: str) -> None:
     form, source = reader(FIXTURES / name)
     for layer, weight in expected(FIXTURES / name).items():
         read = form.linear(source, layer, (weight.shape[0], weight.shape[1]), f"{layer}.bias" in source)
-        assert torch.equal(read.dequantize().to(weight.dtype), weight), layer
+        if name in ROUNDED_OTHERWISE:
+            assert_within(read.dequantize(), weight, 2**-22 * weight.abs().double(), layer)
+        else:
+            assert torch.equal(read.dequantize().to(weight.dtype), weight), layer
 
 
 @pytest.mark.parametrize("name", ALL)

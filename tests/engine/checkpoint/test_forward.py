@@ -1,0 +1,80 @@
+"""Whole models of the fixtures, served and asked: the logits of transformers with these weights, and of the tools."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from engine.checkpoint.format import detect
+from engine.checkpoint.source import Source
+from tests.engine.checkpoint.worlds import ALL, FIXTURES
+from tests.engine.models.oracle import LENGTHS, TIMES_NOISE, Session, World, exact_copy, make_world, new_model
+
+ANSWERED = [name for name in ALL if (FIXTURES / name / "expected_logits.safetensors").exists()]
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+
+
+@cache
+def world(name: str) -> World:
+    """The fixture as we serve it, and transformers' model with the dense weights of our readers."""
+    folder = FIXTURES / name
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    config.dtype = torch.float32  # models are made in it
+    model = new_model(config)
+    model.load_state_dict(dense_weights(folder, model))
+    return make_world(folder, model, exact_copy(model, config))
+
+
+def dense_weights(folder: Path, model: Any) -> dict[str, Tensor]:
+    """Every tensor of the model in float32: linear layers by the reader of their format, others as stored."""
+    source = Source(folder)
+    form = detect(json.loads((folder / "config.json").read_text()), source)
+    weights = {}
+    for name, parameter in model.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if layer.split(".")[-1] in LINEAR and not name.endswith("bias"):
+            tied = layer == "lm_head" and not form.tensor_names(source, layer)
+            shape = (parameter.shape[0], parameter.shape[1])
+            has_bias = f"{layer}.bias" in source
+            weights[name] = (
+                source.tensor("model.embed_tokens.weight").float()
+                if tied
+                else form.linear(source, layer, shape, has_bias).dequantize()
+            )
+        else:
+            weights[name] = source.tensor(name).float()
+    return weights
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_logits_are_those_of_the_dense_model(name: str) -> None:
+    """Bug: a reader whose weights are right, and a layer that binds, permutes, joins or biases them wrongly."""
+    ours = world(name)
+    session = Session(ours)
+    for answers, length in zip(ours.answers, LENGTHS, strict=True):
+        logits = session.run(answers.token_ids, session.table(length), [length])
+        assert (logits.double() - answers.logits).abs().max() <= answers.bound
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+@torch.no_grad()
+def test_logits_are_those_of_the_tool(name: str) -> None:
+    """Bug: a table, an offset or an order that our reader and its dequantized weights share.
+
+    The tools compute in bfloat16 or round activations to 8 bits on a CPU, even when asked for float32.
+    """
+    stored = load_file(FIXTURES / name / "expected_logits.safetensors")
+    ours = world(name)
+    session = Session(ours)
+    ids = stored["ids"].tolist()
+    logits = session.run(ids, session.table(len(ids)), [len(ids)])
+    size = float(stored["logits"].abs().max())
+    assert (logits - stored["logits"]).abs().max() <= TIMES_NOISE * torch.finfo(torch.bfloat16).eps * size
