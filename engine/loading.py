@@ -6,6 +6,7 @@ kernels have repacked it, so the model never exists twice.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -21,12 +22,17 @@ import kernels.rope
 from engine.calibration.fingerprint import fingerprint
 from engine.checkpoint.errors import TensorError
 from engine.checkpoint.format import Format, detect
+from engine.checkpoint.gguf import Gguf
+from engine.checkpoint.gguf_file import read_headers
+from engine.checkpoint.gguf_source import GgufSource
 from engine.checkpoint.source import Progress, Source
 from engine.config import EngineConfig, ModelFacts, Plan
 from engine.machine import free_memory, has_cuda, num_cores
 from engine.messages import KernelUse
+from engine.models import llama
 from engine.models.config import ModelConfig, read_json
 from engine.models.decoder import Decoder
+from engine.models.gguf import describe as describe_gguf
 from engine.models.layers import BoundTerm, Embedding, Linear, RMSNorm, Rope
 from engine.models.registry import ModelDescription, describe
 from kernels.attention.quantized.cache import QuantizedKernel, QuantizedSpec
@@ -52,6 +58,9 @@ from kvcache.storage import page_dtype
 ROUNDED = "activations rounded to 8 bits where they meet quantized weights; --activations float keeps them"
 HEAD_GROUP = 32  # channels that share a scale of a rounded output head: 8.5 bits a weight
 ACTIVATION_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}  # by device
+
+SUFFIX = ".gguf"
+FREQUENCIES = "rope_freqs.weight"
 
 TensorsT = TypeVar("TensorsT")
 
@@ -84,13 +93,27 @@ class LoadedModel:
 
 
 def open_checkpoint(folder: Path, on_progress: Progress | None = None) -> Checkpoint:
-    """Read config.json and the tensors' headers. `on_progress` hears (bytes read, bytes in all) while weights load.
+    """Read config.json and the tensors' headers, or the header of a GGUF file in place of a folder. `on_progress` hears
+    (bytes read, bytes in all) while weights load.
 
     Raises UnsupportedModel or CheckpointError (both ValueError) naming what cannot be served.
     """
+    if folder.suffix == SUFFIX:
+        return _open_gguf(folder, on_progress)
     description = describe(folder)
     source = Source(folder, on_progress)
     return Checkpoint(folder, description, source, detect(read_json(folder), source))
+
+
+def _open_gguf(path: Path, on_progress: Progress | None) -> Checkpoint:
+    headers = read_headers(path)
+    source = GgufSource(headers, on_progress)
+    shapes = {name: stored.shape for header in headers for name, stored in header.tensors.items()}
+    factors = tuple(source.tensor(FREQUENCIES).float().flatten().tolist()) if FREQUENCIES in source else ()
+    description = describe_gguf(headers[0].settings, shapes, factors)
+    config = description.config
+    turned = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads} if description.architecture is llama else {}
+    return Checkpoint(source.folder, description, source, Gguf(source.block_types(), turned))
 
 
 def page_layout(checkpoint: Checkpoint, kv_policy: str, page_size: int, artifact: str | None = None) -> PageLayout:
@@ -194,10 +217,19 @@ class CheckpointParts:
             embedding = head
         if config.tied_head and has_embedding and not has_head:
             head = embedding
-        weight = self._to_device(self._source.take(f"{embedding}.weight", shape))  # [vocab_size, hidden_size]
-        tied = LinearWeights((DenseWeights(weight),))
-        weights = tied if head == embedding else self._format.linear(self._source, head, shape, False)
-        return Embedding(weight, self.dtype), self._bind(head, self._rounded_head(head, weights))
+        rows, weights = self._embedding_rows(embedding, shape)
+        if weights is None or head != embedding:
+            weights = self._format.linear(self._source, head, shape, False)
+        return Embedding(rows, self.dtype), self._bind(head, self._rounded_head(head, weights))
+
+    def _embedding_rows(
+        self, name: str, shape: tuple[int, int]
+    ) -> tuple[Callable[[Tensor], Tensor], LinearWeights | None]:
+        """The lookup, and what a head that is the same matrix multiplies by where that is nothing to be read anew."""
+        if isinstance(self._format, Gguf):
+            return self._format.rows(self._source, name, shape, self._device), None
+        weight = self._to_device(self._source.take(f"{name}.weight", shape))  # [vocab_size, hidden_size]
+        return lambda ids: weight.index_select(0, ids), LinearWeights((DenseWeights(weight),))
 
     def rope(self, config: ModelConfig) -> Rope:
         spec = RowSpec(config.head_dim, self._device, self.dtype)

@@ -4,7 +4,7 @@ A model file sees only these; which family, which back end and which cache codec
 engine/loading.py. Layers keep no state between calls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -89,15 +89,18 @@ def _join(linears: Sequence[Linear]) -> Any | None:
 
 
 class Embedding:
-    """Row lookup in a [vocab_size, hidden_size] matrix, kept in the dtype it was stored in."""
+    """Row lookup in a [vocab_size, hidden_size] matrix, kept as it was stored.
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self._weight = weight
+    rows: ids [num_tokens] int64 -> [num_tokens, hidden_size] floating.
+    """
+
+    def __init__(self, rows: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+        self._rows = rows
         self._dtype = dtype
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """input_ids: [num_tokens] -> [num_tokens, hidden_size] of the activations' dtype."""
-        return self._weight.index_select(0, input_ids).to(self._dtype)
+        return self._rows(input_ids).to(self._dtype)
 
 
 class RMSNorm:

@@ -6,6 +6,7 @@
     linear    base / factor
     llama3    long wavelengths divided by factor, short ones kept, a linear ramp between
     yarn      likewise over the channel index, and cos and sin multiplied by attention_factor
+    factors   base / factors[i], one given for each pair: how GGUF files store llama3
     dynamic   base: the variant stretches theta only beyond max_position_embeddings, as a function of the length a
               sequence has reached. Keys stored earlier keep their old angles, so the result would depend on how the
               prompt was cut; sequences end at max_position_embeddings instead
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn")  # of Hugging Face configurations
 
 
 class RopeRefused(ValueError):
@@ -32,7 +33,7 @@ class RopeRefused(ValueError):
 class RopeConfig:
     """One RoPE variant. Fields that a kind does not read keep their defaults."""
 
-    kind: str  # one of KINDS
+    kind: str  # one of KINDS, or "factors"
     theta: float
     head_dim: int
     factor: float = 1.0
@@ -43,6 +44,7 @@ class RopeConfig:
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn: whether the ends of the ramp are whole channels
     attention_factor: float = 1.0  # yarn: multiplies cos and sin
+    factors: tuple[float, ...] = ()  # factors
 
 
 def read_rope(hf: Any) -> RopeConfig:
@@ -85,6 +87,8 @@ def inverse_frequencies(rope: RopeConfig) -> Tensor:
         return _llama3(1.0 / periods, rope)
     if rope.kind == "yarn":
         return _yarn(periods, rope)
+    if rope.kind == "factors":
+        return 1.0 / periods / torch.tensor(rope.factors)
     return 1.0 / periods
 
 

@@ -74,7 +74,7 @@ class AffineWeights:
         return f"{self.bits}-bit g{self.group_size}" + ("" if self.offsets is None else " with minima")
 
     def dequantize(self) -> Tensor:
-        """Return the defining matrix, [N, K] float32: the product is rounded once, from exact integers, and so the sum."""
+        """Return the defining matrix, [N, K] float32: the product is rounded once, from exact integers, as a sum is."""
         return self.dequantize_rows(0, self.out_features)
 
     def dequantize_rows(self, start: int, stop: int) -> Tensor:
