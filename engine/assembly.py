@@ -112,7 +112,8 @@ def _progress(on_loading: OnLoading | None) -> Callable[[int, int], None] | None
 
 def make_manager(plan: Plan, layout: PageLayout, salt: str) -> KVCacheManager:
     """The book-keeping of the plan's pages. salt: what names their content besides the tokens."""
-    recent = None if layout.read_rule is None else RecentSizes(plan.num_recent_pages, layout.read_rule)
+    rule = layout.rule_of(layout.policy.window)
+    recent = RecentSizes(plan.num_recent_pages, rule) if plan.num_recent_pages else None
     return KVCacheManager(plan.num_pages, plan.page_size, salt, plan.prefix_caching, recent)
 
 
@@ -131,6 +132,7 @@ def _summary(checkpoint: Checkpoint, plan: Plan, loaded: LoadedModel, timing: tu
         num_pages=plan.num_pages,
         kv_bytes_per_token=layout.bytes_per_token,
         num_recent_pages=plan.num_recent_pages,
+        kv_request_window=plan.kv_request_window,
         weight_bytes=loaded.weight_bytes,
         max_model_len=plan.max_model_len,
         max_num_seqs=plan.max_num_seqs,

@@ -32,6 +32,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     kv_policy: str = "f16"
     kv_calibration: str | None = None  # a file; None: the one beside the checkpoint, if the policy uses one
     kv_memory: int | None = None  # bytes
+    kv_request_window: int = 0  # most tokens that a request may have in high precision by asking; 0: it may not ask
     page_size: int = 64
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -53,6 +54,8 @@ class ModelFacts(msgspec.Struct, frozen=True):
     has_cuda: bool
     bytes_per_recent_page: int = 0  # all layers; 0 where the cache keeps no window in high precision
     recent_pages_per_sequence: int = 0  # at most
+    recent_pages_per_request: int = 0  # at most, of one that asks for kv_request_window tokens
+    window: int | None = None  # of the policy, tokens; None where nothing is quantized
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -72,6 +75,7 @@ class Plan(msgspec.Struct, frozen=True):
     head_bits: HeadBits
     kv_calibration: str | None = None
     num_recent_pages: int = 0  # RECENT_TOKENS tokens each, in high precision
+    kv_request_window: int = 0  # tokens, as in EngineConfig
 
     @property
     def num_kv_tokens(self) -> int:
@@ -105,6 +109,7 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Plan:
         activations=config.activations,
         head_bits=config.head_bits,
         num_recent_pages=num_recent_pages,
+        kv_request_window=config.kv_request_window,
     )
 
 
@@ -124,8 +129,29 @@ def _check(config: EngineConfig, facts: ModelFacts) -> None:
         raise ConfigError(
             f"max_model_len {config.max_model_len} exceeds the {facts.max_position} positions of the checkpoint"
         )
+    _check_request_window(config.kv_request_window, facts)
     if config.device == "cuda" and not facts.has_cuda:
         raise ConfigError("device cuda was asked for, but torch finds no CUDA device: use --device cpu")
+
+
+def _check_request_window(num_tokens: int, facts: ModelFacts) -> None:
+    if num_tokens < 0:
+        raise ConfigError(f"kv_request_window must be at least 0, found {num_tokens}")
+    if num_tokens == 0:
+        return
+    if facts.window is None:
+        raise ConfigError(
+            f"kv_request_window {num_tokens} is for quantized caches: this one reads every token in full precision"
+        )
+    if num_tokens <= facts.window:
+        raise ConfigError(
+            f"kv_request_window {num_tokens} gives a request nothing beyond the {facts.window} tokens of the policy's "
+            "own window: choose more, or leave it out"
+        )
+    if num_tokens > facts.max_position:
+        raise ConfigError(
+            f"kv_request_window {num_tokens} exceeds the {facts.max_position} positions of the checkpoint"
+        )
 
 
 def _num_pages(config: EngineConfig, facts: ModelFacts, max_model_len: int) -> tuple[int, int]:
@@ -155,11 +181,13 @@ def _num_pages(config: EngineConfig, facts: ModelFacts, max_model_len: int) -> t
 
 def _recent_pages(num_pages: int, config: EngineConfig, facts: ModelFacts) -> int:
     """The windows and sinks of as many sequences of TYPICAL_TOKENS tokens as the pages hold, at least one and no more
-    than may run; and the rows of one step, which all lie in recent pages until it ends."""
-    if facts.recent_pages_per_sequence == 0:
+    than may run, but not fewer than one request of kv_request_window takes; and the rows of one step, which all lie in
+    recent pages until it ends."""
+    if facts.recent_pages_per_sequence == facts.recent_pages_per_request == 0:
         return 0
     num_seqs = min(config.max_num_seqs, math.ceil(num_pages * config.page_size / TYPICAL_TOKENS))
-    return num_seqs * facts.recent_pages_per_sequence + math.ceil(config.max_batch_tokens / RECENT_TOKENS)
+    windows = max(num_seqs * facts.recent_pages_per_sequence, facts.recent_pages_per_request)
+    return windows + math.ceil(config.max_batch_tokens / RECENT_TOKENS)
 
 
 def _cache_bytes(num_pages: int, config: EngineConfig, facts: ModelFacts) -> int:

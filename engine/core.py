@@ -26,6 +26,7 @@ from engine.messages import (
     Submit,
     Token,
 )
+from engine.precision import PrecisionRefused, window_of
 from engine.request import Request, Sequence
 from engine.runner import Runner
 from engine.sampling import BadLogits, Draw, choose, fault_in, logprobs_of
@@ -116,8 +117,16 @@ class EngineCore:
         if reason is not None:
             self._events.append(reason)
             return
+        layout, limit = self.parts.storage.layout, self.parts.plan.kv_request_window
+        try:
+            window = window_of(submit.kv_policy, len(submit.prompt) + submit.sampling.max_tokens, layout, limit)
+        except PrecisionRefused as refusal:
+            self._events.append(Failed(submit.id, "invalid", f"kv_policy: {refusal}", "kv_policy"))
+            return
         seed = submit.sampling.seed
-        request = Request(submit, next(self._orders), int.from_bytes(os.urandom(8), "little") if seed is None else seed)
+        if seed is None:
+            seed = int.from_bytes(os.urandom(8), "little")
+        request = Request(submit, next(self._orders), seed, window)
         leader = self._new_sequence(request, 0)
         leader.num_waiting_forks = submit.n - 1
         self._live[submit.id] = [leader]
@@ -171,7 +180,8 @@ class EngineCore:
         tokens = sequence.tokens[item.start : item.start + item.num_tokens]
         num_logits = item.num_tokens if sequence.wants_prompt_logprobs else int(item.completes)
         page_size = self.parts.plan.page_size
-        return BatchRow(tokens, item.start, item.block_table, page_size, num_logits, item.recent_table)
+        window = sequence.request.window
+        return BatchRow(tokens, item.start, item.block_table, page_size, num_logits, item.recent_table, window)
 
     def _advance(self, slices: Items[Slice], rows: Items[BatchRow], logits: Tensor) -> None:
         """Account for what the step stored, and sample for every sequence that is caught up."""

@@ -162,6 +162,8 @@ def model_facts(checkpoint: Checkpoint, config: EngineConfig) -> ModelFacts:
         has_cuda=has_cuda(),
         bytes_per_recent_page=layout.bytes_per_recent_page,
         recent_pages_per_sequence=0 if layout.read_rule is None else layout.read_rule.max_pages,
+        recent_pages_per_request=layout.rule_of(config.kv_request_window).max_pages if config.kv_request_window else 0,
+        window=layout.policy.window if layout.policy.is_quantized else None,
     )
 
 

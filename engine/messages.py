@@ -43,6 +43,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     arrival: float
     n: int = 1  # choices that share the prompt's pages
     priority: int = 0  # lower runs earlier; equal is first come, first served
+    kv_policy: str | None = None  # a higher precision than the server's, as --kv would name it; None: the server's
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -103,6 +104,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     id: str
     kind: FailureKind
     message: str
+    param: str | None = None  # the field of the request at fault, where one is
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True):
@@ -161,6 +163,7 @@ class PlanSummary(msgspec.Struct, frozen=True):
     decode_tokens_per_s: float  # one sequence, measured at start
     eos_token_ids: tuple[int, ...] = ()
     num_recent_pages: int = 0  # of 16 tokens, beside the others: the window and sinks of a quantized cache
+    kv_request_window: int = 0  # most tokens that a request may have in high precision by asking; 0: it may not ask
     notes: tuple[str, ...] = ()  # what a user should know: limits that came from the model or from memory
 
 

@@ -16,6 +16,7 @@ class Request:
     submit: Submit
     order: int  # of arrival; ties in priority are served first come, first served
     seed: int  # the caller's, or drawn when the request came in
+    window: int | None = None  # tokens read in high precision; None: as many as the cache's policy says
     prompt_logprobs: list[Logprobs] = field(default_factory=list)  # filled while the first choice prefills
 
 

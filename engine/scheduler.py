@@ -131,8 +131,8 @@ class Scheduler:
     def _find_prefix(self, sequence: Sequence) -> Match:
         """Prompt log-probabilities need every prompt row computed, so those requests take nothing from the cache."""
         if sequence.wants_prompt_logprobs:
-            return Match()
-        return self._manager.match(sequence.tokens)
+            return Match(window=sequence.request.window)
+        return self._manager.match(sequence.tokens, sequence.request.window)
 
     def _slice(self, sequence: Sequence, num_tokens: int, block_table: list[int]) -> Slice:
         recent_table = self._manager.recent_table(sequence.id)

@@ -97,6 +97,10 @@ class PageLayout:
         rule = ReadRule(self.policy.window, self.policy.num_sinks)
         return rule if rule.max_pages and any(layer.is_quantized for layer in self.layers) else None
 
+    def rule_of(self, window: int) -> ReadRule:
+        """Of a sequence that reads `window` tokens in high precision."""
+        return ReadRule(window, self.policy.num_sinks)
+
     @property
     def bytes_per_recent_page(self) -> int:
         """RECENT_TOKENS tokens of the quantized layers in float16."""

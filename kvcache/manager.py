@@ -10,7 +10,7 @@ Of the tokens that its next query reads in high precision it also holds the rece
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvcache.prefix import next_key, root_key
 from kvcache.recent import NOTHING, Found, ReadRule, RecentTier
@@ -24,6 +24,7 @@ class Match:
     pages: tuple[int, ...] = ()
     keys: tuple[bytes, ...] = ()
     num_tokens: int = 0  # = len(pages) * page_size
+    window: int | None = None  # that the sequence asks for; None: the cache's own
     recent: Found = NOTHING  # what the next token reads of them in high precision
 
 
@@ -41,13 +42,14 @@ class RecentSizes:
     """The recent pages beside the others."""
 
     num_pages: int
-    rule: ReadRule
+    rule: ReadRule  # of sequences that ask for no window of their own
 
 
 @dataclass
 class _Held:
     """What one sequence holds."""
 
+    root: bytes  # what its first page's key follows
     block_table: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # one for each full page, published or met in the index
     num_stored: int = 0
@@ -63,10 +65,11 @@ class KVCacheManager:
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
         self._sharing = sharing
-        self._root = root_key(salt)
+        self._salt = salt
         self._tier = PageTier("page", num_pages)
         # None: nothing is quantized, and pages are all there is
-        self._recent = None if recent is None else RecentTier(recent.num_pages, page_size, recent.rule)
+        self._recent = None if recent is None else RecentTier(recent.num_pages, page_size)
+        self._rule = ReadRule() if recent is None else recent.rule
         self._held: dict[int, _Held] = {}
 
     @property
@@ -103,14 +106,15 @@ class KVCacheManager:
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def match(self, tokens: Sequence[int]) -> Match:
+    def match(self, tokens: Sequence[int], window: int | None = None) -> Match:
         """Find the longest published prefix, leaving at least the last token to compute. Changes nothing.
 
-        What the next token reads in high precision must be there too; otherwise a shorter prefix is taken.
+        What the next token reads in high precision must be there too; otherwise a shorter prefix is taken. window: what
+        the sequence asks for, None for the cache's own; only prefixes computed with the same one are found.
         """
         pages: list[int] = []
         keys: list[bytes] = []
-        key = self._root
+        key = self._root(window)
         limit = (len(tokens) - 1) // self.page_size if self._sharing else 0
         for i in range(limit):
             key = next_key(key, tokens[i * self.page_size : (i + 1) * self.page_size])
@@ -120,10 +124,10 @@ class KVCacheManager:
             pages.append(page)
             keys.append(key)
         if self._recent is None:
-            return Match(tuple(pages), tuple(keys), len(pages) * self.page_size)
-        found = self._recent.find(keys)
+            return Match(tuple(pages), tuple(keys), len(pages) * self.page_size, window)
+        found = self._recent.find(keys, self._rule_of(window))
         num_pages = found.num_tokens // self.page_size
-        return Match(tuple(pages[:num_pages]), tuple(keys[:num_pages]), found.num_tokens, found)
+        return Match(tuple(pages[:num_pages]), tuple(keys[:num_pages]), found.num_tokens, window, found)
 
     def missing(self, match: Match, num_tokens: int) -> int:
         """How many available pages a new sequence of `num_tokens` takes, given what `match` found: pages to fill,
@@ -136,7 +140,8 @@ class KVCacheManager:
             return False
         if self._recent is None:
             return True
-        return self._recent.missing(match.recent, num_tokens) + spare <= self._recent.num_available
+        rule = self._rule_of(match.window)
+        return self._recent.missing(match.recent, rule, num_tokens) + spare <= self._recent.num_available
 
     def open(self, sequence: int, match: Match, num_queried: int) -> None:
         """Start a sequence on what `match` found. Of `num_queried` tokens looked up the metrics count the hits; 0
@@ -146,8 +151,8 @@ class KVCacheManager:
         for page in match.pages:
             self._tier.hold(page)
         if self._recent is not None:
-            self._recent.open(sequence, match.recent)
-        self._held[sequence] = _Held(list(match.pages), list(match.keys), match.num_tokens)
+            self._recent.open(sequence, match.recent, self._rule_of(match.window))
+        self._held[sequence] = _Held(self._root(match.window), list(match.pages), list(match.keys), match.num_tokens)
         self.num_queried_tokens += num_queried
         self.num_hit_tokens += match.num_tokens if num_queried else 0
 
@@ -172,7 +177,7 @@ class KVCacheManager:
         held.num_stored = num_stored
         for i in range(len(held.keys), num_stored // self.page_size):
             key = next_key(
-                held.keys[-1] if held.keys else self._root,
+                held.keys[-1] if held.keys else held.root,
                 tokens[i * self.page_size : (i + 1) * self.page_size],
             )
             held.keys.append(key)
@@ -195,7 +200,7 @@ class KVCacheManager:
         shared = source.block_table[:num_full]
         for page in shared:
             self._tier.hold(page)
-        held = _Held(list(shared), list(source.keys[:num_full]), source.num_stored)
+        held = _Held(source.root, list(shared), list(source.keys[:num_full]), source.num_stored)
         self._held[child] = held
         copies: list[PageCopy] = []
         if num_copied:
@@ -214,6 +219,13 @@ class KVCacheManager:
             self._tier.drop(page)
         if self._recent is not None:
             self._recent.release(sequence, held.keys if self._sharing else ())
+
+    def _root(self, window: int | None) -> bytes:
+        """What names the beginning of sequences with this window."""
+        return root_key(self._salt if window is None else f"{self._salt}:window {window}")
+
+    def _rule_of(self, window: int | None) -> ReadRule:
+        return self._rule if window is None else replace(self._rule, window=window)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless free + held + idle pages are all pages, every count matches its holders, and no

@@ -4,6 +4,9 @@ Recent page r of a sequence holds positions r R to r R + R - 1, R = RECENT_TOKEN
 those that the read rule will ask for, and while a step runs those of the step's own rows. Complete ones are published
 beside the page of the prefix that they belong to, under (its key, place in it), so that a prefix is found only together
 with the window that its next token reads: a hit then computes what a miss computes, to the last bit.
+
+The rule is a sequence's own: one that reads a longer window holds more of these pages, and shares them, and all others,
+with sequences of the same rule only, because what a token's keys are depends on the windows that the layers below read.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,6 +32,11 @@ class ReadRule:
     def max_pages(self) -> int:
         """What a sequence needs at most to store and read one more token."""
         return (pages_for(self.window - 1) + 1 if self.window else 0) + self.num_sink_pages
+
+    def is_useful(self, r: int, page_size: int) -> bool:
+        """Whether the window of some page end, or the sinks, reach to page r: prefixes end at page ends only."""
+        page_end = (r * RECENT_TOKENS // page_size + 1) * page_size
+        return r < self.num_sink_pages or r >= self.first_in_window(page_end)
 
     def first_in_window(self, num_stored: int) -> int:
         """The first page that the query at position `num_stored` reads for its window."""
@@ -59,6 +67,7 @@ def _is_complete(r: int, num_stored: int) -> bool:
 class _Held:
     """What one sequence holds."""
 
+    rule: ReadRule
     pages: dict[int, int]  # r -> recent page
     valued: frozenset[int] = frozenset()  # r of the prefixes that were looked up: others will look them up too
     num_stored: int = 0
@@ -85,8 +94,7 @@ class RecentTier:
     difference one long prompt would drive out the windows of all other prefixes.
     """
 
-    def __init__(self, num_pages: int, page_size: int, rule: ReadRule) -> None:
-        self.rule = rule
+    def __init__(self, num_pages: int, page_size: int) -> None:
         self._page_size = page_size  # tokens
         self._per_page = page_size // RECENT_TOKENS
         self._tier = PageTier("recent page", num_pages)
@@ -100,11 +108,11 @@ class RecentTier:
         """r -> recent page; the tier's own."""
         return self._held[sequence].pages
 
-    def find(self, keys: Sequence[bytes]) -> Found:
+    def find(self, keys: Sequence[bytes], rule: ReadRule) -> Found:
         """The longest prefix of full pages named `keys` whose window and sinks are still there. Changes nothing."""
         for num_pages in range(len(keys), 0, -1):
             pages: dict[int, int] = {}
-            for r in reversed(self.rule.before(num_pages * self._page_size)):
+            for r in reversed(rule.before(num_pages * self._page_size)):
                 page = self._tier.index.find(self._key(keys, r))
                 if page is None:
                     break
@@ -113,16 +121,16 @@ class RecentTier:
                 return Found(pages, num_pages * self._page_size, len(keys) * self._page_size)
         return Found(num_wanted=len(keys) * self._page_size)
 
-    def missing(self, found: Found, num_tokens: int) -> int:
+    def missing(self, found: Found, rule: ReadRule, num_tokens: int) -> int:
         """How many available pages a new sequence of `num_tokens` takes; a step's own rows can come in small parts."""
-        most = min(self.rule.max_pages, pages_for(num_tokens))
+        most = min(rule.max_pages, pages_for(num_tokens))
         return max(0, most - len(found.pages)) + self._tier.num_idle(found.pages.values())
 
-    def open(self, sequence: int, found: Found) -> None:
+    def open(self, sequence: int, found: Found, rule: ReadRule) -> None:
         for page in found.pages.values():
             self._tier.hold(page)
-        valued = frozenset(r for n in (found.num_tokens, found.num_wanted) for r in self.rule.before(n))
-        self._held[sequence] = _Held(dict(found.pages), valued, found.num_tokens)
+        valued = frozenset(r for n in (found.num_tokens, found.num_wanted) for r in rule.before(n))
+        self._held[sequence] = _Held(rule, dict(found.pages), valued, found.num_tokens)
 
     def fitting(self, sequence: int, num_tokens: int) -> int:
         """As many of `num_tokens` as the available pages can take in one step, at least 1."""
@@ -144,17 +152,17 @@ class RecentTier:
     def commit(self, sequence: int, keys: Sequence[bytes], num_stored: int) -> None:
         """The first `num_stored` tokens are written and `keys` name their full pages (none: nothing is shared):
         publish what belongs to them and let go of what the next query does not read."""
-        held = self._held[sequence]
+        held, rule = self._held[sequence], self._held[sequence].rule
         first_key, held.num_stored = held.num_stored // self._page_size, num_stored
         for r in range(first_key * self._per_page, len(keys) * self._per_page):
-            if r in held.pages and self._is_useful(r):
+            if r in held.pages and rule.is_useful(r, self._page_size):
                 self._tier.index.insert(self._key(keys, r), held.pages[r])
-        kept = self.rule.before(num_stored)
-        first_warm = self.rule.first_in_window(num_stored // self._page_size * self._page_size)
+        kept = rule.before(num_stored)
+        first_warm = rule.first_in_window(num_stored // self._page_size * self._page_size)
         for r in [*held.pages]:
             if r not in kept:
                 self._tier.drop(held.pages.pop(r), cold=r < first_warm and r not in held.valued)
-        for r in self._idle_since(first_key, first_warm, keys):
+        for r in self._idle_since(rule, first_key, first_warm, len(keys)):
             if r not in held.pages and r not in held.valued:
                 self._park(self._key(keys, r), cold=True)
 
@@ -166,7 +174,7 @@ class RecentTier:
     def fork(self, parent: int, child: int) -> list[tuple[int, int]]:
         """Give `child` what `parent` holds: complete pages shared, a started one copied: (from, to), at most one."""
         source = self._held[parent]
-        held = self._held[child] = _Held({}, source.valued, source.num_stored)
+        held = self._held[child] = _Held(source.rule, {}, source.valued, source.num_stored)
         copied = []
         for r, page in source.pages.items():
             if _is_complete(r, source.num_stored):
@@ -183,7 +191,7 @@ class RecentTier:
         for page in held.pages.values():
             self._tier.drop(page)
         if keys:
-            for r in self.rule.before(len(keys) * self._page_size):
+            for r in held.rule.before(len(keys) * self._page_size):
                 self._park(self._key(keys, r), cold=False)
 
     def check(self) -> None:
@@ -191,7 +199,7 @@ class RecentTier:
         and no page has two writers."""
         holders = self._tier.check(held.pages.values() for held in self._held.values())
         for sequence, held in self._held.items():
-            needed = set(self.rule.before(held.num_stored))
+            needed = set(held.rule.before(held.num_stored))
             if not needed <= held.pages.keys():
                 raise RuntimeError(f"sequence {sequence} lacks recent pages {sorted(needed - held.pages.keys())}")
             leaked = [r for r in held.pages if r not in needed and r < held.num_stored // RECENT_TOKENS]
@@ -204,25 +212,18 @@ class RecentTier:
     def _new(self, sequence: int, num_tokens: int) -> list[int]:
         """r of the pages that the next `num_tokens` tokens need and the sequence does not hold."""
         held = self._held[sequence]
-        return [r for r in self.rule.written(held.num_stored, num_tokens) if r not in held.pages]
+        return [r for r in held.rule.written(held.num_stored, num_tokens) if r not in held.pages]
 
-    def _idle_since(self, first_key: int, first_warm: int, keys: Sequence[bytes]) -> Iterable[int]:
+    def _idle_since(self, rule: ReadRule, first_key: int, first_warm: int, num_keys: int) -> Iterable[int]:
         """What stayed behind warm as the window of the page end before the last one, which now is one passed by."""
-        if len(keys) <= first_key:
+        if num_keys <= first_key:
             return ()
-        return range(
-            self.rule.first_in_window(first_key * self._page_size), min(first_warm, first_key * self._per_page)
-        )
+        return range(rule.first_in_window(first_key * self._page_size), min(first_warm, first_key * self._per_page))
 
     def _park(self, key: bytes, cold: bool) -> None:
         page = self._tier.index.find(key)
         if page is not None and self._tier.index.is_idle(page):
             self._tier.index.park(page, cold)
-
-    def _is_useful(self, r: int) -> bool:
-        """Whether the window of some page end, or the sinks, reach to r: prefixes end at page ends only."""
-        page_end = (r // self._per_page + 1) * self._page_size
-        return r < self.rule.num_sink_pages or r >= self.rule.first_in_window(page_end)
 
     def _key(self, keys: Sequence[bytes], r: int) -> bytes:
         return keys[r // self._per_page] + bytes((r % self._per_page,))

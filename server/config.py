@@ -103,6 +103,12 @@ class ServerConfig(BaseSettings):
     kv_memory: Size | None = setting(
         None, "KV cache", "Memory of the cache, like 4GiB. Default: half of what is free.", ge=1
     )
+    kv_request_window: int = setting(
+        0,
+        "KV cache",
+        "Most tokens that a request may read in float16 by its kv_policy, a longer window or f16. Default: none.",
+        ge=0,
+    )
     page_size: int = setting(64, "KV cache", f"Tokens of one page: {', '.join(map(str, PAGE_SIZES))}.")
     prefix_caching: bool = setting(True, "KV cache", "Reuse the pages of prompts that begin alike.")
 
@@ -115,6 +121,7 @@ class ServerConfig(BaseSettings):
             kv_policy=self.kv,
             kv_calibration=None if self.kv_calibration is None else str(self.kv_calibration),
             kv_memory=self.kv_memory,
+            kv_request_window=self.kv_request_window,
             page_size=self.page_size,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,

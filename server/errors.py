@@ -115,7 +115,7 @@ def error_body(message: str, type: str, param: str | None, code: str | None) -> 
 def from_failed(failed: Failed) -> ApiError:
     """The HTTP face of the engine's Failed."""
     if failed.kind == "invalid":
-        return InvalidRequest(failed.message)
+        return InvalidRequest(failed.message, param=failed.param)
     if failed.kind == "capacity":
         return ContextTooLong(failed.message, code="capacity_exceeded")
     return EngineFailure(failed.message)

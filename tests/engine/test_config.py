@@ -59,6 +59,18 @@ def test_a_budget_below_one_window_is_refused() -> None:
     assert plan_for(WINDOWED, kv_memory=484_000).num_pages == 1
 
 
+def test_one_request_of_the_longest_window_always_fits() -> None:
+    """Bug: a request that was let in and that no cache of this size can ever run."""
+    facts = msgspec.structs.replace(WINDOWED, recent_pages_per_request=129, window=128)
+    assert plan_for(facts, max_num_seqs=2, kv_request_window=2048).num_recent_pages == 129 + 512 // 16
+    assert plan_for(facts, max_num_seqs=64, kv_request_window=2048).num_recent_pages == 64 * 10 + 512 // 16
+    none_of_its_own = msgspec.structs.replace(facts, recent_pages_per_sequence=0, window=0)
+    assert plan_for(none_of_its_own, kv_request_window=2048).num_recent_pages == 129 + 512 // 16
+    for num_tokens, why in ((128, "nothing beyond the 128 tokens"), (4097, "exceeds the 4096 positions")):
+        with pytest.raises(ConfigError, match=f"kv_request_window {num_tokens} .*{why}"):
+            plan_for(facts, kv_request_window=num_tokens)
+
+
 def test_context_is_cut_to_the_cache_but_a_stated_one_is_an_error() -> None:
     assert plan_for(kv_memory=128_000).max_model_len == 128
     with pytest.raises(ConfigError, match=r"max_model_len 2000.*--kv-memory"):

@@ -204,6 +204,22 @@ def test_a_matched_window_is_not_counted_as_room() -> None:
     assert not manager.has_room(match, 130, 7 - RULE.max_pages)
 
 
+def test_a_sequence_holds_the_window_that_it_asked_for() -> None:
+    """Bugs: a long window that is cut to the cache's own, that is not counted as taken, or that others find."""
+    manager = manager_of(num_recent=10)
+    tokens = prompt(97)
+    match = manager.match(tokens, window=80)
+    assert not manager.has_room(match, 97, spare=4)  # positions above 17, the sinks and the row itself: 7 pages
+    assert manager.has_room(match, 97, spare=3)
+    manager.open(0, match, 97)
+    for length in (*range(20, 97, 20), 97):
+        step(manager, 0, tokens[:length])
+    assert set(manager.recent_table(0)) == {0, 1, 2, 3, 4, 5, 6}
+    manager.release(0)
+    assert manager.match(tokens, window=80).num_tokens == 96
+    assert manager.match(tokens).num_tokens == manager.match(tokens, window=81).num_tokens == 0
+
+
 @pytest.mark.parametrize("damage", ["lose", "leak", "share"])
 def test_check_integrity_sees_recent_pages(damage: str) -> None:
     """The check itself must be able to fail."""
@@ -229,7 +245,9 @@ def test_check_integrity_sees_recent_pages(damage: str) -> None:
 def test_any_history_keeps_the_invariants(data: st.DataObject) -> None:
     """Random opens, chunks, forks and releases: pages of both kinds are accounted for, and none has two writers."""
     rule = ReadRule(data.draw(st.sampled_from([0, 1, 16, 40])), data.draw(st.sampled_from([0, 4, 20])))
-    num_recent = rule.max_pages + data.draw(st.integers(0, 12))
+    longer = data.draw(st.sampled_from([None, 64, 90]))  # what some sequences ask for
+    most = ReadRule(longer or rule.window, rule.num_sinks).max_pages
+    num_recent = max(most, rule.max_pages) + data.draw(st.integers(0, 12))
     manager = manager_of(num_recent, rule, data.draw(st.integers(3, 12)), data.draw(st.booleans()))
     tokens: dict[int, list[int]] = {}
     for new_id in range(data.draw(st.integers(1, 25))):
@@ -237,7 +255,7 @@ def test_any_history_keeps_the_invariants(data: st.DataObject) -> None:
         chosen = data.draw(st.sampled_from(sorted(tokens))) if tokens else None
         if verb == "open":
             wanted = prompt(data.draw(st.integers(1, 90)), data.draw(st.integers(0, 1)))
-            match = manager.match(wanted)
+            match = manager.match(wanted, data.draw(st.sampled_from([None, longer])))
             if manager.has_room(match, len(wanted), 0):
                 manager.open(new_id, match, len(wanted))
                 tokens[new_id] = wanted[: match.num_tokens]
