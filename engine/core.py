@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.batch import BatchRow, build_batch
 from engine.config import Plan
 from engine.messages import (
+    Accepted,
     Cancel,
     Done,
     Event,
@@ -127,6 +128,8 @@ class EngineCore:
         if seed is None:
             seed = int.from_bytes(os.urandom(8), "little")
         request = Request(submit, next(self._orders), seed, window)
+        if submit.kv_policy is not None:
+            self._events.append(Accepted(submit.id))
         leader = self._new_sequence(request, 0)
         leader.num_waiting_forks = submit.n - 1
         self._live[submit.id] = [leader]

@@ -1,7 +1,7 @@
 """All that crosses the line between server and engine: token ids and native types, encoded with msgspec.
 
     server -> engine   Submit · Cancel · Shutdown
-    engine -> server   Loading* · Ready, then Token · PromptLogprobs · Done · Failed · Stats, or StartFailed
+    engine -> server   Loading* · Ready, then Accepted · Token · PromptLogprobs · Done · Failed · Stats, or StartFailed
 
 A Submit with n choices ends in exactly n Done (one per choice index), or in exactly one Failed.
 """
@@ -58,6 +58,12 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Leave the loop now; the server has drained what it wanted to drain."""
+
+
+class Accepted(msgspec.Struct, frozen=True, tag=True):
+    """Sent at once, and first, for a Submit with a kv_policy that can be honoured: only the engine can tell."""
+
+    id: str
 
 
 class Logprobs(msgspec.Struct, frozen=True):
@@ -195,5 +201,5 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 Inbound = Submit | Cancel | Shutdown
-Event = Token | PromptLogprobs | Done | Failed
-Outbound = Token | PromptLogprobs | Done | Failed | Stats | Loading | Ready | StartFailed
+Event = Accepted | Token | PromptLogprobs | Done | Failed
+Outbound = Accepted | Token | PromptLogprobs | Done | Failed | Stats | Loading | Ready | StartFailed

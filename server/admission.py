@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.messages import PlanSummary, Sampling, Submit
 from server.errors import ContextTooLong, InvalidRequest
@@ -43,6 +43,8 @@ def jobs(request: SamplingFields, prompts: Sequence[list[int]], limits: Limits, 
 
 
 def _job(request: SamplingFields, prompt: list[int], limits: Limits, plan: PlanSummary, arrival: float) -> Job:
+    if request.kv_policy == "f16" and plan.kv_request_window:
+        limits = _within_float16(len(prompt), limits, plan)
     max_tokens = _max_tokens(len(prompt), limits, plan)  # before anything looks at every token
     check_ids(prompt, plan.vocab_size, limits.prompt_field)
     if not prompt:
@@ -56,6 +58,7 @@ def _job(request: SamplingFields, prompt: list[int], limits: Limits, plan: PlanS
         arrival=arrival,
         n=request.n or 1,
         priority=request.priority or 0,
+        kv_policy=request.kv_policy,
     )
     return Job(
         submit=submit,
@@ -64,6 +67,13 @@ def _job(request: SamplingFields, prompt: list[int], limits: Limits, plan: PlanS
         skip_special_tokens=request.skip_special_tokens is not False,
         end_tokens=frozenset(plan.eos_token_ids) | frozenset(request.stop_token_ids or ()),
     )
+
+
+def _within_float16(num_prompt: int, limits: Limits, plan: PlanSummary) -> Limits:
+    """An answer whose length the request leaves open ends where float16 does."""
+    room = max(1, plan.kv_request_window - num_prompt)
+    default = limits.default_max_tokens
+    return replace(limits, default_max_tokens=room if default is None else min(default, room))
 
 
 def _max_tokens(num_prompt: int, limits: Limits, plan: PlanSummary) -> int:

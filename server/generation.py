@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Literal
 
 from engine.client import EngineUnavailable, EventStream
-from engine.messages import Done, Event, Failed, Logprobs, PromptLogprobs, Token
+from engine.messages import Accepted, Done, Event, Failed, Logprobs, PromptLogprobs, Token
 from server.admission import Job
 from server.errors import ApiError, EngineFailure, from_failed
 from server.service import Service
@@ -133,13 +133,18 @@ class Generation:
         self._admission = ExitStack()
 
     async def __aenter__(self) -> "Generation":
-        """Raises Unavailable or EngineUnavailable; nothing is left running then."""
+        """Raises Unavailable, EngineUnavailable, or InvalidRequest for a precision that the engine does not give.
+
+        Nothing is left running then.
+        """
         self._admission.enter_context(self._service.admitted(len(self._jobs)))
         first_index = 0
         try:
             for job in self._jobs:
                 self._runs.append(_Run(self._service, job, first_index))
                 first_index += job.submit.n
+            for run in self._runs:
+                await run.accepted()
         except BaseException as error:
             if isinstance(error, EngineUnavailable):
                 self._service.metrics.refused("unavailable")
@@ -186,7 +191,7 @@ class Generation:
         return self._runs[prompt].prompt_logprobs
 
     def _wait_for(self, run: "_Run") -> None:
-        self._waiting[asyncio.ensure_future(run.stream.next())] = run
+        self._waiting[asyncio.ensure_future(run.next())] = run
 
     def _leave(self) -> None:
         for task in self._waiting:
@@ -208,8 +213,23 @@ class _Run:
         self.num_cached_tokens: int | None = None
         self.prompt_logprobs: list[Logprobs] = []
         self.ended = False
-        self.stream: EventStream = service.engine.submit(job.submit)
+        self._early: list[Event] = []  # came while the engine's consent was awaited
+        self._stream: EventStream = service.engine.submit(job.submit)
         service.metrics.submitted(job.submit)
+
+    async def accepted(self) -> None:
+        """Wait until the engine has let in a request that it might refuse, so that a refusal gets its own status also
+        where the answer is streamed. Raises ApiError."""
+        if self._job.submit.kv_policy is not None:
+            self._early = await self._stream.next()
+            if isinstance(self._early[0], Failed):
+                self._take(self._early[0])
+
+    async def next(self) -> list[Event]:
+        """What happened since the last call, at least one event."""
+        early: list[Event] = [event for event in self._early if not isinstance(event, Accepted)]
+        self._early = []
+        return early or await self._stream.next()
 
     def advance(self, events: list[Event]) -> list[Delta]:
         """Take in what happened. Raises ApiError for Failed."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.client import EngineState, EngineUnavailable
 from engine.messages import (
+    Accepted,
     Done,
     Event,
     Failed,
@@ -178,6 +179,8 @@ class FakeEngine:
 
     async def _run(self, submit: Submit, queue: asyncio.Queue[Event]) -> None:
         script, sampling = self.script(submit), submit.sampling
+        if submit.kv_policy is not None and script.failure is None:
+            queue.put_nowait(Accepted(submit.id))
         if sampling.num_prompt_logprobs is not None:
             entries = [_score(token, sampling.num_prompt_logprobs) for token in submit.prompt[1:]]
             queue.put_nowait(PromptLogprobs(submit.id, entries))

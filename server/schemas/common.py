@@ -93,6 +93,9 @@ class SamplingFields(Strict):
     include_stop_str_in_output: bool | None = Field(None, description="Keep the stop string in the answer.")
     skip_special_tokens: bool | None = Field(None, description="Leave markup tokens out of the text. Default true.")
     priority: int | None = Field(None, ge=-INT64, lt=INT64, description="Lower runs earlier. Default 0.")
+    kv_policy: str | None = Field(
+        None, max_length=200, description="A longer window than the server's, such as k4v4:w512, or f16; see below."
+    )
 
     user: str | None = no_effect("an id of your end user.")
     metadata: dict[str, str] | None = no_effect("your own notes on the request.")

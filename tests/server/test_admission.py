@@ -39,12 +39,21 @@ def test_every_field_reaches_the_engine() -> None:
         "min_tokens": 2,
         "ignore_eos": True,
     }
-    job = admit([1], Limits(8, None, 3, 4), logit_bias={"5": -100}, stop_token_ids=[9], n=2, priority=-1, **fields)
+    job = admit(
+        [1],
+        Limits(8, None, 3, 4),
+        logit_bias={"5": -100},
+        stop_token_ids=[9],
+        n=2,
+        priority=-1,
+        kv_policy="k4v4:w512",
+        **fields,
+    )
     expected = Sampling(
         max_tokens=8, logit_bias={5: -100.0}, stop_token_ids=(9,), num_logprobs=3, num_prompt_logprobs=4, **fields
     )
     assert job.submit.sampling == expected
-    assert (job.submit.n, job.submit.priority) == (2, -1)
+    assert (job.submit.n, job.submit.priority, job.submit.kv_policy) == (2, -1, "k4v4:w512")
     assert job.end_tokens >= {EOS, 9}
 
 
@@ -61,6 +70,16 @@ def test_defaults_shrink_to_the_room_left() -> None:
     assert admit(prompt, Limits(None, 16)).submit.sampling.max_tokens == room
     assert admit([1], Limits(None, 16)).submit.sampling.max_tokens == 16
     assert admit([1] * PLAN.max_model_len, Limits(0, 16)).submit.sampling.max_tokens == 0
+
+
+def test_an_answer_of_open_length_ends_where_float16_does() -> None:
+    """Bug: a chat in f16 that is refused because it might use the whole context."""
+    plan = msgspec.structs.replace(PLAN, kv_policy="k4v4", kv_request_window=100)
+    for limits, num_tokens in ((Limits(None, None), 10), (Limits(None, 4), 4), (Limits(50, None), 50)):
+        job = admit([1] * 90, limits, plan, kv_policy="f16")
+        assert job.submit.sampling.max_tokens == num_tokens
+    job = admit([1] * 90, kv_policy="f16")  # a server that keeps f16 for all
+    assert job.submit.sampling.max_tokens == PLAN.max_model_len - 90
 
 
 @pytest.mark.parametrize(

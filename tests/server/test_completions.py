@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine.messages import Logprobs
+from engine.messages import Failed, Logprobs
 from server.routes.chat import finite
 from server.routes.completions import token_text
 from tests.fakes import BOS, PLAN, ByteTokenizer, FakeEngine, Script, say
@@ -140,6 +140,20 @@ def test_impossible_tokens_have_a_number() -> None:
 def test_tokens_are_named_apart() -> None:
     """Bug: two halves of different characters share one key and overwrite each other."""
     assert token_text(0xC3, ByteTokenizer()) != token_text(0xA9, ByteTokenizer())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_precision_that_is_not_given_is_400(stream: bool) -> None:
+    """Bug: a refusal that comes when the status is out, in a stream that began as if all were well."""
+    refusal = Script(failure=Failed("", "invalid", "kv_policy: not on offer", "kv_policy"))
+    server = World(FakeEngine(lambda submit: refusal if submit.kv_policy == "f16" else say("yes")))
+    response = await server.text(stream=stream, kv_policy="f16")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "kv_policy")
+    assert server.service.in_flight == 0
+    response = await server.text(stream=stream, kv_policy="k4v4:w512")
+    assert response.status_code == 200
+    chunks = events(response)[:-1] if stream else [response.json()]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "yes"
 
 
 async def test_too_long_gives_openais_code() -> None:
