@@ -5,11 +5,14 @@ One metadata entry, "kvcal", is JSON (`Header`); the tensors, for L layers, H kv
     k_perm  v_perm   [L, H, D] int16         x'[c] = x[perm[c]], inside each head
     k_clip  v_clip   [L, H, D / g] float16   alpha, above 0 and at most 1; 1 where a layer has 16 bits
     k_ps    v_ps     [L, H] float32          prescales, powers of two
-    k_rot   v_rot    [L, H, D, D] float32    optional orthogonal matrices, applied after the permutation
+    k_mean  k_scale  [L, H, D] float32       keys become (k - mean) scale, queries q / scale, before all else; scales
+                                             are powers of two
+    k_rot   v_rot    [L, H, D, D] float32    optional orthogonal matrices, applied after all else
 
 All of it acts on what is stored: keys after RoPE, and values. Nothing is folded into the weights.
 """
 
+import os
 from dataclasses import dataclass, fields
 from functools import cached_property
 from hashlib import blake2b
@@ -42,6 +45,7 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head_dim: int  # D
     group_size: int  # g
     bits: tuple[tuple[float, float], ...]  # of keys and values in each layer
+    hadamard: tuple[tuple[bool, bool], ...]  # whether keys and values of each layer turn after the permutation
     rope: Literal["after"]  # what is described are keys after RoPE
     clip_mode: Literal["mid", "origin"]
     parameters: Literal["e4m3"]  # of scales and zeros; float16 at 8 bits
@@ -61,6 +65,8 @@ class Calibration:
     v_clip: Tensor
     k_ps: Tensor
     v_ps: Tensor
+    k_mean: Tensor
+    k_scale: Tensor
     k_rot: Tensor | None = None
     v_rot: Tensor | None = None
 
@@ -69,8 +75,9 @@ class Calibration:
         header, held = self.header, self.tensors()
         if header.group_size < 1 or header.head_dim % header.group_size:
             raise CalibrationError(f"groups of {header.group_size} do not divide heads of {header.head_dim} channels")
-        if len(header.bits) != header.num_layers:
-            raise CalibrationError(f"bits are given for {len(header.bits)} layers of {header.num_layers}")
+        for name, given in (("bits", header.bits), ("hadamard", header.hadamard)):
+            if len(given) != header.num_layers:
+                raise CalibrationError(f"{name} are given for {len(given)} layers of {header.num_layers}")
         for name, tensor in held.items():
             dtype, shape = _expected(name, header)
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
@@ -96,10 +103,16 @@ class Calibration:
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
-    """Write the artifact; the same calibration gives the same bytes."""
+    """Write the artifact, whole or not at all; the same calibration gives the same bytes. Raises CalibrationError."""
     metadata = {METADATA_KEY: msgspec.json.encode(calibration.header).decode()}
     tensors = {name: tensor.contiguous() for name, tensor in calibration.tensors().items()}
-    safetensors.torch.save_file(tensors, path, metadata)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_bytes(safetensors.torch.save(tensors, metadata))
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise CalibrationError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def read_calibration(path: Path, fingerprint: str) -> Calibration:
@@ -138,6 +151,8 @@ def _expected(name: str, header: Header) -> tuple[torch.dtype, tuple[int, ...]]:
         "perm": (torch.int16, (*heads, dim)),
         "clip": (torch.float16, (*heads, dim // header.group_size)),
         "ps": (torch.float32, heads),
+        "mean": (torch.float32, (*heads, dim)),
+        "scale": (torch.float32, (*heads, dim)),
         "rot": (torch.float32, (*heads, dim, dim)),
     }[name.split("_")[1]]
 
@@ -149,8 +164,10 @@ def _what_is_wrong(name: str, tensor: Tensor, header: Header) -> str | None:
             return f"is not a permutation of the {header.head_dim} channels in every head"
         case "clip" if not bool(((tensor > 0) & (tensor <= 1)).all()):
             return "must be above 0 and at most 1"
-        case "ps" if not bool((tensor > 0).all()) or bool((torch.frexp(tensor).mantissa != 0.5).any()):
+        case "ps" | "scale" if not bool((tensor > 0).all()) or bool((torch.frexp(tensor).mantissa != 0.5).any()):
             return "must hold powers of two"
+        case "mean" if not bool(tensor.isfinite().all()):
+            return "must be finite"
         case "rot" if not _is_orthogonal(tensor):
             return "is not orthogonal: attention would change"
     return None

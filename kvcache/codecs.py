@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.attention.quantized.cache import LayerCodec
+from kernels.attention.quantized.cache import KeyShift, LayerCodec
 from kernels.attention.quantized.codec import RowCodec, default_clip
 from kernels.attention.quantized.layout import RowLayout
 from kernels.attention.quantized.transforms import Chain, Hadamard, HeadTransform, Identity, Permutation, Rotation
@@ -47,9 +47,16 @@ def calibrated_codec(layer: LayerPolicy, calibration: Calibration, index: int) -
         layout = RowLayout(bits, header.head_dim, layer.group_size)
         clips = clip[index].float() if layout.num_groups else torch.ones(header.num_kv_heads, 0)
         codecs.append(RowCodec(layout, clips, prescale[index], header.clip_mode))
-    key_transform = _transform(calibration.k_perm[index], calibration.k_rot, index)
-    value_transform = _transform(calibration.v_perm[index], calibration.v_rot, index)
-    return LayerCodec(codecs[0], codecs[1], key_transform, value_transform, layer.window, layer.num_sinks)
+    turned, shift = header.hadamard[index], KeyShift(calibration.k_mean[index], calibration.k_scale[index])
+    transforms = (
+        _transform(
+            calibration.k_perm[index], turned[0], None if calibration.k_rot is None else calibration.k_rot[index]
+        ),
+        _transform(
+            calibration.v_perm[index], turned[1], None if calibration.v_rot is None else calibration.v_rot[index]
+        ),
+    )
+    return LayerCodec(codecs[0], codecs[1], *transforms, layer.window, layer.num_sinks, shift)
 
 
 def check_made_for(layer: LayerPolicy, calibration: Calibration, index: int) -> None:
@@ -65,6 +72,15 @@ def check_made_for(layer: LayerPolicy, calibration: Calibration, index: int) -> 
         )
 
 
-def _transform(perm: Tensor, rotations: Tensor | None, index: int) -> HeadTransform:
-    permutation = Permutation(perm.long())
-    return permutation if rotations is None else Chain((permutation, Rotation(rotations[index])))
+def _transform(perm: Tensor, hadamard: bool, rotation: Tensor | None) -> HeadTransform:
+    """What does nothing is left out: kernels make the rest themselves where they can."""
+    parts: list[HeadTransform] = []
+    if not torch.equal(perm, torch.arange(perm.shape[-1], dtype=perm.dtype).expand_as(perm)):
+        parts.append(Permutation(perm.long()))
+    if hadamard:
+        parts.append(Hadamard())
+    if rotation is not None:
+        parts.append(Rotation(rotation))
+    if len(parts) > 1:
+        return Chain(tuple(parts))
+    return parts[0] if parts else Identity()

@@ -24,6 +24,7 @@ def random_calibration(folder: Path, policy: str, rotated: bool = True, seed: in
         head_dim=shape[2],
         group_size=layers[0].group_size,
         bits=tuple((layer.key_bits, layer.value_bits) for layer in layers),
+        hadamard=tuple((bool(i % 2), not i % 2) for i in range(shape[0])),
         rope="after",
         clip_mode="mid",
         parameters="e4m3",
@@ -37,7 +38,8 @@ def random_calibration(folder: Path, policy: str, rotated: bool = True, seed: in
     clips = torch.rand(2, *shape[:2], num_groups, generator=generator) / 2 + 0.5
     scales = torch.exp2(torch.randint(-4, 2, (2, *shape[:2]), generator=generator))
     turns = torch.linalg.qr(torch.randn(2, *shape, shape[2], generator=generator))[0]
-    tensors = (*orders, *clips.half(), *scales)
+    shift = torch.exp2(torch.randint(-2, 3, shape, generator=generator))
+    tensors = (*orders, *clips.half(), *scales, torch.randn(*shape, generator=generator), shift)
     return Calibration(header, *tensors, *(turns if rotated else ()))
 
 

@@ -24,6 +24,7 @@ HEADER = Header(
     head_dim=D,
     group_size=G,
     bits=((4.0, 2.0), (16.0, 2.0)),
+    hadamard=((True, False), (False, True)),
     rope="after",
     clip_mode="origin",
     parameters="e4m3",
@@ -45,6 +46,8 @@ def calibration(rotated: bool = False, **changes: Any) -> Calibration:
         "v_clip": torch.full((L, H, D // G), 0.5).half(),
         "k_ps": torch.full((L, H), 0.25),
         "v_ps": torch.full((L, H), 8.0),
+        "k_mean": torch.randn(L, H, D, generator=generator),
+        "k_scale": torch.full((L, H, D), 0.5),
     }
     if rotated:
         tensors["v_rot"] = rotation
@@ -79,6 +82,7 @@ def test_the_digest_follows_the_content() -> None:
         ({"k_ps": torch.full((L, H), 0.3)}, "k_ps must hold powers of two"),
         ({"v_ps": torch.ones(L, H + 1)}, r"v_ps is torch.float32 \[2, 4\], expected torch.float32 \[2, 3\]"),
         ({"v_perm": torch.arange(D).expand(L, H, D)}, r"v_perm is torch.int64 .* expected torch.int16"),
+        ({"k_mean": torch.full((L, H, D), torch.inf)}, "k_mean must be finite"),
         ({"k_rot": torch.ones(L, H, D, D)}, "k_rot is not orthogonal"),
         ({"header": msgspec.structs.replace(HEADER, bits=((4.0, 4.0),))}, "bits are given for 1 layers of 2"),
     ],

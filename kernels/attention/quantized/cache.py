@@ -35,6 +35,18 @@ from kernels.contract import AttentionInputs, Kernel
 
 
 @dataclass(frozen=True)
+class KeyShift:
+    """k' = (k - offset) scale and q' = q / scale leave attention as it is: q' . k' = q . k - q . offset, and what is
+    taken off is the same for all keys that a query sees, so that softmax takes no notice."""
+
+    offset: Tensor  # [num_kv_heads, D] float32
+    scale: Tensor  # [num_kv_heads, D] float32, powers of two, so that scaling adds no error
+
+    def to(self, device: torch.device) -> "KeyShift":
+        return KeyShift(self.offset.to(device), self.scale.to(device))
+
+
+@dataclass(frozen=True)
 class LayerCodec:
     """How one layer's keys and values are transformed, packed and read."""
 
@@ -44,6 +56,18 @@ class LayerCodec:
     value_transform: HeadTransform
     window: int  # W tokens, of sequences that are not given another
     num_sinks: int  # S tokens
+    key_shift: KeyShift | None = None  # before the transform of keys
+
+    def prepare_keys(self, k: Tensor) -> Tensor:
+        """k: [num_tokens, num_kv_heads, D] float32, finite, as they come before the transform."""
+        return k if self.key_shift is None else (k - self.key_shift.offset) * self.key_shift.scale
+
+    def prepare_queries(self, q: Tensor) -> Tensor:
+        """q: [num_tokens, num_heads, D] float32, likewise."""
+        if self.key_shift is None:
+            return q
+        group = q.shape[1] // self.keys.num_heads
+        return q / self.key_shift.scale.repeat_interleave(group, dim=0)
 
     def to(self, device: torch.device) -> "LayerCodec":
         """The same with its tensors on `device`."""
@@ -53,6 +77,7 @@ class LayerCodec:
             values=self.values.to(device),
             key_transform=self.key_transform.to(device),
             value_transform=self.value_transform.to(device),
+            key_shift=None if self.key_shift is None else self.key_shift.to(device),
         )
 
 

@@ -52,7 +52,9 @@ class QuantizedNative:
             raise ValueError(f"keys {list(k.shape)} and values {list(v.shape)} must be rows of {list(expected)}")
         _check_dtype(k)
         _check_dtype(v)
-        k, v = _turned(k, cache.codec.key_transform), _turned(v, cache.codec.value_transform)
+        codec = cache.codec
+        k = k if codec.key_shift is None else codec.prepare_keys(k.clamp(-LIMIT, LIMIT))
+        k, v = _turned(k, codec.key_transform), _turned(v, codec.value_transform)
         _step(inputs, cache).store(k.data_ptr(), v.data_ptr(), _layer(cache))
 
     def attend(self, q: Tensor, cache: QuantizedCache, inputs: AttentionInputs, scale: float) -> Tensor:
@@ -63,6 +65,7 @@ class QuantizedNative:
             )
         _check_dtype(q)
         codec = cache.codec
+        q = codec.prepare_queries(q)
         q = q.contiguous() if _is_native(codec.key_transform) else codec.key_transform.apply(q).contiguous()
         result = torch.empty_like(q)
         _step(inputs, cache).attend(q.data_ptr(), _layer(cache), result.data_ptr(), q.shape[1], scale)

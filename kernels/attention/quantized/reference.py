@@ -34,7 +34,7 @@ class QuantizedReference:
 
     def store(self, k: Tensor, v: Tensor, cache: QuantizedCache, inputs: AttentionInputs) -> None:
         """QuantizedKernel.store."""
-        keys = cache.codec.key_transform.apply(_saturated(k))  # [num_tokens, num_kv_heads, D]
+        keys = cache.codec.key_transform.apply(cache.codec.prepare_keys(_saturated(k)))  # [num_tokens, num_kv_heads, D]
         values = cache.codec.value_transform.apply(_saturated(v))
         page_size = cache.layout.page_size
         at = (inputs.slots // page_size, inputs.slots % page_size)
@@ -47,7 +47,7 @@ class QuantizedReference:
 
     def attend(self, q: Tensor, cache: QuantizedCache, inputs: AttentionInputs, scale: float) -> Tensor:
         """QuantizedKernel.attend."""
-        queries = cache.codec.key_transform.apply(q.float())  # [num_tokens, num_heads, D]
+        queries = cache.codec.key_transform.apply(cache.codec.prepare_queries(q.float()))  # [num_tokens, num_heads, D]
         result = torch.empty_like(queries)
         for i, (context_len, window) in enumerate(zip(inputs.context_lens, cache.windows(inputs), strict=True)):
             rows = slice(inputs.query_starts[i], inputs.query_starts[i + 1])
