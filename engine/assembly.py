@@ -138,6 +138,7 @@ def _summary(checkpoint: Checkpoint, plan: Plan, loaded: LoadedModel, timing: tu
         max_num_seqs=plan.max_num_seqs,
         max_batch_tokens=plan.max_batch_tokens,
         prefix_caching=plan.prefix_caching,
+        swap_bytes=plan.swap_bytes,
         threads=plan.threads,
         vocab_size=checkpoint.config.vocab_size,
         load_seconds=load_seconds,

@@ -38,6 +38,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     max_num_seqs: int = 64
     max_batch_tokens: int = 512
     prefix_caching: bool = True
+    swap_memory: int = 0  # bytes of host memory for preempted sequences; 0: they are computed again
     threads: int | None = None
     activations: Activations = "int8"  # what multiplies quantized weights where a kernel can choose
     head_bits: HeadBits = 8  # of an output head that the checkpoint left in 16 or 32 bits; 16 keeps it as it is
@@ -49,13 +50,14 @@ class ModelFacts(msgspec.Struct, frozen=True):
     max_position: int  # the context the checkpoint was made for, after RoPE scaling
     kv_bytes_per_token: int  # of a page, all layers, keys and values
     weight_bytes: int
-    free_memory: int  # bytes available before the weights are read
+    free_memory: int  # bytes available before the weights are read, on the device
     num_cores: int
     has_cuda: bool
     bytes_per_recent_page: int = 0  # all layers; 0 where the cache keeps no window in high precision
     recent_pages_per_sequence: int = 0  # at most
     recent_pages_per_request: int = 0  # at most, of one that asks for kv_request_window tokens
     window: int | None = None  # of the policy, tokens; None where nothing is quantized
+    free_host_memory: int | None = None  # bytes; None on a CPU, where it is free_memory
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -76,6 +78,7 @@ class Plan(msgspec.Struct, frozen=True):
     kv_calibration: str | None = None
     num_recent_pages: int = 0  # RECENT_TOKENS tokens each, in high precision
     kv_request_window: int = 0  # tokens, as in EngineConfig
+    swap_bytes: int = 0
 
     @property
     def num_kv_tokens(self) -> int:
@@ -110,6 +113,7 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Plan:
         head_bits=config.head_bits,
         num_recent_pages=num_recent_pages,
         kv_request_window=config.kv_request_window,
+        swap_bytes=config.swap_memory,
     )
 
 
@@ -130,6 +134,13 @@ def _check(config: EngineConfig, facts: ModelFacts) -> None:
             f"max_model_len {config.max_model_len} exceeds the {facts.max_position} positions of the checkpoint"
         )
     _check_request_window(config.kv_request_window, facts)
+    if config.swap_memory < 0:
+        raise ConfigError(f"swap_memory must be at least 0, found {config.swap_memory}")
+    if facts.free_host_memory is not None and config.swap_memory > facts.free_host_memory:
+        raise ConfigError(
+            f"swap_memory {config.swap_memory:,} bytes is more than the {facts.free_host_memory:,} free on "
+            "the host: lower --swap-memory"
+        )
     if config.device == "cuda" and not facts.has_cuda:
         raise ConfigError("device cuda was asked for, but torch finds no CUDA device: use --device cpu")
 
@@ -157,13 +168,14 @@ def _check_request_window(num_tokens: int, facts: ModelFacts) -> None:
 def _num_pages(config: EngineConfig, facts: ModelFacts, max_model_len: int) -> tuple[int, int]:
     """Pages of the cache, and recent pages: the byte budget, or a share of free memory, no more than max_num_seqs full
     contexts."""
-    free = facts.free_memory - facts.weight_bytes - ACTIVATION_RESERVE_BYTES
+    shared = config.swap_memory if facts.free_host_memory is None else 0  # a CPU has one memory for both
+    free = facts.free_memory - facts.weight_bytes - ACTIVATION_RESERVE_BYTES - shared
     most = config.max_num_seqs * math.ceil(max_model_len / config.page_size)
     if config.kv_memory is not None:
         if config.kv_memory > max(free, 0):
             raise ConfigError(
                 f"kv_memory {config.kv_memory:,} bytes is more than the {max(free, 0):,} that are free beside the "
-                "weights: lower --kv-memory"
+                f"weights{' and the swap space' if shared else ''}: lower --kv-memory"
             )
         num_pages = _pages_within(config.kv_memory, config, facts)
         if num_pages < 1:
@@ -173,8 +185,9 @@ def _num_pages(config: EngineConfig, facts: ModelFacts, max_model_len: int) -> t
         num_pages = min(most, _pages_within(int(max(free, 0) * KV_SHARE_OF_FREE_MEMORY), config, facts))
         if num_pages < 1:
             raise ConfigError(
-                f"{facts.free_memory:,} bytes are free and the weights take {facts.weight_bytes:,}: no room is left "
-                "for a KV cache. Use a smaller model or free memory, or set --kv-memory yourself"
+                f"{facts.free_memory:,} bytes are free and the weights take {facts.weight_bytes:,}"
+                f"{f', the swap space {shared:,}' if shared else ''}: no room is left for a KV cache. Use a smaller "
+                "model or free memory, or set --kv-memory yourself"
             )
     return num_pages, _recent_pages(num_pages, config, facts)
 

@@ -34,6 +34,7 @@ from engine.sampling import BadLogits, Draw, choose, fault_in, logprobs_of
 from engine.scheduler import Scheduler, Slice
 from kvcache.manager import KVCacheManager
 from kvcache.storage import PageStorage
+from kvcache.swap import SwapSpace
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class EngineCore:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self._manager = parts.manager
-        self._scheduler = Scheduler(parts.manager, parts.plan.max_num_seqs, parts.plan.max_batch_tokens)
+        self._swap = SwapSpace(parts.plan.swap_bytes, parts.manager, parts.storage)
+        self._scheduler = Scheduler(parts.manager, parts.plan.max_num_seqs, parts.plan.max_batch_tokens, self._swap)
         self._live: dict[str, list[Sequence]] = {}  # unfinished choices of each request
         self._events: list[Event] = []
         self._sequence_ids = itertools.count()
@@ -81,7 +83,7 @@ class EngineCore:
             self._num_rows += sum(item.num_tokens for item in slices)
             self._step_seconds += time.monotonic() - started
         if not self.has_work:
-            self._manager.check_integrity()
+            self.check_integrity()
         events, self._events = self._events, []
         return events
 
@@ -95,6 +97,11 @@ class EngineCore:
             prefix_queries_total=self._manager.num_queried_tokens,
             prefix_hits_total=self._manager.num_hit_tokens,
             preemptions_total=self._scheduler.num_preemptions,
+            swap_bytes_used=self._swap.num_used_bytes,
+            swaps_out_total=self._swap.num_out,
+            swaps_in_total=self._swap.num_in,
+            swap_bytes_out_total=self._swap.num_bytes_out,
+            swap_bytes_in_total=self._swap.num_bytes_in,
             steps_total=self._num_steps,
             batch_tokens_total=self._num_rows,
             step_seconds_total=self._step_seconds,
@@ -102,7 +109,7 @@ class EngineCore:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError when the page book-keeping contradicts itself."""
-        self._manager.check_integrity()
+        self._scheduler.check_integrity()
 
     # -- receive ---------------------------------------------------------------------------------------------------
 

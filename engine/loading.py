@@ -152,12 +152,13 @@ def model_facts(checkpoint: Checkpoint, config: EngineConfig) -> ModelFacts:
     """What `resolve` must know before a weight is read. Raises PolicyError when the cache policy is not known or cannot
     serve the model."""
     layout = page_layout(checkpoint, config.kv_policy, config.page_size, config.kv_calibration)
-    device = config.device
+    on_cuda = config.device == "cuda" and has_cuda()
     return ModelFacts(
         max_position=checkpoint.config.context_len,
         kv_bytes_per_token=-(-layout.bytes_per_page // config.page_size),
         weight_bytes=checkpoint.source.total_bytes,
-        free_memory=torch.cuda.mem_get_info()[0] if device == "cuda" and has_cuda() else free_memory(),
+        free_memory=torch.cuda.mem_get_info()[0] if on_cuda else free_memory(),
+        free_host_memory=free_memory() if on_cuda else None,
         num_cores=num_cores(),
         has_cuda=has_cuda(),
         bytes_per_recent_page=layout.bytes_per_recent_page,

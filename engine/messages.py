@@ -124,6 +124,11 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     prefix_queries_total: int = 0  # prompt tokens looked up
     prefix_hits_total: int = 0  # prompt tokens found
     preemptions_total: int = 0
+    swap_bytes_used: int = 0  # of preempted sequences, in host memory
+    swaps_out_total: int = 0  # preemptions that kept their pages there
+    swaps_in_total: int = 0
+    swap_bytes_out_total: int = 0  # copied to the host
+    swap_bytes_in_total: int = 0
     steps_total: int = 0
     batch_tokens_total: int = 0  # rows computed, prefill and decode
     step_seconds_total: float = 0.0
@@ -170,6 +175,7 @@ class PlanSummary(msgspec.Struct, frozen=True):
     eos_token_ids: tuple[int, ...] = ()
     num_recent_pages: int = 0  # of 16 tokens, beside the others: the window and sinks of a quantized cache
     kv_request_window: int = 0  # most tokens that a request may have in high precision by asking; 0: it may not ask
+    swap_bytes: int = 0  # of host memory, at most, for preempted sequences
     notes: tuple[str, ...] = ()  # what a user should know: limits that came from the model or from memory
 
 

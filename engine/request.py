@@ -1,7 +1,7 @@
 """A request, its choices, and the states a choice goes through.
 
 waiting -> prefilling -> decoding -> finished
-   ^____________|____________|          preemption: pages are dropped, tokens are kept and computed again
+   ^____________|____________|          preemption: pages are swapped out, or dropped and computed again
 """
 
 from dataclasses import dataclass, field

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from engine.request import Sequence
 from kvcache.manager import KVCacheManager, Match
+from kvcache.swap import SwapSpace
 
 MAX_SCORED_ROWS = 64  # prompt rows of one request with logits in one step: 39 MB at a vocabulary of 152,000
 
@@ -29,13 +30,16 @@ class Slice:
 class Scheduler:
     """Continuous batching. Decodes go first, one token each; prompts share what is left of the step's token budget.
 
-    When pages run out the lowest-ranked running sequence gives its pages back and waits to be computed again. A waiting
-    sequence never takes pages from a running one.
+    When pages run out the lowest-ranked running sequence gives its pages back and waits: to go on from the swap space
+    if it has room, else to be computed again. A waiting sequence never takes pages from a running one.
     """
 
-    def __init__(self, manager: KVCacheManager, max_num_seqs: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self, manager: KVCacheManager, max_num_seqs: int, max_batch_tokens: int, swap: SwapSpace | None = None
+    ) -> None:
         self.num_preemptions = 0
         self._manager = manager
+        self._swap = swap  # None: every preempted sequence is computed again
         self._max_num_seqs = max_num_seqs
         self._max_batch_tokens = max_batch_tokens
         self._waiting: list[Sequence] = []  # by rank
@@ -74,6 +78,14 @@ class Scheduler:
             if sequence in queue:
                 queue.remove(sequence)
         self._manager.release(sequence.id)
+        if self._swap is not None:
+            self._swap.drop(sequence.id)
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError when pages or the swap space contradict themselves."""
+        self._manager.check_integrity()
+        if self._swap is not None:
+            self._swap.check({sequence.id for sequence in self._waiting})
 
     def schedule(self) -> list[Slice]:
         """Choose this step's slices; reserves their pages, admits and preempts as needed."""
@@ -110,16 +122,9 @@ class Scheduler:
         budget = self._max_batch_tokens - sum(item.num_tokens for item in slices.values())
         while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
             sequence = self._waiting[0]
-            match = self._find_prefix(sequence)
-            spare = len(self._running)  # every running sequence may want one more page soon
-            if self._running and not self._manager.has_room(match, len(sequence.tokens), spare):
+            if not self._open(sequence):
                 return
             self._waiting.pop(0)
-            is_new = sequence.num_preemptions == 0  # finding one's own pages again is no hit
-            self._manager.open(sequence.id, match, num_queried=len(sequence.tokens) if is_new else 0)
-            sequence.num_computed = match.num_tokens
-            if is_new:
-                sequence.num_cached_tokens = match.num_tokens
             insort(self._running, sequence, key=_rank)
             num_tokens = self._manager.fitting(sequence.id, _share(sequence, budget))
             block_table = self._manager.extend(sequence.id, num_tokens)
@@ -127,6 +132,25 @@ class Scheduler:
                 raise RuntimeError("a sequence was admitted that the empty cache cannot hold")
             slices[sequence.id] = self._slice(sequence, num_tokens, block_table)
             budget -= num_tokens
+
+    def _open(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence the pages that the swap space or the prefix index has of it. False, and nothing
+        changed, when it would leave too little room; alone it always fits."""
+        num_tokens, spare = len(sequence.tokens), len(self._running)  # a running sequence may want one more page soon
+        if self._swap is not None and sequence.id in self._swap:
+            if self._running and not self._swap.has_room(sequence.id, num_tokens, spare):
+                return False
+            sequence.num_computed = self._swap.take(sequence.id)
+            return True
+        match = self._find_prefix(sequence)
+        if self._running and not self._manager.has_room(match, num_tokens, spare):
+            return False
+        is_new = sequence.num_preemptions == 0  # finding one's own pages again is no hit
+        self._manager.open(sequence.id, match, num_queried=num_tokens if is_new else 0)
+        sequence.num_computed = match.num_tokens
+        if is_new:
+            sequence.num_cached_tokens = match.num_tokens
+        return True
 
     def _find_prefix(self, sequence: Sequence) -> Match:
         """Prompt log-probabilities need every prompt row computed, so those requests take nothing from the cache."""
@@ -139,10 +163,13 @@ class Scheduler:
         return Slice(sequence, sequence.num_computed, num_tokens, block_table, recent_table)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.remove(sequence)
+        """Take a running sequence's pages. The step has written nothing yet, so that they hold what it has stored."""
+        self._running.remove(sequence)
+        swapped = self._swap is not None and self._swap.put(sequence.id)
+        self._manager.release(sequence.id)
         sequence.num_computed = 0
         sequence.num_preemptions += 1
-        if sequence.wants_prompt_logprobs:
+        if sequence.wants_prompt_logprobs and not swapped:
             sequence.request.prompt_logprobs.clear()
         self.num_preemptions += 1
         self.add(sequence)

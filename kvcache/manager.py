@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from kvcache.prefix import next_key, root_key
 from kvcache.recent import NOTHING, Found, ReadRule, RecentTier
+from kvcache.recent import Held as RecentHeld
 from kvcache.tier import PageTier
 
 
@@ -53,6 +54,27 @@ class _Held:
     block_table: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # one for each full page, published or met in the index
     num_stored: int = 0
+
+
+@dataclass(frozen=True)
+class Image:
+    """What a sequence held when it was preempted: with the bytes of these pages it can go on later."""
+
+    held: _Held
+    recent_held: RecentHeld | None
+
+    @property
+    def pages(self) -> list[int]:
+        """Ids at that time."""
+        return self.held.block_table
+
+    @property
+    def recent_pages(self) -> list[int]:
+        return [] if self.recent_held is None else [*self.recent_held.pages.values()]
+
+    @property
+    def num_stored(self) -> int:
+        return self.held.num_stored
 
 
 class KVCacheManager:
@@ -184,7 +206,7 @@ class KVCacheManager:
             if self._sharing:
                 self._tier.index.insert(key, held.block_table[i])
         if self._recent is not None:
-            self._recent.commit(sequence, held.keys if self._sharing else (), num_stored)
+            self._recent.commit(sequence, self._shared_keys(held), num_stored)
 
     def fork(self, parent: int, child: int) -> list[PageCopy] | None:
         """Give `child` all that `parent` has stored: full pages shared, a started page copied.
@@ -210,6 +232,39 @@ class KVCacheManager:
             copies += [PageCopy(*pair, is_recent=True) for pair in self._recent.fork(parent, child)]
         return copies
 
+    def image(self, sequence: int) -> Image:
+        """What must be kept of a sequence to go on without computing anything again; pages reserved for the step that
+        it loses are left out. Valid until the next change."""
+        held = self._held[sequence]
+        stored = replace(held, block_table=held.block_table[: self.pages_for(held.num_stored)], keys=list(held.keys))
+        return Image(stored, None if self._recent is None else self._recent.image(sequence))
+
+    def surviving(self, image: Image) -> Match:
+        """Pages of an image that the index still has: what `has_room` must know to let its sequence go on."""
+        keys = self._shared_keys(image.held)
+        found = [page for key in keys if (page := self._tier.index.find(key)) is not None]
+        if self._recent is None or image.recent_held is None:
+            return Match(tuple(found))
+        recent = self._recent.surviving(image.recent_held, keys)
+        return Match(tuple(found), window=image.recent_held.rule.window, recent=recent)
+
+    def reopen(self, sequence: int, image: Image) -> list[PageCopy]:
+        """Go on from an image; the caller has asked `has_room`. Pages still in the index are shared. The storage must
+        write the others before the next step: `source` counts image.pages or image.recent_pages."""
+        keys = self._shared_keys(image.held)
+        private = [None] * (len(image.pages) - len(keys))
+        pages, missing = self._tier.restore([*keys, *private])
+        self._held[sequence] = replace(image.held, block_table=pages, keys=list(image.held.keys))
+        copies = [PageCopy(i, pages[i]) for i in missing]
+        if self._recent is not None and image.recent_held is not None:
+            pairs = self._recent.reopen(sequence, image.recent_held, keys)
+            copies += [PageCopy(*pair, is_recent=True) for pair in pairs]
+        return copies
+
+    def _shared_keys(self, held: _Held) -> Sequence[bytes]:
+        """Names of full pages under which others may find them."""
+        return held.keys if self._sharing else ()
+
     def release(self, sequence: int) -> None:
         """Let go of all pages of a sequence; published ones stay findable until evicted. Unknown ids are fine."""
         held = self._held.pop(sequence, None)
@@ -218,7 +273,7 @@ class KVCacheManager:
         for page in reversed(held.block_table):  # the tail goes first when room is needed: prefixes are worth more
             self._tier.drop(page)
         if self._recent is not None:
-            self._recent.release(sequence, held.keys if self._sharing else ())
+            self._recent.release(sequence, self._shared_keys(held))
 
     def _root(self, window: int | None) -> bytes:
         """What names the beginning of sequences with this window."""

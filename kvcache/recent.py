@@ -10,7 +10,7 @@ with sequences of the same rule only, because what a token's keys are depends on
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from kernels.attention.quantized.layout import RECENT_TOKENS
@@ -64,7 +64,7 @@ def _is_complete(r: int, num_stored: int) -> bool:
 
 
 @dataclass
-class _Held:
+class Held:
     """What one sequence holds."""
 
     rule: ReadRule
@@ -98,7 +98,7 @@ class RecentTier:
         self._page_size = page_size  # tokens
         self._per_page = page_size // RECENT_TOKENS
         self._tier = PageTier("recent page", num_pages)
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, Held] = {}
 
     @property
     def num_available(self) -> int:
@@ -130,7 +130,7 @@ class RecentTier:
         for page in found.pages.values():
             self._tier.hold(page)
         valued = frozenset(r for n in (found.num_tokens, found.num_wanted) for r in rule.before(n))
-        self._held[sequence] = _Held(rule, dict(found.pages), valued, found.num_tokens)
+        self._held[sequence] = Held(rule, dict(found.pages), valued, found.num_tokens)
 
     def fitting(self, sequence: int, num_tokens: int) -> int:
         """As many of `num_tokens` as the available pages can take in one step, at least 1."""
@@ -174,7 +174,7 @@ class RecentTier:
     def fork(self, parent: int, child: int) -> list[tuple[int, int]]:
         """Give `child` what `parent` holds: complete pages shared, a started one copied: (from, to), at most one."""
         source = self._held[parent]
-        held = self._held[child] = _Held(source.rule, {}, source.valued, source.num_stored)
+        held = self._held[child] = Held(source.rule, {}, source.valued, source.num_stored)
         copied = []
         for r, page in source.pages.items():
             if _is_complete(r, source.num_stored):
@@ -193,6 +193,33 @@ class RecentTier:
         if keys:
             for r in held.rule.before(len(keys) * self._page_size):
                 self._park(self._key(keys, r), cold=False)
+
+    def image(self, sequence: int) -> Held:
+        """What the sequence needs of its recent pages to go on later."""
+        held = self._held[sequence]
+        kept = held.rule.before(held.num_stored)
+        return replace(held, pages={r: held.pages[r] for r in kept})
+
+    def surviving(self, image: Held, keys: Sequence[bytes]) -> Found:
+        """Those of an image that are still in the index; `keys` name the sequence's full pages. Changes nothing."""
+        named = self._names(image, keys)
+        found = {r: self._tier.index.find(key) for r, key in named.items() if key is not None}
+        return Found({r: page for r, page in found.items() if page is not None})
+
+    def reopen(self, sequence: int, image: Held, keys: Sequence[bytes]) -> list[tuple[int, int]]:
+        """Go on from an image: (place in image.pages, page) of what must be written before the next step."""
+        named = self._names(image, keys)
+        pages, missing = self._tier.restore(list(named.values()))
+        self._held[sequence] = replace(image, pages=dict(zip(named, pages, strict=True)))
+        return [(i, pages[i]) for i in missing]
+
+    def _names(self, image: Held, keys: Sequence[bytes]) -> dict[int, bytes | None]:
+        """r -> the key of each page of the image, None where it has none."""
+        names: dict[int, bytes | None] = {}
+        for r in image.pages:
+            is_shared = r < len(keys) * self._per_page and image.rule.is_useful(r, self._page_size)
+            names[r] = self._key(keys, r) if is_shared else None
+        return names
 
     def check(self) -> None:
         """Raise RuntimeError unless all pages are accounted for, every sequence holds just what its next query reads,

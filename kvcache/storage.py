@@ -4,6 +4,7 @@ import contextlib
 import math
 import mmap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +43,18 @@ def page_dtype(layer: LayerPolicy) -> torch.dtype:
     return torch.float32 if layer.key_bits == 32 else torch.float16
 
 
+@dataclass(frozen=True)
+class SavedPages:
+    """Pages copied out to the host, layer by layer."""
+
+    pages: list[Tensor]  # each [number of pages, ...] as in the storage
+    recent: list[Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.pages, *self.recent))
+
+
 class PageStorage:
     """All pages of all layers, recent pages included. Zeroed, so that a page never read as garbage can hold a NaN.
 
@@ -68,6 +81,28 @@ class PageStorage:
             targets = torch.tensor([copy.target for copy in chosen], device=self._device)
             for pages in self._recent_pages() if is_recent else self._pages():
                 pages[targets] = pages[sources]
+
+    def save(self, pages: Sequence[int], recent_pages: Sequence[int]) -> SavedPages:
+        """Copies of these pages in host memory."""
+        chosen, recent = (torch.tensor(ids, dtype=torch.int64, device=self._device) for ids in (pages, recent_pages))
+        return SavedPages(
+            [layer[chosen].cpu() for layer in self._pages()],
+            [layer[recent].cpu() for layer in self._recent_pages()],
+        )
+
+    def load(self, saved: SavedPages, copies: Sequence[PageCopy]) -> None:
+        """Write saved pages: `source` of a copy counts them, `target` is the page to write."""
+        for is_recent in (False, True):
+            chosen = [copy for copy in copies if copy.is_recent == is_recent]
+            sources = torch.tensor([copy.source for copy in chosen], dtype=torch.int64)
+            targets = torch.tensor([copy.target for copy in chosen], dtype=torch.int64, device=self._device)
+            layers = (
+                zip(self._recent_pages(), saved.recent, strict=True)
+                if is_recent
+                else zip(self._pages(), saved.pages, strict=True)
+            )
+            for layer, kept in layers:
+                layer[targets] = kept[sources].to(self._device)
 
     def _pages(self) -> list[Tensor]:
         return [layer if isinstance(layer, Tensor) else layer.pages for layer in self.layers]

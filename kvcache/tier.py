@@ -1,6 +1,6 @@
 """Pages of one kind: every page is free, held by sequences (counted), or idle in the prefix index."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvcache.pages import PagePool
 from kvcache.prefix import PrefixIndex
@@ -42,6 +42,22 @@ class PageTier:
         """One more holder of a page that others hold or the index keeps."""
         self.index.unpark(page)
         self._pool.acquire(page)
+
+    def restore(self, keys: Sequence[bytes | None]) -> tuple[list[int], list[int]]:
+        """A held page for each key: the one that the index has, or else one to write, published under its key (None:
+        nobody else may find it). Returns the pages, and the places of those to write in that list. The caller has made
+        sure that enough are available."""
+        found = [None if key is None else self.index.find(key) for key in keys]
+        for page in found:  # all of them before the first is taken, which may evict one
+            if page is not None:
+                self.hold(page)
+        pages = [self.take() if page is None else page for page in found]
+        missing = [i for i, page in enumerate(found) if page is None]
+        for i in missing:
+            key = keys[i]
+            if key is not None:
+                self.index.insert(key, pages[i])
+        return pages, missing
 
     def drop(self, page: int, cold: bool = False) -> None:
         """One holder less; a published page without any stays findable until evicted, a cold one not for long."""

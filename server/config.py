@@ -109,6 +109,12 @@ class ServerConfig(BaseSettings):
         "Most tokens that a request may read in float16 by its kv_policy, a longer window or f16. Default: none.",
         ge=0,
     )
+    swap_memory: Size = setting(
+        0,
+        "KV cache",
+        "Host memory for sequences that had to wait, like 2GiB. 0: their tokens are computed again.",
+        ge=0,
+    )
     page_size: int = setting(64, "KV cache", f"Tokens of one page: {', '.join(map(str, PAGE_SIZES))}.")
     prefix_caching: bool = setting(True, "KV cache", "Reuse the pages of prompts that begin alike.")
 
@@ -122,6 +128,7 @@ class ServerConfig(BaseSettings):
             kv_calibration=None if self.kv_calibration is None else str(self.kv_calibration),
             kv_memory=self.kv_memory,
             kv_request_window=self.kv_request_window,
+            swap_memory=self.swap_memory,
             page_size=self.page_size,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
@@ -136,7 +143,7 @@ class ServerConfig(BaseSettings):
 # The settings that `nibble inspect` takes: which model, and how it would run.
 ENGINE_SETTINGS = (
     *("model", "revision", "offline", "max_model_len", "device", "kernel", "threads", "activations", "head_bits"),
-    *("max_num_seqs", "max_batch_tokens", "kv", "kv_calibration", "kv_memory", "page_size"),
+    *("max_num_seqs", "max_batch_tokens", "kv", "kv_calibration", "kv_memory", "swap_memory", "page_size"),
 )
 
 

@@ -97,6 +97,9 @@ class EngineCollector(Collector):
         yield GaugeMetricFamily("nibble_kv_pages_used", "KV pages held by sequences", stats.pages_used)
         yield GaugeMetricFamily("nibble_kv_pages_cached", "KV pages held by the prefix cache alone", stats.pages_cached)
         yield GaugeMetricFamily("nibble_kv_pages_total", "KV pages", stats.pages_total)
+        yield GaugeMetricFamily(
+            "nibble_swap_bytes_used", "Host memory of sequences that are swapped out", stats.swap_bytes_used
+        )
         yield from self._counters()
         if self._engine.ready is not None:
             yield _cache_info(self._engine.ready.plan)
@@ -106,7 +109,11 @@ class EngineCollector(Collector):
         for name, help, value in (
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", stats.prefix_queries_total),
             ("prefix_cache_hits", "Prompt tokens found there", stats.prefix_hits_total),
-            ("num_preemptions", "Sequences that lost their pages and started over", stats.preemptions_total),
+            ("num_preemptions", "Sequences that gave their pages to others", stats.preemptions_total),
+            ("swaps_out", "Preempted sequences whose pages were copied to the host", stats.swaps_out_total),
+            ("swaps_in", "Sequences that went on from there", stats.swaps_in_total),
+            ("swap_out_bytes", "Bytes copied to the host", stats.swap_bytes_out_total),
+            ("swap_in_bytes", "Bytes copied back", stats.swap_bytes_in_total),
             ("engine_steps", "Steps of the engine", stats.steps_total),
             ("engine_batch_tokens", "Tokens computed, prompts and answers", stats.batch_tokens_total),
             ("engine_step_seconds", "Time spent in steps", stats.step_seconds_total),

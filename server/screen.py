@@ -110,6 +110,7 @@ def _facts(plan: PlanSummary, name: str, url: str) -> list[tuple[str, str]]:
     facts += [
         ("KV cache", f"{plan.kv_policy}, {size(tokens * plan.kv_bytes_per_token)}, prefix caching {prefix}"),
         ("", f"{tokens:,} tokens fit: {plan.num_pages:,} pages of {plan.page_size}"),
+        *([("", f"{size(plan.swap_bytes)} of host memory to swap to")] if plan.swap_bytes else []),
         ("context", f"{plan.max_model_len:,} tokens at most for one request, prompt and answer"),
         ("batch", f"{plan.max_num_seqs} sequences, {plan.max_batch_tokens} tokens a step"),
         ("speed", f"{plan.decode_tokens_per_s:,.1f} tokens/s for one sequence; loaded in {plan.load_seconds:.1f} s"),

@@ -1,6 +1,7 @@
 """Every "auto" decided, every impossible wish refused by name."""
 
 import math
+from typing import Any
 
 import msgspec
 import pytest
@@ -71,6 +72,19 @@ def test_one_request_of_the_longest_window_always_fits() -> None:
             plan_for(facts, kv_request_window=num_tokens)
 
 
+def test_swap_space_is_no_memory_of_the_cache() -> None:
+    """Bug: memory of a CPU promised to the cache and to the swap space; a GPU with less cache for the host's."""
+    wishes: dict[str, Any] = {"swap_memory": 3_000_000_000, "max_num_seqs": 512, "max_model_len": 4096}
+    assert plan_for(**wishes).swap_bytes == 3_000_000_000
+    facts = msgspec.structs.replace(FACTS, kv_bytes_per_token=10_000)
+    without, shared = plan_for(facts, max_num_seqs=512).num_kv_tokens, plan_for(facts, **wishes).num_kv_tokens
+    assert abs(without - shared - 150_000) <= 64  # half of what is left becomes the cache
+    apart = msgspec.structs.replace(facts, free_host_memory=4_000_000_000)
+    assert plan_for(apart, **wishes).num_kv_tokens == without
+    with pytest.raises(ConfigError, match=r"swap_memory 5,000,000,000 .* free on the host: lower --swap-memory"):
+        plan_for(apart, swap_memory=5_000_000_000)
+
+
 def test_context_is_cut_to_the_cache_but_a_stated_one_is_an_error() -> None:
     assert plan_for(kv_memory=128_000).max_model_len == 128
     with pytest.raises(ConfigError, match=r"max_model_len 2000.*--kv-memory"):
@@ -97,6 +111,8 @@ def test_auto_device_and_threads() -> None:
         ({"max_model_len": 5000}, "5000 exceeds the 4096"),
         ({"device": "cuda"}, "--device cpu"),
         ({"kv_memory": 10}, "holds no page"),
+        ({"swap_memory": -1}, "swap_memory must be at least 0"),
+        ({"kv_memory": 7_000_000_000, "swap_memory": 10**9}, "beside the weights and the swap space"),
         ({"kv_memory": 9_000_000_000}, r"9,000,000,000 bytes is more than the 7,731,564,544 .*--kv-memory"),
         ({"threads": -1}, "threads"),
     ],

@@ -13,9 +13,9 @@ from engine.assembly import StartError, build, make_manager
 from engine.config import EngineConfig
 from engine.core import EngineCore, Parts
 from engine.messages import Event, Failed, PromptLogprobs, Submit, Token
+from tests.engine.cached import poison, prompt_of, seeded
 from tests.engine.models.oracle import write_checkpoint
 from tests.engine.models.variants import SIZES
-from tests.engine.test_quantized_cache import poison, prompt_of, seeded
 from tests.engine.worlds import run, submit
 
 MAX_LEN = 192

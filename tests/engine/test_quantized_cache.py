@@ -1,24 +1,21 @@
 """Quantized cache policies on a real model: no schedule changes a bit of what a request alone in a cold engine gets."""
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config
 
-from engine.assembly import StartError, build, make_manager
+from engine.assembly import StartError, build
 from engine.config import EngineConfig
-from engine.core import EngineCore, Parts
-from engine.messages import Cancel, Event, Inbound, Logprobs, PromptLogprobs, Submit, Token
-from kvcache.layout import PageLayout
+from engine.messages import Cancel, Event, Inbound
 from tests.engine.artifacts import write_random
+from tests.engine.cached import MAX_LEN, World, check, prompt_of, seeded
 from tests.engine.models.oracle import write_checkpoint
 from tests.engine.models.variants import SIZES
-from tests.engine.worlds import run, submit
+from tests.engine.worlds import run
 
 POLICIES = {  # name -> tokens of a page
     "k4v4:w16:s4": 16,
@@ -30,55 +27,6 @@ POLICIES = {  # name -> tokens of a page
     "k4v2:w0:s3": 32,
     "k2v4:w24:s1": 64,  # most of a page lies outside the window of its end
 }
-MAX_LEN = 192
-
-
-@dataclass(frozen=True)
-class World:
-    """One model with the cache of one policy."""
-
-    parts: Parts
-    scorer: Parts  # the same with a cache of its own
-
-    @property
-    def layout(self) -> PageLayout:
-        return self.parts.storage.layout
-
-    def core(
-        self, max_batch_tokens: int = 64, num_sequences: int = 8, spare_recent: int | None = None, max_num_seqs: int = 8
-    ) -> EngineCore:
-        """An engine over a cache full of NaN, with pages for `num_sequences` of MAX_LEN tokens, and with as few recent
-        pages as one sequence needs, and `spare_recent`."""
-        poison(self.parts)
-        rule, plan = self.layout.read_rule, self.parts.plan
-        assert rule is not None
-        plan = msgspec.structs.replace(
-            plan,
-            num_pages=min(plan.num_pages, num_sequences * MAX_LEN // plan.page_size),
-            num_recent_pages=plan.num_recent_pages if spare_recent is None else rule.max_pages + spare_recent,
-            max_batch_tokens=max_batch_tokens,
-            max_num_seqs=max_num_seqs,
-        )
-        return EngineCore(replace(self.parts, plan=plan, manager=make_manager(plan, self.layout, "test")))
-
-    def scores(self, tokens: list[int], num_prompt: int) -> list[Logprobs]:
-        """The log-probabilities of tokens[num_prompt:], read as a prompt by an engine that has done nothing else."""
-        poison(self.scorer)
-        manager = make_manager(self.scorer.plan, self.layout, "score")
-        request = submit("score", tokens, max_tokens=0, num_prompt_logprobs=3)
-        events = run(EngineCore(replace(self.scorer, manager=manager)), [request])
-        (event,) = (e for e in events if isinstance(e, PromptLogprobs))
-        return event.entries[num_prompt - 1 :]
-
-
-def poison(parts: Parts) -> None:
-    """Fill the cache with NaN, or what decodes to it."""
-    for layer in parts.storage.layers:
-        if isinstance(layer, torch.Tensor):
-            layer.fill_(torch.nan)
-        else:
-            layer.pages.fill_(0x7F)
-            layer.recent.fill_(torch.nan)
 
 
 @pytest.fixture(scope="module")
@@ -97,26 +45,6 @@ def world(folder: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest
         artifact = write_random(folder, policy, tmp_path_factory.mktemp("artifact") / "cal", rotated="k4" in policy)
         config = msgspec.structs.replace(config, kv_calibration=str(artifact))
     return World(build(config)[0].parts, build(config)[0].parts)
-
-
-def prompt_of(which: int, num_shared: int, num_own: int) -> list[int]:
-    """A beginning that others have too, and something of its own."""
-    shared = [(7 * i * i + 3 * i + which) % 61 for i in range(num_shared)]
-    return shared + [(i + 5 * num_own + 31 * which) % 61 for i in range(num_own)]
-
-
-def seeded(request_id: str, prompt: list[int], max_tokens: int = 8, n: int = 1, priority: int = 0) -> Submit:
-    wishes = {"temperature": 1.0, "seed": len(prompt), "num_logprobs": 3, "ignore_eos": True}
-    return submit(request_id, prompt, n=n, priority=priority, max_tokens=max_tokens, **wishes)
-
-
-def check(world: World, request: Submit, events: list[Event]) -> None:
-    """Every choice of the request, to the last bit."""
-    for index in range(request.n):
-        found = [e for e in events if isinstance(e, Token) and (e.id, e.index) == (request.id, index)]
-        tokens = [*request.prompt, *(e.token for e in found)]
-        assert len(found) == request.sampling.max_tokens
-        assert [e.logprobs for e in found] == world.scores(tokens, len(request.prompt))
 
 
 def test_a_crowd_and_chunks(world: World) -> None:
@@ -157,7 +85,7 @@ def test_preemption(world: World) -> None:
     while core.has_work:
         events += core.step([])
         core.check_integrity()
-        if core.stats().steps_total % 4 == 0 and core.has_work:
+        if core.stats().steps_total % 4 == 0 and core.stats().num_running:
             core._scheduler._preempt(core._scheduler.sequences()[0])
     assert core.stats().preemptions_total > 1
     for request in requests:
@@ -181,6 +109,7 @@ def test_any_schedule(world: World, data: st.DataObject) -> None:
         num_sequences=data.draw(integers(1, 4), "pages for"),
         spare_recent=data.draw(integers(0, 30), "spare recent pages"),
         max_num_seqs=data.draw(st.sampled_from([1, 8]), "seats"),
+        swap_sequences=data.draw(integers(0, 2), "swap space for"),
     )
     events: list[Event] = []
     requests = []

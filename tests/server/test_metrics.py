@@ -38,6 +38,11 @@ NAMES = {  # what dashboards ask for; a name that changes breaks them
     "nibble_request_prompt_tokens",
     "nibble_request_queue_time_seconds",
     "nibble_request_success",
+    "nibble_swap_bytes_used",
+    "nibble_swap_in_bytes",
+    "nibble_swap_out_bytes",
+    "nibble_swaps_in",
+    "nibble_swaps_out",
     "nibble_time_to_first_token_seconds",
 }
 
