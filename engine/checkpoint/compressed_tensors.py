@@ -1,57 +1,36 @@
-"""compressed-tensors checkpoints in the "pack-quantized" format, as llm-compressor writes them.
+"""compressed-tensors checkpoints, as llm-compressor writes them: which config group holds for a layer, and how.
 
-    w[n, k] = weight_scale[n, g] * (q[n, k] - z[n, g]),   g = weight_g_idx[k], else k // G
-
-    weight_packed      [out, ceil(in * bits / 32)]      int32, codes along the row, lowest bits first
-    weight_scale       [out, groups], [out, 1] or [1]   strategy group, channel or tensor
-    weight_zero_point  [ceil(out * bits / 32), groups]  int32, packed along the outputs; int8 and unpacked for a tensor
-    weight_g_idx       [in]                             int32, only with actorder "group"; -1 means unset
-    weight_shape       [2]                              int64, (out, in)
-
-q and z are signed and stored as value + 2^(bits-1), which cancels in q - z, so the unsigned codes are used as stored.
-Widths that do not divide 32 are refused: some releases leave bits of a word unused, others do not (0.19 does not), and
-a checkpoint does not say which.
+How the tensors of a layer are laid out is in compressed_layouts.py, rotations in compressed_transforms.py.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 import torch
-from torch import Tensor
 
-from engine.checkpoint.codes import input_order, num_words, reorder_codes, words_to_stream, words_to_zeros
-from engine.checkpoint.errors import FormatRefused, TensorError
-from engine.checkpoint.linear import present, read_bias, read_dense, read_settings
-from engine.checkpoint.source import FLOATS, Source
-from kernels.linear.affine.layout import AffineWeights
-from kernels.linear.transforms import Permutation
+from engine.checkpoint.compressed_layouts import PARTS, READERS, Layer, Scheme
+from engine.checkpoint.compressed_transforms import LINEAR, Rotations, check_pattern, matches, read_rotations
+from engine.checkpoint.errors import FormatRefused
+from engine.checkpoint.linear import present, read_bias, read_dense, read_settings, take_scalar
+from engine.checkpoint.source import Source
+from kernels.linear.rounding import Rounding
 from kernels.linear.weights import LinearWeights
 
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape", "bias", "weight")
-FORMAT = "pack-quantized"
 WHERE = "compressed-tensors config"
-INFORMATIONAL = frozenset(
-    {
-        "global_compression_ratio",
-        "provider",
-        "quant_method",
-        "quantization_status",
-        "version",
-    }
-)
-INFORMATIONAL_FOR_WEIGHTS = frozenset(
-    {
-        "actorder",
-        "observer",
-        "observer_kwargs",
-        "scale_dtype",
-        "zp_dtype",
-    }
-)
-INTEGERS = (torch.int32, torch.int64)
+INFORMATIONAL = frozenset({"global_compression_ratio", "provider", "quant_method", "quantization_status", "version"})
+INFORMATIONAL_FOR_VALUES = frozenset({"actorder", "observer", "observer_kwargs", "zp_dtype"})
+LAYOUTS = {  # what each layout may say of its weights: (type, bits), strategies
+    "pack-quantized": ({("int", bits) for bits in range(2, 9)}, ("group", "channel", "tensor")),
+    "int-quantized": ({("int", bits) for bits in range(2, 9)}, ("group", "channel", "tensor")),
+    "float-quantized": ({("float", 8)}, ("group", "channel", "tensor", "block")),
+    "nvfp4-pack-quantized": ({("float", 4)}, ("group",)),
+    "mxfp4-pack-quantized": ({("float", 4)}, ("group",)),
+    "mxfp8-quantized": ({("float", 8)}, ("group",)),
+}
+POWERS_OF_TWO = "torch.uint8"  # scale_dtype of MXFP4 and MXFP8
+CACHE_PARTS = ("q_scale", "k_scale", "v_scale", "k_zero_point", "v_zero_point", "k_global_scale", "v_global_scale")
 
 
 class _Settings(msgspec.Struct, frozen=True):
@@ -59,20 +38,35 @@ class _Settings(msgspec.Struct, frozen=True):
     format: str
     ignore: list[str] | None = None
     sparsity_config: dict[str, Any] | None = None
+    transform_config: dict[str, Any] | None = None
+    kv_cache_scheme: dict[str, Any] | None = None
 
 
 class _GroupSettings(msgspec.Struct, frozen=True):
     targets: list[str]
     weights: dict[str, Any]
+    input_activations: dict[str, Any] | None = None
     format: str | None = None
 
 
-class _WeightSettings(msgspec.Struct, frozen=True):
-    num_bits: Literal[2, 4, 8]
-    type: Literal["int"] = "int"
+class _Values(msgspec.Struct, frozen=True):
+    """How weights or activations are quantized."""
+
+    num_bits: int
+    type: Literal["int", "float"] = "int"
     symmetric: bool = True
     group_size: int | None = None
-    strategy: Literal["group", "channel", "tensor"] | None = None
+    strategy: Literal["group", "tensor_group", "channel", "token", "tensor", "block"] | None = None
+    block_structure: list[int] | str | None = None
+    dynamic: bool | str = False
+    scale_dtype: str | None = None
+
+    @property
+    def by(self) -> str:
+        """The strategy, which old configs leave to the group size. tensor_group is group with one more scale."""
+        size = self.group_size
+        named = self.strategy or ("tensor" if size is None else "channel" if size == -1 else "group")
+        return "group" if named == "tensor_group" else named
 
 
 @dataclass(frozen=True)
@@ -80,68 +74,64 @@ class _Group:
     """What holds for the layers that one config group targets."""
 
     targets: tuple[str, ...]
-    bits: int
-    symmetric: bool
-    strategy: str
-    group_size: int | None  # of the strategy "group"
+    layout: str  # one of READERS
+    scheme: Scheme
+    activations: _Values | None
+
+    def describe(self) -> str:
+        rounded = self.activations
+        if rounded is None:
+            return self.scheme.describe()
+        return f"{self.scheme.describe()} with {rounded.num_bits}-bit {rounded.type} activations"
 
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """The reader of pack-quantized checkpoints."""
+    """The reader of compressed-tensors checkpoints."""
 
     groups: tuple[_Group, ...]
     ignore: tuple[str, ...]
+    rotations: Rotations
+    has_cache_scales: bool = False
     name: str = "compressed-tensors"
 
     def describe(self) -> str:
-        sizes = (
-            f"g{group.group_size}" if group.strategy == "group" else f"per {group.strategy}" for group in self.groups
-        )
-        kinds = (f"{group.bits}-bit {size}" for group, size in zip(self.groups, sizes, strict=True))
-        return "compressed-tensors " + ", ".join(dict.fromkeys(kinds))
+        kinds = ", ".join(dict.fromkeys(group.describe() for group in self.groups))
+        unused = "; its scales of a quantized KV cache are not used" if self.has_cache_scales else ""
+        return f"compressed-tensors {kinds}{self.rotations.describe()}{unused}"
 
     def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
         return present(source, name, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
+        self._pass_cache_scales(source, name)
         group = self._group_of(name)
         if group is None:
-            if f"{name}.weight_packed" in source:
-                raise FormatRefused(f"{WHERE}: {name} is ignored or untargeted, but stored as weight_packed")
-            return read_dense(source, name, shape, bias)
-        out_features, in_features = shape
-        group_size = min(group.group_size or in_features, in_features)
-        num_groups = -(-in_features // group_size)
-        words = num_words(in_features, group.bits)
-        packed = source.take(f"{name}.weight_packed", (out_features, words), (torch.int32,))
-        _check_shape(source, f"{name}.weight_shape", shape)
-        codes = words_to_stream(packed, group.bits, in_features)  # [out, in * bits / 8]
-        order = _order(source, f"{name}.weight_g_idx", in_features, group_size)  # [in] or None
-        if order is not None:
-            codes = reorder_codes(codes, group.bits, order)
-        stored = (1,) if group.strategy == "tensor" else (out_features, num_groups)
-        scales = source.take(f"{name}.weight_scale", stored, FLOATS)
-        weights = AffineWeights(
-            bits=group.bits,
-            in_features=in_features,
-            group_size=group_size,
-            codes=codes,
-            scales=scales.expand(out_features, num_groups).contiguous(),
-            zeros=_zeros(source, name, group, (out_features, num_groups)),
-        )
-        pre = () if order is None else (Permutation(order),)
-        return LinearWeights((weights,), pre, read_bias(source, name, out_features, bias))
+            for part in ("weight_packed", "weight_scale"):
+                if f"{name}.{part}" in source:
+                    raise FormatRefused(f"{WHERE}: {name} is ignored or untargeted, but stored as {part}")
+            dense = read_dense(source, name, shape, bias)
+            return self.rotations.around(source, name, dense)
+        rounding = None if group.activations is None else _rounding(source, name, group.activations)
+        read = READERS[group.layout](Layer(source, name, shape, group.scheme, rounding))
+        weights = LinearWeights((read.term,), read.pre, read_bias(source, name, shape[0], bias))
+        return self.rotations.around(source, name, weights)
 
     def _group_of(self, name: str) -> _Group | None:
         """The group that targets the layer: by name, else by pattern, else as a Linear; None when it is ignored."""
-        if any(_named(name, ignored) or _matched(name, ignored) or ignored == "Linear" for ignored in self.ignore):
+        if any(matches(name, ignored) for ignored in self.ignore):
             return None
-        for hits in (_named, _matched, _is_linear):
+        for kind in (_is_name, _is_pattern, _is_class):
             for group in self.groups:
-                if any(hits(name, target) for target in group.targets):
+                if any(kind(target) and matches(name, target) for target in group.targets):
                     return group
         return None
+
+    def _pass_cache_scales(self, source: Source, name: str) -> None:
+        """The cache is quantized as the server is told to; scales that a checkpoint brings for its own are left."""
+        module = name.rsplit(".", 1)[0]
+        for key in present(source, module, CACHE_PARTS if self.has_cache_scales else ()):
+            source.tensor(key)
 
 
 def read_config(config: Mapping[str, Any]) -> CompressedTensors:
@@ -153,74 +143,106 @@ def read_config(config: Mapping[str, Any]) -> CompressedTensors:
     groups = tuple(_group(name, group, settings.format) for name, group in settings.config_groups.items())
     ignore = tuple(settings.ignore or ())
     for pattern in [*ignore, *(target for group in groups for target in group.targets)]:
-        _check_pattern(pattern)
-    return CompressedTensors(groups, ignore)
+        check_pattern(pattern, WHERE)
+    rotations = read_rotations(settings.transform_config or {}, f"{WHERE}: transform_config")
+    return CompressedTensors(groups, ignore, rotations, bool(settings.kv_cache_scheme))
 
 
 def _group(name: str, config: Mapping[str, Any], default_format: str) -> _Group:
-    """One config group. Weights only: activations that are quantized as well are refused by read_settings."""
+    """One config group. Output activations that are quantized are refused by read_settings."""
     where = f"{WHERE}: {name}"
     settings = read_settings(config, _GroupSettings, (), where)
+    weights = read_settings(settings.weights, _Values, INFORMATIONAL_FOR_VALUES, f"{where}.weights")
     layout = settings.format or default_format
-    if layout != FORMAT:
-        raise FormatRefused(f"{where}: format {layout!r} is not supported, only {FORMAT!r} is")
-    weights = read_settings(settings.weights, _WeightSettings, INFORMATIONAL_FOR_WEIGHTS, f"{where}.weights")
+    if layout == "naive-quantized":
+        layout = "int-quantized" if weights.type == "int" else "float-quantized"
+    if layout not in READERS:
+        raise FormatRefused(f"{where}: format {layout!r} is not supported, only {', '.join(READERS)} are")
+    scheme = _scheme(weights, layout, f"{where}.weights")
+    activations = None
+    if settings.input_activations:
+        place = f"{where}.input_activations"
+        activations = read_settings(settings.input_activations, _Values, INFORMATIONAL_FOR_VALUES, place)
+        _check_activations(activations, place)
+    return _Group(tuple(settings.targets), layout, scheme, activations)
+
+
+def _scheme(weights: _Values, layout: str, where: str) -> Scheme:
+    """Raises FormatRefused for weights that the layout cannot hold."""
+    kinds, strategies = LAYOUTS[layout]
+    if (weights.type, weights.num_bits) not in kinds:
+        raise FormatRefused(
+            f"{where}: {layout} weights of {weights.num_bits} bits and type {weights.type!r} are not supported"
+        )
+    if weights.by not in strategies:
+        raise FormatRefused(f"{where}: strategy {weights.by!r} is not supported for {layout} weights")
+    if weights.dynamic:
+        raise FormatRefused(f"{where}: dynamic = {weights.dynamic!r} is not supported: weights have fixed scales")
+    if not weights.symmetric and weights.type == "float":
+        raise FormatRefused(f"{where}: symmetric = False is not supported for floats")
     size = weights.group_size
-    strategy = weights.strategy or ("tensor" if size is None else "channel" if size == -1 else "group")
-    if strategy == "group" and (size is None or size < 1):
-        raise FormatRefused(f"{where}.weights: strategy group needs a positive group_size, found {size}")
-    return _Group(
-        targets=tuple(settings.targets),
+    if weights.by == "group" and (size is None or size < 1):
+        raise FormatRefused(f"{where}: strategy group needs a positive group_size, found {size}")
+    return Scheme(
         bits=weights.num_bits,
+        is_float=weights.type == "float",
         symmetric=weights.symmetric,
-        strategy=strategy,
-        group_size=size if strategy == "group" else None,
+        strategy=weights.by,
+        group_size=size if weights.by == "group" else None,
+        block=_block(weights.block_structure, where) if weights.by == "block" else None,
     )
 
 
-def _check_pattern(target: str) -> None:
-    try:
-        re.compile(target.removeprefix("re:"))
-    except re.error as error:
-        raise FormatRefused(f"{WHERE}: {target!r} is not a regular expression: {error}") from error
+def _block(structure: list[int] | str | None, where: str) -> tuple[int, int]:
+    """[128, 128], or "128x128" as old releases wrote it."""
+    sides = structure.split("x") if isinstance(structure, str) else structure or []
+    if len(sides) != 2 or not all(str(side).isdigit() and int(side) > 0 for side in sides):
+        raise FormatRefused(f"{where}: block_structure must be two positive numbers, found {structure!r}")
+    return int(sides[0]), int(sides[1])
 
 
-def _named(name: str, target: str) -> bool:
-    return name == target
+def _check_activations(values: _Values, where: str) -> None:
+    """Raises FormatRefused for roundings that are not served."""
+    if (values.type, values.num_bits) not in {("int", 4), ("int", 8), ("float", 8), ("float", 4)}:
+        raise FormatRefused(f"{where}: {values.num_bits} bits of type {values.type!r} are not supported")
+    if values.by == "tensor" and values.dynamic:
+        raise FormatRefused(
+            f"{where}: strategy 'tensor' with dynamic = True is not supported: a token's result would depend on the "
+            "requests beside it. Quantize activations by token"
+        )
+    if values.by not in ("token", "tensor", "group") or (values.by != "tensor" and not values.dynamic):
+        raise FormatRefused(f"{where}: strategy {values.by!r} with dynamic = {values.dynamic!r} is not supported")
+    if values.by == "group" and (values.group_size is None or values.group_size < 1):
+        raise FormatRefused(f"{where}: strategy group needs a positive group_size, found {values.group_size}")
+    if not values.symmetric and values.type == "float":
+        raise FormatRefused(f"{where}: symmetric = False is not supported for floats")
 
 
-def _matched(name: str, target: str) -> bool:
-    return target.startswith("re:") and re.match(target.removeprefix("re:"), name) is not None
+def _rounding(source: Source, name: str, values: _Values) -> Rounding:
+    """How the layer's activations are rounded. Raises TensorError when a fixed scale is missing or useless."""
+    grid: Literal["int", "e4m3", "e2m1"] = "int"
+    if values.type == "float":
+        grid = "e4m3" if values.num_bits == 8 else "e2m1"
+    if values.by == "tensor":
+        scale, zero = take_scalar(source, f"{name}.input_scale"), None
+        if not values.symmetric:
+            zero = source.take(f"{name}.input_zero_point", (1,), (torch.int8,)).float()
+        return Rounding(grid, values.num_bits, scale=scale, zero=zero)
+    channels = values.group_size if values.by == "group" else None
+    if values.dynamic == "local":
+        unit = 1 / take_scalar(source, f"{name}.input_global_scale")  # stored as a divisor
+        return Rounding(grid, values.num_bits, channels, scale_grid="e4m3", scale_unit=unit)
+    powers = values.scale_dtype == POWERS_OF_TWO
+    return Rounding(grid, values.num_bits, channels, values.symmetric, scale_grid="e8m0" if powers else "float")
 
 
-def _is_linear(name: str, target: str) -> bool:
-    return target == "Linear"
+def _is_class(target: str) -> bool:
+    return target == LINEAR
 
 
-def _check_shape(source: Source, key: str, shape: tuple[int, int]) -> None:
-    stored = tuple(source.take(key, (2,), INTEGERS).tolist())
-    if stored != shape:
-        raise TensorError(f"tensor {key!r} holds {list(stored)}, expected {list(shape)}")
+def _is_pattern(target: str) -> bool:
+    return target.startswith("re:")
 
 
-def _order(source: Source, key: str, in_features: int, group_size: int) -> Tensor | None:
-    if key not in source:
-        return None
-    g_idx = source.take(key, (in_features,), INTEGERS)
-    return None if (g_idx == -1).any() else input_order(g_idx, group_size, key)
-
-
-def _zeros(source: Source, name: str, group: _Group, shape: tuple[int, int]) -> Tensor:
-    """Unsigned zero points, [out, groups] uint8; the middle of the range when the checkpoint stores none."""
-    out_features, num_groups = shape
-    key, middle = f"{name}.weight_zero_point", 1 << (group.bits - 1)
-    if group.symmetric and key not in source:
-        return torch.full((1, 1), middle, dtype=torch.uint8).expand(shape)
-    if key in source and source.dtype(key) == torch.int32:
-        packed = source.take(key, (num_words(out_features, group.bits), num_groups), (torch.int32,))
-        return words_to_zeros(packed.t(), group.bits, out_features)
-    stored = (1,) if group.strategy == "tensor" else shape
-    signed = source.take(key, stored, (torch.int8,)).short()
-    if (signed.abs() > middle).any():
-        raise TensorError(f"tensor {key!r} holds zero points beyond the {group.bits}-bit range")
-    return (signed + middle).to(torch.uint8).expand(shape)
+def _is_name(target: str) -> bool:
+    return not _is_class(target) and not _is_pattern(target)

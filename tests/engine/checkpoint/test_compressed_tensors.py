@@ -13,6 +13,7 @@ from engine.checkpoint.source import Source
 from kernels.linear.affine.layout import AffineWeights
 from tests.engine.checkpoint.worlds import DOWN, FIXTURES, QUERY, changed, expected, quantization_config, stored
 
+R3 = {"targets": ["re:.*self_attn$"], "location": "q_attn"}
 SYMMETRIC, ASYMMETRIC, MIXED = "ct-4bit-sym-g32", "ct-4bit-asym-g32", "ct-mixed-groups-qwen2"
 
 
@@ -134,13 +135,14 @@ def test_tensors_that_do_not_fit_are_named(
     [
         (config(input_activations={"num_bits": 8, "dynamic": True}), "input_activations"),
         (config(output_activations={"num_bits": 8}), "output_activations"),
-        (config(weights={"num_bits": 3}), "3"),
+        (config(weights={"num_bits": 9}), "9 bits"),
         (config(weights={"type": "float"}), "float"),
         (config(weights={"dynamic": True}), "dynamic"),
         (config(weights={"strategy": "block", "block_structure": [128, 128]}), "block"),
         (config(weights={"group_size": None}), "group_size"),
-        (config(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
-        (config(transform_config={"config_groups": {}}), "transform_config"),
+        (config(transform_config={"config_groups": {"R3": {"type": "givens", "apply": []}}}), "R3.*givens"),
+        (config(transform_config={"config_groups": {"R3": {"type": "hadamard", "apply": [R3]}}}), "R3.*q_attn.*keys"),
+        (config(transform_config={"version": 2}), "version"),
         (config(sparsity_config={"format": "sparse-24-bitmask"}), "sparse-24-bitmask"),
         (config(targets=["re:("]), "regular expression"),
         (config() | {"config_groups": {"W4A16": ["Linear"]}}, "config_groups"),
@@ -152,7 +154,7 @@ def test_settings_that_are_not_honoured_are_refused_by_name(changed_config: dict
         read_config(changed_config)
 
 
-@pytest.mark.parametrize("layout", ["int-quantized", "float-quantized", "marlin-24", "nvfp4-pack-quantized"])
+@pytest.mark.parametrize("layout", ["float-quantized", "marlin-24", "nvfp4-pack-quantized"])
 def test_other_formats_are_refused_by_name(layout: str) -> None:
     """The method has a dozen layouts; the group's own format wins over the global one."""
     made = config()

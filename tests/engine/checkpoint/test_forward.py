@@ -13,7 +13,9 @@ from transformers import AutoConfig
 
 from engine.checkpoint.format import detect
 from engine.checkpoint.source import Source
-from tests.engine.checkpoint.worlds import ALL, FIXTURES
+from kernels.linear.int8.layout import Int8Weights
+from kernels.linear.rounding import Rounding
+from tests.engine.checkpoint.worlds import ALL, FIXTURES, QUERY, expected, reader
 from tests.engine.models.oracle import LENGTHS, TIMES_NOISE, Session, World, exact_copy, make_world, new_model
 
 ANSWERED = [name for name in ALL if (FIXTURES / name / "expected_logits.safetensors").exists()]
@@ -53,10 +55,22 @@ def dense_weights(folder: Path, model: Any) -> dict[str, Tensor]:
     return weights
 
 
+def rounds_activations(name: str) -> bool:
+    """Whether the format rounds what a dense model does not."""
+    form, source = reader(FIXTURES / name)
+    if QUERY not in expected(FIXTURES / name):
+        return False
+    out_features, in_features = expected(FIXTURES / name)[QUERY].shape
+    read = form.linear(source, QUERY, (out_features, in_features), f"{QUERY}.bias" in source)
+    return isinstance(read.terms[0], Int8Weights) or any(isinstance(transform, Rounding) for transform in read.pre)
+
+
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_logits_are_those_of_the_dense_model(name: str) -> None:
     """Bug: a reader whose weights are right, and a layer that binds, permutes, joins or biases them wrongly."""
+    if rounds_activations(name):
+        pytest.skip("the format rounds activations, and a dense model does not")
     ours = world(name)
     session = Session(ours)
     for answers, length in zip(ours.answers, LENGTHS, strict=True):
@@ -69,12 +83,16 @@ def test_logits_are_those_of_the_dense_model(name: str) -> None:
 def test_logits_are_those_of_the_tool(name: str) -> None:
     """Bug: a table, an offset or an order that our reader and its dequantized weights share.
 
-    The tools compute in bfloat16 or round activations to 8 bits on a CPU, even when asked for float32.
+    Other tools than compressed-tensors compute in bfloat16 or round activations to 8 bits on a CPU, even when asked for
+    float32. Activations that a format rounds do not differ by the noise, but by a whole code where one falls between
+    two: none does here.
     """
     stored = load_file(FIXTURES / name / "expected_logits.safetensors")
     ours = world(name)
     session = Session(ours)
     ids = stored["ids"].tolist()
     logits = session.run(ids, session.table(len(ids)), [len(ids)])
-    size = float(stored["logits"].abs().max())
-    assert (logits - stored["logits"]).abs().max() <= TIMES_NOISE * torch.finfo(torch.bfloat16).eps * size
+    bound = TIMES_NOISE * torch.finfo(torch.bfloat16).eps * float(stored["logits"].abs().max())
+    if name.startswith("ct-"):
+        bound = max(answers.bound for answers in ours.answers)
+    assert (logits - stored["logits"]).abs().max() <= bound
