@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from engine.config import EngineConfig
 from engine.messages import Event, Inspection, Loading, Ready, Stats, Submit
@@ -82,6 +82,30 @@ def locate_model(model: str, revision: str | None = None, offline: bool = False)
     from engine.checkpoint.hub import resolve
 
     return resolve(model, revision, offline)
+
+
+class FileSettings(Protocol):
+    """The settings of a GGUF file by name. Every method raises a ValueError that names the setting when it is missing
+    and has no default, or is of another kind."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def integer(self, name: str, default: int | None = None) -> int: ...
+
+    def flag(self, name: str, default: bool) -> bool: ...
+
+    def text(self, name: str, default: str | None = None) -> str: ...
+
+    def array(self, name: str, kind: type) -> list[Any]:
+        """A list of str, int or float."""
+        ...
+
+
+def file_settings(model: Path) -> FileSettings:
+    """What a GGUF file says of its tokenizer. Imports no torch. Raises CheckpointError (a ValueError)."""
+    from engine.checkpoint.gguf_file import read_headers
+
+    return read_headers(model)[0].settings
 
 
 def inspect_model(config: EngineConfig) -> Inspection:

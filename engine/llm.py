@@ -40,6 +40,8 @@ class LLM:
         from transformers import AutoTokenizer
 
         folder = locate_model(model, revision, offline)
+        if folder.suffix == ".gguf":
+            raise ValueError(f"{folder}: the library reads no tokenizers of GGUF files; serve it with nibble serve")
         self._core, self.plan = build(EngineConfig(str(folder), **settings))
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._ids = itertools.count()

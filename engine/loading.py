@@ -23,6 +23,7 @@ from engine.calibration.fingerprint import fingerprint
 from engine.checkpoint.errors import TensorError
 from engine.checkpoint.format import Format, detect
 from engine.checkpoint.gguf import Gguf
+from engine.checkpoint.gguf_choice import SUFFIX
 from engine.checkpoint.gguf_file import read_headers
 from engine.checkpoint.gguf_source import GgufSource
 from engine.checkpoint.source import Progress, Source
@@ -59,7 +60,6 @@ ROUNDED = "activations rounded to 8 bits where they meet quantized weights; --ac
 HEAD_GROUP = 32  # channels that share a scale of a rounded output head: 8.5 bits a weight
 ACTIVATION_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}  # by device
 
-SUFFIX = ".gguf"
 FREQUENCIES = "rope_freqs.weight"
 
 TensorsT = TypeVar("TensorsT")

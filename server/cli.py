@@ -18,7 +18,7 @@ from engine.client import EngineUnavailable, inspect_model, locate_model, start_
 from engine.messages import Ready
 from server import config, lifecycle, screen
 from server.app import create_app
-from server.tokenizer import load_tokenizer
+from server.tokenizer import GGUF, load_tokenizer
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 
@@ -36,7 +36,8 @@ def nibble(version: Annotated[bool, typer.Option("--version", help="Print the ve
 def serve(config_file: Path | None, **flags: Any) -> None:
     """Serve a quantized model over an OpenAI-compatible API.
 
-    MODEL is a folder or a Hugging Face id; without it, the bundled demo model is served under the name "demo".
+    MODEL is a folder, a GGUF file, a Hugging Face id, or owner/name:file.gguf; without it, the bundled demo model is
+    served under the name "demo".
 
     Every option may also be a line of the --config file (port = 8000) or a variable (NIBBLE_PORT=8000).
     Options win over the file, the file over the environment.
@@ -102,20 +103,20 @@ def set_up_logging(level: config.LogLevel) -> None:
 
 
 def model_folder(settings: config.ServerConfig) -> Path:
-    """The checkpoint to serve, or the bundled one. Raises ValueError saying what is missing."""
+    """The folder or GGUF file to serve, or the bundled demo. Raises ValueError saying what is missing."""
     if settings.model is None and not DEMO.is_dir():
         raise ValueError("This installation has no demo model; name a model: nibble serve MODEL")
     folder = locate_model(settings.model, settings.revision, settings.offline) if settings.model else DEMO
-    if not (folder / "config.json").is_file():
+    if folder.suffix != GGUF and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder: it has no config.json")
     return folder
 
 
 def served_name(model: str | None) -> str:
-    """The name clients use: the hub id, or the last part of a folder's path."""
+    """The name clients use: the hub id, or the last part of a path, without ".gguf"."""
     if model is None:
         return "demo"
-    return Path(model).resolve().name if Path(model).exists() else model
+    return Path(model).resolve().name.removesuffix(GGUF) if Path(model).exists() else model
 
 
 def address(host: str, port: int) -> str:

@@ -64,7 +64,9 @@ class ServerConfig(BaseSettings):
         env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, protected_namespaces=()
     )
 
-    model: Text | None = setting(None, "Model", "Folder or Hugging Face id. Default: the bundled demo model.")
+    model: Text | None = setting(
+        None, "Model", "Folder, GGUF file or Hugging Face id. Default: the bundled demo model."
+    )
     revision: Text | None = setting(None, "Model", "Branch, tag or commit of a hub model.")
     offline: bool = setting(False, "Model", "Use only what is already on this machine.")
     served_name: Text | None = setting(None, "Model", "Name clients give as `model`. Default: hub id or folder name.")

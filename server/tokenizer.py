@@ -23,6 +23,7 @@ import jinja2
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 METASPACE = "▁"
+GGUF = ".gguf"
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
 
 
@@ -176,9 +177,12 @@ class HubTokenizer:
 
 
 def load_tokenizer(folder: Path, chat_template: Path | None = None) -> HubTokenizer:
-    """Read the tokenizer of a checkpoint. Raises TokenizerError."""
+    """Read the tokenizer of a checkpoint: a folder, or a GGUF file. Raises TokenizerError, or another ValueError."""
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns that no model library was imported
-    if not any(path for pattern in FILES for path in folder.glob(pattern)):  # libraries would guess at other reasons
+    is_file = folder.suffix == GGUF
+    if not is_file and not any(
+        path for pattern in FILES for path in folder.glob(pattern)
+    ):  # libraries would guess at other reasons
         raise TokenizerError(f"{folder} has no tokenizer: put the model's tokenizer.json (or tokenizer.model) there")
     try:
         template = chat_template.read_text(encoding="utf-8") if chat_template else None
@@ -186,9 +190,16 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None) -> HubTokeni
         reason = error.strerror if isinstance(error, OSError) else error
         raise TokenizerError(f"--chat-template {chat_template} cannot be read: {reason}") from error
     try:
-        return HubTokenizer(_read(folder), template)
+        backend, own_template = _read_file(folder) if is_file else (_read(folder), None)
+        return HubTokenizer(backend, template or own_template)
     except Exception as error:  # a damaged file makes the libraries raise whatever comes up
         raise TokenizerError(f"The tokenizer in {folder} cannot be read: {error}") from error
+
+
+def _read_file(path: Path) -> tuple[Any, str | None]:
+    from server.gguf_tokenizer import read_gguf_tokenizer  # it names this module's errors
+
+    return read_gguf_tokenizer(path)
 
 
 def _read(folder: Path) -> Any:

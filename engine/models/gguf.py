@@ -3,8 +3,8 @@
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Protocol
 
+from engine.checkpoint.gguf_file import Settings
 from engine.models import llama, qwen2, qwen3
 from engine.models.config import ModelConfig, UnsupportedModel
 from engine.models.registry import Architecture, ModelDescription
@@ -27,20 +27,6 @@ ENDS = frozenset(
         "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek
     )
 )
-
-
-class Settings(Protocol):
-    """Settings of a file by name. A method raises when one is missing and has no default, or is of another kind."""
-
-    def __contains__(self, name: object) -> bool: ...
-
-    def integer(self, name: str, default: int | None = None) -> int: ...
-
-    def number(self, name: str, default: float | None = None) -> float: ...
-
-    def text(self, name: str, default: str | None = None) -> str: ...
-
-    def array(self, name: str, kind: type) -> list[object]: ...
 
 
 def describe(
