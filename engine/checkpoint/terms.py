@@ -53,9 +53,7 @@ class AffineTerm(TermSettings, frozen=True, tag="affine"):
 
 def of_affine(weights: AffineWeights) -> tuple[AffineTerm, Tensors]:
     """Scales that are all powers of two take one byte each; they are read as bfloat16."""
-    exponents = weights.scales.float().to(E8M0)
-    fits = bool((exponents.float() == weights.scales.float()).all())
-    tensors = {"codes": weights.codes, "scales": exponents if fits else weights.scales}
+    tensors = {"codes": weights.codes, "scales": _compact(weights.scales)}
     if weights.has_one_zero and weights.zeros.numel():
         return AffineTerm(weights.bits, weights.group_size, float(weights.zeros[0, 0])), tensors
     return AffineTerm(weights.bits, weights.group_size), tensors | {"zeros": weights.zeros}
@@ -79,7 +77,7 @@ class TableTerm(TermSettings, frozen=True, tag="table"):
 
 
 def of_table(weights: TableWeights) -> tuple[TableTerm, Tensors]:
-    tensors = {"codes": weights.codes, "scales": weights.scales}
+    tensors = {"codes": weights.codes, "scales": _compact(weights.scales)}
     if has_factor := weights.factor != 1.0:
         tensors["factor"] = torch.tensor([weights.factor], dtype=torch.float64)
     return TableTerm(weights.bits, weights.group_size, weights.table, has_factor), tensors
@@ -102,7 +100,7 @@ def of_lookup(weights: LookupWeights) -> tuple[LookupTerm, Tensors]:
 
 
 class CodebookTerm(TermSettings, frozen=True, tag="codebook"):
-    """codes [N, K / d] uint8 or int16, scales [N, K / G] float, book [vectors, d] float: its own, or what `book` names."""
+    """codes [N, K / d] uint8 or int16, scales [N, K / G] float, book [vectors, d] float: its own, or the one named."""
 
     vector_size: int
     num_vectors: int
@@ -238,6 +236,14 @@ def of_term(term: Any) -> tuple[TermSettings, Tensors]:
         raise TypeError(f"the container has no term of family {term.family!r}")
     settings, tensors = writers[type(term)](term)
     return settings, tensors
+
+
+def _compact(scales: Tensor) -> Tensor:
+    """One byte for each scale when all are powers of two."""
+    if scales.element_size() == 1:
+        return scales
+    exponents = scales.float().to(E8M0)
+    return exponents if torch.equal(exponents.float(), scales.float()) else scales
 
 
 def take_finite(source: Source, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
