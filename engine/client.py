@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from engine.config import EngineConfig
-from engine.messages import Event, Inspection, Loading, Ready, Stats, Submit
+from engine.messages import Conversion, ConversionSettings, Event, Inspection, Loading, Ready, Stats, Submit
 
 EngineState = Literal["starting", "ready", "restarting", "stopped", "failed"]
 
@@ -117,3 +117,12 @@ def inspect_model(config: EngineConfig) -> Inspection:
         return inspect(config)
     except StartError as error:
         raise EngineUnavailable(str(error), retry_after_s=0) from error
+
+
+def convert_model(
+    model: Path, destination: Path, settings: ConversionSettings, on_progress: Callable[[Loading], None] | None = None
+) -> Conversion:
+    """Write the checkpoint in Nibble's container. Raises ValueError naming the layer or setting that cannot be served."""
+    from engine.conversion.convert import convert
+
+    return convert(model, destination, settings, on_progress)

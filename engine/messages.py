@@ -194,6 +194,41 @@ class Inspection(msgspec.Struct, frozen=True):
         return self.bandwidth / (self.weight_bytes_per_token + context_len * self.plan.kv_bytes_per_token)
 
 
+class ConversionSettings(msgspec.Struct, frozen=True):
+    """What a user asks of a conversion."""
+
+    scheme: str | None  # "rtn:b4:g64"; None recovers exact codes
+    keep: tuple[str, ...] = ()  # regular expressions of layers that stay as they are
+
+
+class ConvertedLayer(msgspec.Struct, frozen=True):
+    """What became of one linear layer."""
+
+    name: str
+    what: str  # "4-bit g64"; "kept"
+    num_weights: int
+    num_bytes: int  # in the new checkpoint, without its bias
+    error: float  # |W' - W| / |W|, Frobenius; 0 when every weight is the same in the checkpoint's own dtype
+
+    @property
+    def bits(self) -> float:
+        """Of one weight, everything counted."""
+        return 8 * self.num_bytes / self.num_weights
+
+
+class Conversion(msgspec.Struct, frozen=True):
+    """A finished conversion."""
+
+    source: str
+    destination: str
+    made_by: str
+    layers: list[ConvertedLayer]
+    source_bytes: int  # of all tensors
+    num_bytes: int  # likewise
+    num_shards: int
+    num_resumed: int  # shards that an earlier, interrupted run had finished
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The model is loaded and the engine takes requests."""
 

@@ -14,8 +14,8 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.markup import escape
 
-from engine.client import EngineUnavailable, inspect_model, locate_model, start_engine
-from engine.messages import Ready
+from engine.client import EngineUnavailable, convert_model, inspect_model, locate_model, start_engine
+from engine.messages import ConversionSettings, Ready
 from server import config, lifecycle, screen
 from server.app import create_app
 from server.tokenizer import GGUF, load_tokenizer
@@ -94,6 +94,47 @@ def inspect_command(config_file: Path | None, as_json: bool | None, **flags: Any
         print(msgspec.json.encode(inspection).decode())
     else:
         screen.print_inspection(Console(highlight=False), inspection)
+
+
+@cli.command("convert", no_args_is_help=True)
+def convert_command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A folder or a Hugging Face id, in 16 or 32 bits.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; it must not exist.")],
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            help="rtn[:bN][:gN][:asym][:clip], mxint8, mxfp4, nvfp4, nvint4, ptqtp[:gN] or lowrank[:pN]; :hN adds a "
+            "Hadamard transform of N channels."
+        ),
+    ] = None,
+    recover: Annotated[
+        bool, typer.Option("--recover", help="Find the exact codes of weights that are rounded already.")
+    ] = False,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Leave linear layers of this name as they are: a regular expression.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write a checkpoint in Nibble's container: quantize its linear layers, or recover the codes they already hold.
+
+    Started again after an interruption it continues with the first shard that is not written.
+    """
+    if recover == (scheme is not None):
+        fail("nibble convert takes either --recover or --scheme", 2)
+    bar = screen.LoadingBar(Console(stderr=True), source, "Converting")
+    try:
+        folder = locate_model(source)
+        bar.start()
+        conversion = convert_model(folder, destination, ConversionSettings(scheme, tuple(keep or ())), bar.update)
+    except (ValueError, OSError) as error:
+        bar.stop()
+        fail(str(error), 2)
+    finally:
+        bar.stop()
+    if as_json:
+        print(msgspec.json.encode(conversion).decode())
+    else:
+        screen.print_conversion(Console(highlight=False), conversion)
 
 
 def set_up_logging(level: config.LogLevel) -> None:

@@ -1,6 +1,7 @@
 """What a person sees who starts the server: a bar while weights are read, then one screen of facts."""
 
 import json
+import shlex
 from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
@@ -9,7 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
-from engine.messages import Inspection, Loading, PlanSummary
+from engine.messages import Conversion, Inspection, Loading, PlanSummary
 
 UNITS = ("B", "KiB", "MiB", "GiB")
 
@@ -24,8 +25,8 @@ def nibble_version() -> str:
 class LoadingBar:
     """Progress of reading weights. `update` may be called from any thread."""
 
-    def __init__(self, console: Console, name: str) -> None:
-        columns = (TextColumn("[bold]Loading {task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    def __init__(self, console: Console, name: str, verb: str = "Loading") -> None:
+        columns = (TextColumn(f"[bold]{verb} {{task.description}}"), BarColumn(), DownloadColumn(binary_units=True))
         # In a log file it would leave nothing but an empty line.
         speed, quiet = TransferSpeedColumn(), not console.is_terminal
         self._progress = Progress(*columns, speed, console=console, transient=True, disable=quiet)
@@ -73,6 +74,26 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
     for title, fact in _roofline(inspection):
         facts.add_row(title, Text(fact, overflow="fold"))
     console.print(facts)
+
+
+def print_conversion(console: Console, conversion: Conversion) -> None:
+    """What became of every linear layer, and how to serve it."""
+    table = Table(box=None, padding=(0, 2), header_style="bold cyan")
+    for title in ("layer", "now", "bits a weight", "error"):
+        table.add_column(title, justify="left" if title in ("layer", "now") else "right", overflow="fold")
+    for layer in conversion.layers:
+        error = "none" if layer.error == 0 else f"{layer.error:.2%}"
+        table.add_row(layer.name, layer.what, f"{layer.bits:.2f}", error)
+    console.print(table)
+    num_weights = sum(layer.num_weights for layer in conversion.layers)
+    bits = 8 * sum(layer.num_bytes for layer in conversion.layers) / max(1, num_weights)
+    resumed = f", {conversion.num_resumed} of {conversion.num_shards} shards from an earlier run"
+    console.print(
+        f"\n{len(conversion.layers)} linear layers, {bits:.2f} bits a weight; all tensors {size(conversion.source_bytes)} "
+        f"-> {size(conversion.num_bytes)}{resumed if conversion.num_resumed else ''}\n",
+        soft_wrap=True,
+    )
+    console.print(f"nibble serve {shlex.quote(conversion.destination)}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _roofline(inspection: Inspection) -> list[tuple[str, str]]:
