@@ -37,8 +37,7 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
     try:
         checkpoint = open_checkpoint(Path(config.model), _progress(on_loading))
         plan = resolve(config, model_facts(checkpoint, config))
-        torch.set_num_threads(plan.threads)
-        native.set_num_threads(plan.threads)
+        _set_threads(plan.threads)
         loaded = load_model(checkpoint, plan)
         torch.set_num_threads(_torch_threads(loaded, plan))
         layout = loaded.layout
@@ -58,6 +57,15 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
     salt = f"{checkpoint.folder.resolve()}:{layout.salt}"
     summary = _summary(checkpoint, plan, loaded, (load_seconds, speed))
     return core(make_manager(plan, layout, salt)), summary
+
+
+def _set_threads(num_threads: int) -> None:
+    """Both pools, until it is known which one multiplies. Raises StartError when there cannot be so many threads."""
+    try:
+        native.set_num_threads(num_threads)
+    except RuntimeError as error:
+        raise StartError(str(error)) from error
+    torch.set_num_threads(num_threads)
 
 
 def _torch_threads(loaded: LoadedModel, plan: Plan) -> int:

@@ -1,10 +1,13 @@
 """The speed that the start screen states."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from engine import assembly
-from engine.assembly import StartError, measure_decode
+from engine.assembly import StartError, build, measure_decode
+from engine.config import EngineConfig
 from tests.engine.worlds import VOCAB, make_core
 
 
@@ -30,3 +33,15 @@ def test_a_slow_model_is_not_made_to_wait(monkeypatch: pytest.MonkeyPatch) -> No
     assert measure_decode(core, core.parts.plan) > 0
     assert core.stats().steps_total == 1
     assert core.stats().pages_used == 0
+
+
+def test_threads_that_cannot_be_started_end_in_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: --threads 100000 that ends in a traceback."""
+
+    def refuse(num_threads: int) -> None:
+        raise RuntimeError(f"cannot start {num_threads} threads: lower --threads")
+
+    monkeypatch.setattr(assembly.native, "set_num_threads", refuse)
+    demo = Path(__file__).parents[2] / "demo" / "checkpoint"
+    with pytest.raises(StartError, match="cannot start 99 threads"):
+        build(EngineConfig(str(demo), threads=99))
