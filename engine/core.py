@@ -88,14 +88,21 @@ class EngineCore:
         return events
 
     def stats(self) -> Stats:
+        recent = self._manager.recent_occupancy
         return Stats(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             pages_used=self._manager.num_used,
             pages_cached=self._manager.num_cached,
             pages_total=self._manager.num_pages,
+            tokens_held=self._manager.num_tokens_held,
+            recent_pages_used=recent.num_used,
+            recent_pages_cached=recent.num_cached,
+            recent_pages_total=recent.num_pages,
+            recent_tokens_held=recent.num_tokens,
             prefix_queries_total=self._manager.num_queried_tokens,
             prefix_hits_total=self._manager.num_hit_tokens,
+            prefix_cut_total=self._manager.num_cut_tokens,
             preemptions_total=self._scheduler.num_preemptions,
             swap_bytes_used=self._swap.num_used_bytes,
             swaps_out_total=self._swap.num_out,

@@ -121,8 +121,14 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     pages_used: int = 0  # held by sequences
     pages_cached: int = 0  # held by the prefix index alone: reusable, evictable
     pages_total: int = 0
+    tokens_held: int = 0  # stored on pages that sequences hold; shared ones count once
+    recent_pages_used: int = 0  # of RECENT_TOKENS tokens, held by sequences
+    recent_pages_cached: int = 0  # held by the prefix index alone
+    recent_pages_total: int = 0
+    recent_tokens_held: int = 0  # stored on recent pages that sequences hold
     prefix_queries_total: int = 0  # prompt tokens looked up
     prefix_hits_total: int = 0  # prompt tokens found
+    prefix_cut_total: int = 0  # prompt tokens whose pages were found in vain: the window that belongs to them is gone
     preemptions_total: int = 0
     swap_bytes_used: int = 0  # of preempted sequences, in host memory
     swaps_out_total: int = 0  # preemptions that kept their pages there
@@ -162,7 +168,7 @@ class PlanSummary(msgspec.Struct, frozen=True):
     kv_policy: str
     page_size: int  # tokens
     num_pages: int
-    kv_bytes_per_token: int
+    kv_bytes_per_token: int  # of a page, all layers
     weight_bytes: int
     max_model_len: int  # tokens of one request, prompt and answer
     max_num_seqs: int
@@ -173,10 +179,18 @@ class PlanSummary(msgspec.Struct, frozen=True):
     load_seconds: float
     decode_tokens_per_s: float  # one sequence, measured at start
     eos_token_ids: tuple[int, ...] = ()
+    kv_elements_per_token: int = 0  # numbers that keys and values consist of, all layers
+    bytes_per_page: int = 0  # all layers
+    bytes_per_recent_page: int = 0  # likewise
     num_recent_pages: int = 0  # of 16 tokens, beside the others: the window and sinks of a quantized cache
     kv_request_window: int = 0  # most tokens that a request may have in high precision by asking; 0: it may not ask
     swap_bytes: int = 0  # of host memory, at most, for preempted sequences
     notes: tuple[str, ...] = ()  # what a user should know: limits that came from the model or from memory
+
+    @property
+    def kv_bits(self) -> float:
+        """Bits of a page for each number of keys and values, parameters included."""
+        return 8 * self.kv_bytes_per_token / max(self.kv_elements_per_token, 1)
 
 
 class Inspection(msgspec.Struct, frozen=True):

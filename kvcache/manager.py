@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from kvcache.prefix import next_key, root_key
-from kvcache.recent import NOTHING, Found, ReadRule, RecentTier
+from kvcache.recent import NOTHING, Found, Occupancy, ReadRule, RecentTier
 from kvcache.recent import Held as RecentHeld
 from kvcache.tier import PageTier
 
@@ -86,6 +86,7 @@ class KVCacheManager:
         self.page_size = page_size
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
+        self.num_cut_tokens = 0  # on published pages, and computed all the same: their window is gone
         self._sharing = sharing
         self._salt = salt
         self._tier = PageTier("page", num_pages)
@@ -117,6 +118,19 @@ class KVCacheManager:
     def num_used(self) -> int:
         """Pages held by sequences."""
         return self.num_pages - self.num_available
+
+    @property
+    def num_tokens_held(self) -> int:
+        """Tokens stored on pages that sequences hold; shared ones count once: a page that is not full has one."""
+        held = self._held.values()
+        num_started = sum(len(one.block_table) - one.num_stored // self.page_size for one in held)
+        in_started = sum(one.num_stored % self.page_size for one in held)
+        return (self.num_used - num_started) * self.page_size + in_started
+
+    @property
+    def recent_occupancy(self) -> Occupancy:
+        """What is on the recent pages."""
+        return Occupancy() if self._recent is None else self._recent.occupancy
 
     def num_stored(self, sequence: int) -> int:
         return self._held[sequence].num_stored
@@ -176,7 +190,9 @@ class KVCacheManager:
             self._recent.open(sequence, match.recent, self._rule_of(match.window))
         self._held[sequence] = _Held(self._root(match.window), list(match.pages), list(match.keys), match.num_tokens)
         self.num_queried_tokens += num_queried
-        self.num_hit_tokens += match.num_tokens if num_queried else 0
+        if num_queried:
+            self.num_hit_tokens += match.num_tokens
+            self.num_cut_tokens += max(0, match.recent.num_wanted - match.num_tokens)
 
     def fitting(self, sequence: int, num_tokens: int) -> int:
         """As many of the next `num_tokens` tokens as the recent pages can take in one step, at least 1."""

@@ -85,6 +85,16 @@ class Found:
 NOTHING = Found()
 
 
+@dataclass(frozen=True)
+class Occupancy:
+    """What is on the recent pages now."""
+
+    num_pages: int = 0
+    num_used: int = 0  # pages held by sequences
+    num_cached: int = 0  # pages held by the index alone
+    num_tokens: int = 0  # stored on pages that sequences hold; shared ones count once
+
+
 class RecentTier:
     """The recent pages of all sequences. Ids and counts only; the manager alone calls it.
 
@@ -103,6 +113,17 @@ class RecentTier:
     @property
     def num_available(self) -> int:
         return self._tier.num_available
+
+    @property
+    def occupancy(self) -> Occupancy:
+        num_used = self._tier.num_pages - self._tier.num_available
+        missing = sum(
+            RECENT_TOKENS - max(0, held.num_stored - r * RECENT_TOKENS)
+            for held in self._held.values()
+            for r in held.pages
+            if not _is_complete(r, held.num_stored)  # such a page has one holder
+        )
+        return Occupancy(self._tier.num_pages, num_used, self._tier.index.num_idle, num_used * RECENT_TOKENS - missing)
 
     def table(self, sequence: int) -> dict[int, int]:
         """r -> recent page; the tier's own."""

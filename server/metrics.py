@@ -20,6 +20,13 @@ BETWEEN_TOKENS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0
 REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
 STAGE_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+TOKENS_HELD = "Tokens on KV pages held by sequences, shared ones counted once; recent ones lie on both kinds of pages"
+EFFECTIVE_BITS = (
+    "Bits for each key or value number held now: pages, recent pages, what is reserved on them; 0 when empty"
+)
+PREFIX_CUT = (
+    "Prompt tokens on cached pages that had to be computed: their window was gone (a hit computes nothing again)"
+)
 CHOICES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -100,15 +107,38 @@ class EngineCollector(Collector):
         yield GaugeMetricFamily(
             "nibble_swap_bytes_used", "Host memory of sequences that are swapped out", stats.swap_bytes_used
         )
+        yield from self._tiers()
         yield from self._counters()
         if self._engine.ready is not None:
             yield _cache_info(self._engine.ready.plan)
+
+    def _tiers(self) -> Iterator[Metric]:
+        """Of the kinds of memory that a token may lie in. The plan, which has the sizes, is not there at first."""
+        stats, ready = self._engine.stats, self._engine.ready
+        tokens = GaugeMetricFamily("nibble_kv_tokens_held", TOKENS_HELD, labels=["tier"])
+        tokens.add_metric(["page"], stats.tokens_held)
+        tokens.add_metric(["recent"], stats.recent_tokens_held)
+        yield tokens
+        sizes = (ready.plan.bytes_per_page, ready.plan.bytes_per_recent_page) if ready else (0, 0)
+        used = stats.pages_used * sizes[0], stats.recent_pages_used * sizes[1]
+        for name, help, counts in (
+            ("used", "Bytes of KV pages held by sequences", (stats.pages_used, stats.recent_pages_used)),
+            ("cached", "Bytes held by the prefix cache alone", (stats.pages_cached, stats.recent_pages_cached)),
+            ("total", "Bytes of the KV cache", (stats.pages_total, stats.recent_pages_total)),
+        ):
+            family = GaugeMetricFamily(f"nibble_kv_bytes_{name}", help, labels=["tier"])
+            for tier, count, size in zip(("page", "recent"), counts, sizes, strict=True):
+                family.add_metric([tier], count * size)
+            yield family
+        elements = stats.tokens_held * ready.plan.kv_elements_per_token if ready else 0
+        yield GaugeMetricFamily("nibble_kv_effective_bits", EFFECTIVE_BITS, 8 * sum(used) / elements if elements else 0)
 
     def _counters(self) -> Iterator[Metric]:
         stats = self._engine.stats
         for name, help, value in (
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", stats.prefix_queries_total),
             ("prefix_cache_hits", "Prompt tokens found there", stats.prefix_hits_total),
+            ("prefix_cache_cut", PREFIX_CUT, stats.prefix_cut_total),
             ("num_preemptions", "Sequences that gave their pages to others", stats.preemptions_total),
             ("swaps_out", "Preempted sequences whose pages were copied to the host", stats.swaps_out_total),
             ("swaps_in", "Sequences that went on from there", stats.swaps_in_total),

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.manager import KVCacheManager, RecentSizes
-from kvcache.recent import ReadRule
+from kvcache.recent import Occupancy, ReadRule
 
 P = 32  # tokens of a page: two recent pages
 RULE = ReadRule(window=40, num_sinks=4)
@@ -93,6 +93,8 @@ def test_a_window_that_is_gone_shortens_the_hit() -> None:
     assert match.num_tokens < 96
     assert manager.num_cached >= 3  # its full pages are still there
     assert match.recent.num_wanted == 96
+    manager.open(3, match, 97)
+    assert manager.num_cut_tokens == 96 - match.num_tokens
 
 
 def test_ends_outlive_what_was_only_passed() -> None:
@@ -218,6 +220,23 @@ def test_a_sequence_holds_the_window_that_it_asked_for() -> None:
     manager.release(0)
     assert manager.match(tokens, window=80).num_tokens == 96
     assert manager.match(tokens).num_tokens == manager.match(tokens, window=81).num_tokens == 0
+
+
+def test_tokens_are_counted_once() -> None:
+    """Bug: shared tokens counted for each of their holders, or rows that are reserved and not written."""
+    manager = manager_of()
+    store(manager, 0, prompt(70))
+    store(manager, 1, [*prompt(64), 7, 8, 9])
+    assert manager.num_tokens_held == 70 + 3
+    # Of the window from 31 on and the sinks, 64 are shared, and each has started a page.
+    assert manager.recent_occupancy == Occupancy(40, 6, 0, 64 + 6 + 3)
+    manager.extend(0, 40)
+    assert manager.num_tokens_held == 70 + 3
+    assert manager.recent_occupancy.num_tokens == 64 + 6 + 3
+    manager.release(0)
+    manager.release(1)
+    assert manager.num_tokens_held == manager.recent_occupancy.num_tokens == 0
+    assert manager.recent_occupancy.num_cached > 0
 
 
 @pytest.mark.parametrize("damage", ["lose", "leak", "share"])

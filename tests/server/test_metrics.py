@@ -1,11 +1,12 @@
 """What Prometheus scrapes."""
 
+import msgspec
 import pytest
 from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.messages import Failed, Stats
-from tests.fakes import FakeEngine, Script, say
+from tests.fakes import PLAN, FakeEngine, Script, say
 from tests.server.conftest import World
 
 pytestmark = pytest.mark.anyio
@@ -19,13 +20,19 @@ NAMES = {  # what dashboards ask for; a name that changes breaks them
     "nibble_engine_up",
     "nibble_generation_tokens",
     "nibble_inter_token_latency_seconds",
+    "nibble_kv_bytes_cached",
+    "nibble_kv_bytes_total",
+    "nibble_kv_bytes_used",
     "nibble_kv_cache_usage_perc",
+    "nibble_kv_effective_bits",
     "nibble_kv_pages_cached",
     "nibble_kv_pages_total",
     "nibble_kv_pages_used",
+    "nibble_kv_tokens_held",
     "nibble_num_preemptions",
     "nibble_num_requests_running",
     "nibble_num_requests_waiting",
+    "nibble_prefix_cache_cut",
     "nibble_prefix_cache_hits",
     "nibble_prefix_cache_queries",
     "nibble_prompt_tokens",
@@ -89,6 +96,27 @@ async def test_engines_own_figures_are_copied() -> None:
     assert values["nibble_prefix_cache_hits_total"] == 5
     assert values["nibble_num_preemptions_total"] == 7
     assert values["nibble_engine_up"] == 1
+
+
+async def test_memory_is_told_by_tier() -> None:
+    """Bug: effective bits that leave out the window, or count a page for each of its holders."""
+    plan = msgspec.structs.replace(PLAN, kv_elements_per_token=100, bytes_per_page=800, bytes_per_recent_page=3200)
+    stats = Stats(
+        pages_used=3, pages_cached=5, pages_total=20, tokens_held=40, prefix_cut_total=64,
+        recent_pages_used=2, recent_pages_cached=1, recent_pages_total=4, recent_tokens_held=20,
+    )  # fmt: skip
+    world = World(FakeEngine(stats=stats, plan=plan))
+    sample = world.service.metrics.registry.get_sample_value
+    for name, page, recent in (
+        ("nibble_kv_tokens_held", 40, 20),
+        ("nibble_kv_bytes_used", 2400, 6400),
+        ("nibble_kv_bytes_cached", 4000, 3200),
+        ("nibble_kv_bytes_total", 16000, 12800),
+    ):
+        assert (sample(name, {"tier": "page"}), sample(name, {"tier": "recent"})) == (page, recent)
+    assert sample("nibble_kv_effective_bits") == 8 * (2400 + 6400) / (40 * 100)
+    assert sample("nibble_prefix_cache_cut_total") == 64
+    assert World(FakeEngine()).service.metrics.registry.get_sample_value("nibble_kv_effective_bits") == 0
 
 
 async def test_failures_are_counted_by_kind() -> None:
