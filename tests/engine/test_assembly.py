@@ -41,7 +41,7 @@ def test_threads_that_cannot_be_started_end_in_a_message(monkeypatch: pytest.Mon
     def refuse(num_threads: int) -> None:
         raise RuntimeError(f"cannot start {num_threads} threads: lower --threads")
 
-    monkeypatch.setattr(assembly.native, "set_num_threads", refuse)
+    monkeypatch.setattr("engine.assembly.native.set_num_threads", refuse)
     demo = Path(__file__).parents[2] / "demo" / "checkpoint"
     with pytest.raises(StartError, match="cannot start 99 threads"):
         build(EngineConfig(str(demo), threads=99))
