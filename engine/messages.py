@@ -243,6 +243,41 @@ class Conversion(msgspec.Struct, frozen=True):
     num_resumed: int  # shards that an earlier, interrupted run had finished
 
 
+class CalibrationSettings(msgspec.Struct, frozen=True):
+    """What a user asks of a calibration."""
+
+    model: str  # a folder
+    data: str  # a text file
+    policy: str
+    out: str | None = None  # None: beside the checkpoint
+    num_tokens: int = 16384  # of the text, at most
+    threads: int | None = None
+
+
+class CalibratedLayer(msgspec.Struct, frozen=True):
+    """What the search chose for one layer. Errors are those of attention outputs, |o' - o|^2 / |o|^2, held out."""
+
+    widths: str  # "k2v2"
+    keys: str  # what is done to heads before they are quantized: "scaled hadamard"
+    values: str
+    key_clip: float  # mean over heads and groups
+    value_clip: float
+    error_before: float  # of an uncalibrated cache
+    error_after: float
+
+
+class CalibrationReport(msgspec.Struct, frozen=True):
+    """A finished calibration."""
+
+    artifact: str
+    policy: str
+    digest: str
+    provenance: str
+    num_tokens: int
+    seconds: float
+    layers: list[CalibratedLayer]
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The model is loaded and the engine takes requests."""
 
