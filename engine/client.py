@@ -108,13 +108,13 @@ def file_settings(model: Path) -> FileSettings:
     return read_headers(model)[0].settings
 
 
-def inspect_model(config: EngineConfig) -> Inspection:
+def inspect_model(config: EngineConfig, on_loading: Callable[[Loading], None] | None = None) -> Inspection:
     """Load the model in this process and return its roofline. Raises EngineUnavailable when it cannot be loaded."""
     from engine.assembly import StartError
     from engine.inspection import inspect
 
     try:
-        return inspect(config)
+        return inspect(config, on_loading)
     except StartError as error:
         raise EngineUnavailable(str(error), retry_after_s=0) from error
 

@@ -193,6 +193,28 @@ class PlanSummary(msgspec.Struct, frozen=True):
         return 8 * self.kv_bytes_per_token / max(self.kv_elements_per_token, 1)
 
 
+class SequenceMemory(msgspec.Struct, frozen=True):
+    """What one sequence takes."""
+
+    num_tokens: int
+    page_bytes: int
+    recent_bytes: int  # its window and sinks in high precision
+    f16_bytes: int  # what the same tokens take in a float16 cache
+    bits: float  # for each number of keys and values, all counted
+
+
+class CacheMemory(msgspec.Struct, frozen=True):
+    """A KV cache beside one of float16."""
+
+    bits: float  # of a page, parameters included
+    num_bytes: int  # pages and recent pages
+    num_tokens: int  # that fit
+    num_f16_tokens: int  # that would fit in as many bytes in float16
+    f16_bytes_per_token: int
+    break_even_tokens: int  # the length below which a sequence takes no less than in float16
+    sequences: list[SequenceMemory]  # at some lengths
+
+
 class Inspection(msgspec.Struct, frozen=True):
     """A model on this machine: what a decode step must read, how fast that can be read, and what was measured."""
 
@@ -200,6 +222,7 @@ class Inspection(msgspec.Struct, frozen=True):
     weight_bytes_per_token: int
     bandwidth: float | None  # bytes per second that the plan's threads can read; None without the C++ kernels
     isa: str | None  # instruction set of the C++ kernels
+    kv: CacheMemory
 
     def predicted_tokens_per_s(self, context_len: int) -> float | None:
         """One sequence with `context_len` tokens in the cache, were reading all there is to do."""

@@ -78,14 +78,17 @@ def serve(config_file: Path | None, **flags: Any) -> None:
 
 
 def inspect_command(config_file: Path | None, as_json: bool | None, **flags: Any) -> None:
-    """Show what a model needs and what this machine gives: kernels, bytes read per token, bandwidth, tokens/s.
+    """Show what a model needs and what this machine gives: kernels, bytes read per token, the cache, tokens/s.
 
     Loads the model; takes the settings of nibble serve that concern the engine.
     """
     try:
         settings = config.load(flags, config_file)
         set_up_logging(settings.log_level)
-        inspection = inspect_model(settings.engine(model_folder(settings)))
+        folder = model_folder(settings)
+        bar = screen.LoadingBar(Console(stderr=True), served_name(settings.model))
+        with bar:
+            inspection = inspect_model(settings.engine(folder), bar.update)
     except ValueError as error:
         fail(str(error), 2)
     except EngineUnavailable as error:

@@ -41,6 +41,12 @@ class LoadingBar:
     def stop(self) -> None:
         self._progress.stop()
 
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
 
 def print_start(console: Console, plan: PlanSummary, name: str, url: str, chat: bool) -> None:
     """The facts of a server that is ready. `chat`: whether the model has a chat template."""
@@ -98,11 +104,10 @@ def print_conversion(console: Console, conversion: Conversion) -> None:
 
 def _roofline(inspection: Inspection) -> list[tuple[str, str]]:
     plan = inspection.plan
-    tokens = plan.num_pages * plan.page_size
     threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
     facts = [
         ("weights", f"{size(inspection.weight_bytes_per_token)} read for every step"),
-        ("KV cache", f"{plan.kv_policy}, {size(plan.kv_bytes_per_token)} a token; {tokens:,} tokens fit"),
+        *_cache(inspection),
     ]
     if inspection.bandwidth is None:
         facts.append(("bandwidth", "not measured: that takes the C++ kernels and a model on the CPU"))
@@ -118,6 +123,31 @@ def _roofline(inspection: Inspection) -> list[tuple[str, str]]:
     return [*facts, *(("note", note) for note in plan.notes)]
 
 
+def _cache(inspection: Inspection) -> list[tuple[str, str]]:
+    """What the cache takes, beside one of float16."""
+    plan, kv = inspection.plan, inspection.kv
+    fit = f"{kv.num_tokens:,} tokens fit in {size(kv.num_bytes)}"
+    if kv.bits >= 16:
+        return [("KV cache", f"{plan.kv_policy}, {size(plan.kv_bytes_per_token)} a token; {fit}")]
+    each = f"{size(plan.kv_bytes_per_token)} a token{_bits(plan)}; f16 {size(kv.f16_bytes_per_token)}"
+    facts = [
+        ("KV cache", f"{plan.kv_policy}, {each}"),
+        ("", f"{fit}; {kv.num_f16_tokens:,} in f16"),
+    ]
+    for one in kv.sequences:
+        parts = f"{size(one.page_bytes)} of pages and {size(one.recent_bytes)} of recent tokens in f16"
+        whole = f"{one.bits:.3g} bits, f16 {size(one.f16_bytes)}"
+        facts.append((f"{one.num_tokens:,} tokens", f"{parts}: {whole}"))
+    if kv.break_even_tokens:
+        facts.append(("break-even", f"a sequence takes less than in f16 from {kv.break_even_tokens:,} tokens on"))
+    return facts
+
+
+def _bits(plan: PlanSummary) -> str:
+    """What a quantized cache takes for each number."""
+    return f", {plan.kv_bits:.3g} bits with scales" if 0 < plan.kv_bits < 16 else ""
+
+
 def _facts(plan: PlanSummary, name: str, url: str) -> list[tuple[str, str]]:
     tokens = plan.num_pages * plan.page_size
     prefix = "on" if plan.prefix_caching else "off"
@@ -129,7 +159,10 @@ def _facts(plan: PlanSummary, name: str, url: str) -> list[tuple[str, str]]:
     ]
     facts += [("kernel", line) for line in _kernels(plan)]
     facts += [
-        ("KV cache", f"{plan.kv_policy}, {size(tokens * plan.kv_bytes_per_token)}, prefix caching {prefix}"),
+        (
+            "KV cache",
+            f"{plan.kv_policy}{_bits(plan)}, {size(tokens * plan.kv_bytes_per_token)}, prefix caching {prefix}",
+        ),
         ("", f"{tokens:,} tokens fit: {plan.num_pages:,} pages of {plan.page_size}"),
         *([("", f"{size(plan.swap_bytes)} of host memory to swap to")] if plan.swap_bytes else []),
         ("context", f"{plan.max_model_len:,} tokens at most for one request, prompt and answer"),

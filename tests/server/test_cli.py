@@ -1,5 +1,6 @@
 """The command line: help, and mistakes that end with a sentence."""
 
+import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from engine.config import EngineConfig
+from engine.messages import CacheMemory, Inspection, Loading
 from server import cli, lifecycle, screen
 from server.config import ServerConfig, flag_name
 from server.lifecycle import DrainingServer
-from tests.fakes import ByteTokenizer, FakeEngine
+from tests.fakes import PLAN, ByteTokenizer, FakeEngine
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -108,6 +111,25 @@ def test_serve_shows_the_screen_and_exits_0(wired: FakeEngine, tmp_path: Path) -
     assert "mine: FakeForCausalLM" in text
     assert "curl -N http://127.0.0.1:" in text
     assert wired.stopped
+
+
+def test_inspect_shows_progress_and_prints_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a minute of silence while a large model loads; a bar among the JSON."""
+    (tmp_path / "config.json").touch()
+    seen: list[Loading] = []
+
+    def inspect(config: EngineConfig, on_loading: Callable[[Loading], None]) -> Inspection:
+        on_loading(Loading(1, 4))
+        return Inspection(PLAN, 1 << 20, None, None, CacheMemory(16, 1 << 20, 1024, 1024, 1024, 0, []))
+
+    monkeypatch.setattr(cli, "inspect_model", inspect)
+    monkeypatch.setattr(cli, "set_up_logging", lambda level: None)
+    monkeypatch.setattr(screen.LoadingBar, "update", lambda bar, loading: seen.append(loading))
+    code, text = run("inspect", str(tmp_path), "--json")
+    assert code == 0
+    assert json.loads(text)["kv"]["num_f16_tokens"] == 1024
+    assert seen == [Loading(1, 4)]
+    assert "1,024 tokens fit in 1.0 MiB" in run("inspect", str(tmp_path))[1]
 
 
 def test_model_may_come_from_the_environment(

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from engine.messages import Inspection, KernelUse, Loading
+from engine.messages import CacheMemory, Inspection, KernelUse, Loading, SequenceMemory
 from server.screen import LoadingBar, curl, print_inspection, print_start, size
 from tests.fakes import PLAN
 
@@ -99,10 +99,13 @@ def test_sizes(num_bytes: int, text: str) -> None:
     assert size(num_bytes) == text
 
 
-def inspection(**changes: Any) -> str:
+F16 = CacheMemory(16, 1 << 20, 1024, 1024, 1024, 0, [])
+
+
+def inspection(kv: CacheMemory = F16, **changes: Any) -> str:
     out = io.StringIO()
     plan = msgspec.structs.replace(PLAN, notes=("head rounded",), **changes)
-    found = Inspection(plan, weight_bytes_per_token=4 << 20, bandwidth=40e9, isa="avx512")
+    found = Inspection(plan, weight_bytes_per_token=4 << 20, bandwidth=40e9, isa="avx512", kv=kv)
     print_inspection(Console(file=out, width=120, highlight=False), found)
     return out.getvalue()
 
@@ -125,6 +128,24 @@ def test_inspection_shows_what_is_read_and_how_fast_it_could_be() -> None:
     assert "4,096 tokens in the cache" not in text
 
 
+def test_inspection_says_what_a_quantized_cache_takes() -> None:
+    """Bug: bits that leave out scales and windows, which short sequences are made of."""
+    one = SequenceMemory(512, page_bytes=3 << 20, recent_bytes=1 << 20, f16_bytes=12 << 20, bits=5.333)
+    kv = CacheMemory(4.25, 8 << 20, 1024, 272, 1 << 20, 187, [one])
+    text = inspection(kv, kv_policy="k4v4", kv_elements_per_token=2048, kv_bytes_per_token=1088)
+    for fact in (
+        "k4v4, 1.1 KiB a token, 4.25 bits with scales; f16 1.0 MiB",
+        "1,024 tokens fit in 8.0 MiB; 272 in f16",
+        "3.0 MiB of pages and 1.0 MiB of recent tokens in f16: 5.33 bits, f16 12.0 MiB",
+        "less than in f16 from 187 tokens on",
+    ):
+        assert fact in text
+    assert "f16, 1.0 KiB a token; 1,024 tokens fit in 1.0 MiB" in inspection()
+    assert "k4v4, 4.25 bits with scales" in screen(
+        kv_policy="k4v4", kv_elements_per_token=2048, kv_bytes_per_token=1088
+    )
+
+
 def test_inspection_without_refusals_has_no_column_for_them() -> None:
     assert "why" not in inspection(kernels=[KernelUse("7 x affine", "native", "", 1 << 20)])
     assert "why" in inspection()
@@ -137,6 +158,6 @@ def test_a_roof_is_shown_once() -> None:
 
 def test_inspection_without_the_library_says_so() -> None:
     out = io.StringIO()
-    print_inspection(Console(file=out, width=120), Inspection(PLAN, 4 << 20, bandwidth=None, isa=None))
+    print_inspection(Console(file=out, width=120), Inspection(PLAN, 4 << 20, bandwidth=None, isa=None, kv=F16))
     assert "not measured: that takes the C++ kernels" in out.getvalue()
     assert "roof" not in out.getvalue()
