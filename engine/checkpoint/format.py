@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from engine.checkpoint import awq, bitnet, bitsandbytes, compressed_tensors, gptq, nibble
+from engine.checkpoint import auto_round, awq, bitnet, bitsandbytes, compressed_tensors, gptq, nibble
 from engine.checkpoint.dense import Dense
 from engine.checkpoint.errors import FormatRefused
 from engine.checkpoint.source import Source
@@ -38,6 +38,7 @@ class Format(Protocol):
 
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = MappingProxyType(
     {
+        "auto-round": auto_round.read_config,
         "awq": awq.read_config,
         "bitnet": bitnet.read_config,
         "bitsandbytes": bitsandbytes.read_config,

@@ -9,7 +9,7 @@
 
 The definition is GPTQModel's loader. It turns v1 into v2 by adding 1 to every field of a whole word, as its writer
 subtracts: a zero point 0 borrows from the next field, and only the carry of the addition gives both back. 3-bit fields
-straddle words, so there it works field by field.
+straddle words, so there it works field by field. gptq_layout.py reads the tensors.
 """
 
 import re
@@ -18,21 +18,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
-import torch
-from torch import Tensor
 
-from engine.checkpoint.codes import input_order, num_words, reorder_codes, words_to_stream, words_to_zeros
+from engine.checkpoint import gptq_layout
 from engine.checkpoint.errors import FormatRefused
-from engine.checkpoint.linear import is_packed, present, read_bias, read_dense, read_settings, rename
-from engine.checkpoint.source import FLOATS, Source
-from kernels.linear.affine.layout import AffineWeights
-from kernels.linear.transforms import Permutation
+from engine.checkpoint.gptq_layout import GptqLayout
+from engine.checkpoint.linear import is_packed, read_dense, read_settings, rename
+from engine.checkpoint.source import Source
 from kernels.linear.weights import LinearWeights
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias", "weight")
-ONE_IN_EVERY_FIELD = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # bits -> word
 WHERE = "GPTQ config"
-V1, V2 = "gptq", "gptq_v2"
+V1, V2, PLANAR = "gptq", "gptq_v2", "gptq_p"  # planar: GPTQModel's layout of 3, 5, 6 and 7 bits, with v2's zero points
 SYNONYMS = {"checkpoint_format": "format", "w_bit": "bits", "q_group_size": "group_size"}
 # How the weights were made or are best run, not what they mean.
 INFORMATIONAL = frozenset(
@@ -70,7 +65,8 @@ INFORMATIONAL = frozenset(
 )
 INFORMATIONAL_FOR_A_LAYER = INFORMATIONAL | {"desc_act", "sym"}
 
-Bits = Literal[2, 3, 4, 8]
+Bits = Literal[2, 3, 4, 5, 6, 7, 8]
+ONLY_PLANAR = (5, 6, 7)
 
 
 class _Settings(msgspec.Struct, frozen=True):
@@ -102,7 +98,7 @@ class Gptq:
 
     layer: _LayerSettings
     rules: tuple[_Rule, ...]  # the first that matches decides, else `layer`
-    v1: bool  # qzeros hold z - 1
+    format: str
     act_order: bool
     name: str = "gptq"
 
@@ -111,32 +107,14 @@ class Gptq:
         return f"GPTQ {self.layer.bits}-bit {group}" + (" act-order" if self.act_order else "")
 
     def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return present(source, name, PARTS)
+        return gptq_layout.tensor_names(source, name)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         if not is_packed(source, name, "qweight"):
             return read_dense(source, name, shape, bias)
         layer = self._layer(name)
-        out_features, in_features = shape
-        group_size = in_features if layer.group_size == -1 else min(layer.group_size, in_features)
-        num_groups = -(-in_features // group_size)
-        qweight = source.take(f"{name}.qweight", (num_words(in_features, layer.bits), out_features), (torch.int32,))
-        qzeros = source.take(f"{name}.qzeros", (num_groups, num_words(out_features, layer.bits)), (torch.int32,))
-        scales = source.take(f"{name}.scales", (num_groups, out_features), FLOATS)
-        codes = words_to_stream(qweight.t(), layer.bits, in_features)  # [out, in * bits / 8]
-        order = _order(source, f"{name}.g_idx", in_features, group_size)  # [in] or None
-        if order is not None:
-            codes = reorder_codes(codes, layer.bits, order)
-        weights = AffineWeights(
-            bits=layer.bits,
-            in_features=in_features,
-            group_size=group_size,
-            codes=codes,
-            scales=scales.t().contiguous(),  # [out, groups]
-            zeros=self._zeros(qzeros, layer.bits, out_features),  # [out, groups]
-        )
-        pre = () if order is None else (Permutation(order),)
-        return LinearWeights((weights,), pre, read_bias(source, name, out_features, bias))
+        layout = GptqLayout(layer.bits, layer.group_size, self.format == V1, self.format == PLANAR)
+        return gptq_layout.read_layer(source, name, shape, bias, layout)
 
     def _layer(self, name: str) -> _LayerSettings:
         rule = next((rule for rule in self.rules if rule.pattern.match(name)), None)
@@ -149,29 +127,26 @@ class Gptq:
             )
         return rule.layer
 
-    def _zeros(self, qzeros: Tensor, bits: int, out_features: int) -> Tensor:
-        """[groups, words] int32 -> [out, groups] uint8."""
-        if not self.v1:
-            return words_to_zeros(qzeros, bits, out_features)
-        if bits in ONE_IN_EVERY_FIELD:
-            return words_to_zeros(qzeros + ONE_IN_EVERY_FIELD[bits], bits, out_features)
-        return (words_to_zeros(qzeros, bits, out_features) + 1) & ((1 << bits) - 1)
-
 
 def read_config(config: Mapping[str, Any]) -> Gptq:
     """Build the reader from a quantization config. Raises FormatRefused naming the setting that is not supported."""
     settings = read_settings(rename(config, SYNONYMS, WHERE), _Settings, INFORMATIONAL, WHERE)
-    if settings.format not in (V1, V2):
+    if settings.format not in (V1, V2, PLANAR):
         raise FormatRefused(
-            f"{WHERE}: format {settings.format!r} is laid out for one GPU kernel; supported are {V1!r} and {V2!r}: "
-            "save the model again with GPTQModel in one of these"
+            f"{WHERE}: format {settings.format!r} is laid out for one GPU kernel; supported are {V1!r}, {V2!r} and "
+            f"{PLANAR!r}: save the model again with GPTQModel in one of these"
         )
     if settings.pack_dtype != "int32":
         raise FormatRefused(f"{WHERE}: pack_dtype {settings.pack_dtype!r} is not supported, only 'int32' is")
     _check_group_size(settings.group_size)
     layer = _LayerSettings(settings.bits, settings.group_size)
     rules = tuple(_rule(pattern, changes, layer) for pattern, changes in (settings.dynamic or {}).items())
-    return Gptq(layer, rules, v1=settings.format == V1, act_order=settings.desc_act)
+    for used in (layer, *(rule.layer for rule in rules if rule.layer is not None)):
+        if used.bits in ONLY_PLANAR and settings.format != PLANAR:
+            raise FormatRefused(
+                f"{WHERE}: {used.bits} bits are defined in the format {PLANAR!r} only, found {settings.format!r}"
+            )
+    return Gptq(layer, rules, settings.format, act_order=settings.desc_act)
 
 
 def _rule(pattern: str, changes: Mapping[str, Any], layer: _LayerSettings) -> _Rule:
@@ -192,10 +167,3 @@ def _rule(pattern: str, changes: Mapping[str, Any], layer: _LayerSettings) -> _R
 def _check_group_size(group_size: int) -> None:
     if group_size != -1 and group_size < 1:
         raise FormatRefused(f"{WHERE}: group_size must be -1 (the whole row) or positive, found {group_size}")
-
-
-def _order(source: Source, key: str, in_features: int, group_size: int) -> Tensor | None:
-    if key not in source:
-        return None
-    g_idx = source.take(key, (in_features,), (torch.int32, torch.int64))
-    return input_order(g_idx, group_size, key)

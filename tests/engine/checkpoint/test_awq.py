@@ -33,8 +33,7 @@ def test_the_configs_in_use_are_understood(config: dict[str, Any], tmp_path: Pat
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"version": "gemv"}, "'gemv'.*'GEMM'"),
-        ({"version": "marlin"}, "marlin"),
+        ({"version": "marlin"}, "'marlin'.*'GEMM'"),
         ({"backend": "llm-awq"}, "llm-awq"),
         ({"bits": 8}, "8"),
         ({"zero_point": False}, "zero_point"),
@@ -43,7 +42,7 @@ def test_the_configs_in_use_are_understood(config: dict[str, Any], tmp_path: Pat
     ],
 )
 def test_other_layouts_are_refused_by_name(setting: dict[str, Any], message: str) -> None:
-    """gemv and llm-awq checkpoints hold tensors of the same names in another order."""
+    """marlin and llm-awq checkpoints hold tensors of the same names in another order."""
     with pytest.raises(FormatRefused, match=message):
         read_config(PLAIN | setting)
 

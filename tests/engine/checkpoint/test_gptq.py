@@ -82,19 +82,20 @@ def test_tensors_that_do_not_fit_are_named(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"bits": 5}, "5"),
+        ({"bits": 5}, "5 bits.*'gptq_p'"),
+        ({"bits": 9}, "9"),
         ({"bits": "4"}, "bits"),
         ({"group_size": 0}, "group_size"),
         ({"group_size": -2}, "group_size"),
         ({"checkpoint_format": "marlin"}, "marlin"),
-        ({"checkpoint_format": "gptq_p"}, "gptq_p"),
+        ({"checkpoint_format": "bitblas"}, "bitblas"),
         ({"checkpoint_format": "gptq_v2", "format": "gptq"}, "contradicts"),
         ({"is_marlin_format": True}, "is_marlin_format"),
         ({"pack_dtype": "int64"}, "pack_dtype"),
         ({"rotation": "hadamard"}, "rotation"),
         ({"adapter": {"name": "lora"}}, "adapter"),
         ({"dynamic": {"-:(": {}}}, "regular expression"),
-        ({"dynamic": {"lm_head": {"bits": 7}}}, "lm_head"),
+        ({"dynamic": {"lm_head": {"bits": 7}}}, "7 bits.*'gptq_p'"),
         ({"dynamic": {"lm_head": {"adapter": {"rank": 8}}}}, "adapter"),
         ({"dynamic": {"lm_head": {"group_size": 0}}}, "group_size"),
     ],
@@ -133,3 +134,10 @@ def test_dynamic_rules_are_tried_in_order(tmp_path: Path) -> None:
         form.linear(source, "model.layers.0.self_attn.k_proj", (32, 64), bias=False)
     with pytest.raises(TensorError, match=r"qzeros' has shape \[3, 8\], expected \[2, 8\]"):
         form.linear(source, DOWN, (64, 80), bias=False)
+
+
+def test_planes_hold_32_codes(tmp_path: Path) -> None:
+    """Bug: a layer whose outputs do not fill the planes, read as if its words were those of another layout."""
+    source = Source(changed(RAGGED, tmp_path, {}))
+    with pytest.raises(TensorError, match="64 x 80, but 3-bit planes hold 32 codes"):
+        read_config(PLAIN | {"bits": 3, "format": "gptq_p"}).linear(source, DOWN, (64, 80), bias=False)
