@@ -129,3 +129,70 @@ def test_a_file_or_a_pinned_folder_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(HubError, match="give the folder"):
         resolve(str(tmp_path / "model.safetensors"))
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_a_gguf_file_is_used_as_it_is(tmp_path: Path, fail: Fail) -> None:
+    """By its path, or as the only model of a folder; of a split one, all files are one model."""
+    fail(AssertionError("asked the hub"))
+    folder = touch(tmp_path, "m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "mmproj-m.gguf", "README.md")
+    assert resolve(str(folder / "m-00002-of-00002.gguf")) == folder / "m-00002-of-00002.gguf"
+    assert resolve(str(folder)) == folder / "m-00001-of-00002.gguf"
+    with pytest.raises(HubError, match="applies to models on the hub"):
+        resolve(str(folder / "m-00001-of-00002.gguf"), revision="main")
+    touch(folder, "m-Q8_0.gguf")
+    with pytest.raises(
+        HubError, match=r"holds 2 GGUF models: name one, by its path. There are m-00001-of-00002\.gguf, m-Q"
+    ):
+        resolve(str(folder))
+    touch(folder, "model.safetensors")
+    assert resolve(str(folder)) == folder
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub with one repository, whose files are fetched as asked; returns the folder of what it holds."""
+    there, snapshot = tmp_path / "there", tmp_path / "snapshot"
+    snapshot.mkdir()
+
+    def names(*_: Any, **__: Any) -> list[str]:
+        return sorted(str(path.relative_to(there)) for path in there.rglob("*") if path.is_file())
+
+    def snapshot_download(allow_patterns: list[str], ignore_patterns: list[str], **_: Any) -> str:
+        touch(snapshot, *filter_repo_objects(names(), allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", names)
+    return there
+
+
+def test_a_gguf_file_of_a_repository(repository: Path, tmp_path: Path) -> None:
+    """Only the file that is named is fetched: the others are the same model again, gigabytes each."""
+    touch(repository, "m-Q4_K_M.gguf", "big/m-00001-of-00002.gguf", "big/m-00002-of-00002.gguf", "README.md")
+    snapshot = tmp_path / "snapshot"
+    assert resolve("owner/name:m-Q4_K_M.gguf") == snapshot / "m-Q4_K_M.gguf"
+    assert [path.name for path in snapshot.rglob("*.gguf")] == ["m-Q4_K_M.gguf"]
+    assert resolve("owner/name:big/m-00001-of-00002.gguf").parent == snapshot / "big"
+    assert (snapshot / "big" / "m-00002-of-00002.gguf").is_file()
+    choices = r"big/m-00001-of-00002\.gguf, m-Q4_K_M\.gguf"
+    with pytest.raises(HubError, match=rf"owner/name has no file m-Q9\.gguf; it has {choices}"):
+        resolve("owner/name:m-Q9.gguf")
+    with pytest.raises(
+        HubError, match=rf"holds 2 GGUF models: name one, as in owner/name:FILE\.gguf. There are {choices}"
+    ):
+        resolve("owner/name")
+
+
+def test_the_only_gguf_file_of_a_repository_is_meant(repository: Path, tmp_path: Path) -> None:
+    """Unless there are safetensors: then the repository is a checkpoint with a copy beside it."""
+    touch(repository, "m.gguf", "config.json")
+    assert resolve("owner/name") == tmp_path / "snapshot" / "m.gguf"
+    touch(repository, "model.safetensors")
+    assert resolve("owner/name") == tmp_path / "snapshot"
