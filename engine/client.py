@@ -5,7 +5,18 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from engine.config import EngineConfig
-from engine.messages import Conversion, ConversionSettings, Event, Inspection, Loading, Ready, Stats, Submit
+from engine.messages import (
+    CalibrationReport,
+    CalibrationSettings,
+    Conversion,
+    ConversionSettings,
+    Event,
+    Inspection,
+    Loading,
+    Ready,
+    Stats,
+    Submit,
+)
 
 EngineState = Literal["starting", "ready", "restarting", "stopped", "failed"]
 
@@ -117,6 +128,16 @@ def inspect_model(config: EngineConfig, on_loading: Callable[[Loading], None] | 
         return inspect(config, on_loading)
     except StartError as error:
         raise EngineUnavailable(str(error), retry_after_s=0) from error
+
+
+def calibrate_model(
+    settings: CalibrationSettings, on_progress: Callable[[Loading], None] | None = None
+) -> CalibrationReport:
+    """Write a calibration artifact; progress counts layers. Raises ValueError naming what is wrong with the policy, the
+    text, the model or the place to write."""
+    from engine.calibration.run import calibrate
+
+    return calibrate(settings, on_progress)
 
 
 def convert_model(

@@ -274,7 +274,6 @@ class CalibrationSettings(msgspec.Struct, frozen=True):
     policy: str
     out: str | None = None  # None: beside the checkpoint
     num_tokens: int = 16384  # of the text, at most
-    threads: int | None = None
 
 
 class CalibratedLayer(msgspec.Struct, frozen=True):

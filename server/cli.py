@@ -14,10 +14,11 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.markup import escape
 
-from engine.client import EngineUnavailable, convert_model, inspect_model, locate_model, start_engine
-from engine.messages import ConversionSettings, Ready
+from engine.client import EngineUnavailable, calibrate_model, convert_model, inspect_model, locate_model, start_engine
+from engine.messages import CalibrationSettings, ConversionSettings, Ready
 from server import config, lifecycle, screen
 from server.app import create_app
+from server.calibration import CalibrationBar, print_calibration
 from server.tokenizer import GGUF, load_tokenizer
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
@@ -138,6 +139,38 @@ def convert_command(
         print(msgspec.json.encode(conversion).decode())
     else:
         screen.print_conversion(Console(highlight=False), conversion)
+
+
+@cli.command("calibrate", no_args_is_help=True)
+def calibrate_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hugging Face id.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text of the kind that will be served.")],
+    policy: Annotated[str, typer.Option(help="What to calibrate for: skvq:k2v2, skvq:k4v2:g32, ...")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write. Default: kvcal.safetensors beside the model.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens of the text to use.")] = 16384,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Search how a quantized KV cache of this model loses least, and write it down beside the model.
+
+    Runs the model over the text in floating point, layer by layer, and needs no GPU.
+    """
+    bar = CalibrationBar(Console(stderr=True), model)
+    try:
+        folder = str(locate_model(model))
+        named = None if out is None else str(out)
+        bar.start()
+        report = calibrate_model(CalibrationSettings(folder, str(data), policy, named, tokens), bar.update)
+    except ValueError as error:
+        bar.stop()
+        fail(str(error), 2)
+    finally:
+        bar.stop()
+    if as_json:
+        print(msgspec.json.encode(report).decode())
+    else:
+        print_calibration(Console(highlight=False), report, model)
 
 
 def set_up_logging(level: config.LogLevel) -> None:

@@ -46,7 +46,7 @@ def calibrate(settings: CalibrationSettings, on_progress: OnProgress | None = No
     layout = _layout(checkpoint, settings.policy)
     name = fingerprint(checkpoint.config, checkpoint.source)
     texts = read_texts(settings, checkpoint.config.context_len, layout)
-    config = EngineConfig(settings.model, kv_policy="f32", threads=settings.threads)
+    config = EngineConfig(settings.model, kv_policy="f32")
     plan = resolve(config, model_facts(checkpoint, config))
     torch.set_num_threads(plan.threads)
     native.set_num_threads(plan.threads)

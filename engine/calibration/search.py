@@ -155,7 +155,7 @@ def _search_groups(side: Side, quantizer: Quantizer) -> Quantizer:
             errors = side.errors(_with_clips(quantizer, tried), side.fit)
             better = errors < least
             clips[better], least = tried[better], torch.minimum(least, errors)
-    return replace(_with_clips(quantizer, clips), name=f"{quantizer.name}, clips by group")
+    return replace(_with_clips(quantizer, clips), name=f"{quantizer.name}, by group")
 
 
 def _with_clips(quantizer: Quantizer, clips: Tensor) -> Quantizer:
