@@ -18,12 +18,14 @@ from engine.client import EngineUnavailable, calibrate_model, convert_model, ins
 from engine.messages import CalibrationSettings, ConversionSettings, Ready
 from server import config, lifecycle, screen
 from server.app import create_app
+from server.bench.cli import bench
 from server.calibration import CalibrationBar, print_calibration
 from server.tokenizer import GGUF, load_tokenizer
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+cli.add_typer(bench, name="bench")
 
 
 @cli.callback(invoke_without_command=True)

@@ -1,0 +1,301 @@
+"""The load test: when requests go out, what is asked, what is measured of the answers, which rate holds an SLO."""
+
+import asyncio
+import json
+import math
+import statistics
+from collections.abc import AsyncIterator
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from server.bench import datasets, report
+from server.bench.arrivals import Arrivals
+from server.bench.client import Outcome, Target, ask
+from server.bench.datasets import Lengths, Prompt
+from server.bench.errors import BenchError
+from server.bench.load import run
+from server.bench.results import Slo, Summary, percentile, summarize
+from server.bench.sweep import Search, Step, best_rate, sweep
+from server.cli import cli
+
+TARGET = Target("http://server", "m", "completions")
+
+
+# ---- arrivals --------------------------------------------------------------------------------------------------------
+
+
+def gaps(arrivals: Arrivals, count: int = 4000) -> list[float]:
+    times = arrivals.times(count, seed=1)
+    return [after - before for before, after in pairwise(times)]
+
+
+def test_evenly_spaced_requests_are_one_period_apart() -> None:
+    """Bug: a rate taken for a period."""
+    assert gaps(Arrivals(rate=4, burstiness=math.inf), 5) == pytest.approx([0.25] * 4)
+
+
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
+def test_gaps_have_the_mean_and_the_variance_of_their_gamma_distribution(burstiness: float) -> None:
+    """Bug: burstiness that changes the rate. Bounds: 5 standard errors; a gamma's variance is mean^2 / shape, its
+    fourth central moment (3 + 6 / shape) variance^2."""
+    found = gaps(Arrivals(rate=2, burstiness=burstiness))
+    variance = 0.25 / burstiness
+    assert abs(statistics.mean(found) - 0.5) < 5 * math.sqrt(variance / len(found))
+    error = variance * math.sqrt((2 + 6 / burstiness) / len(found))
+    assert abs(statistics.variance(found) - variance) < 5 * error
+
+
+def test_a_ramp_ends_at_its_rate() -> None:
+    """Bug: a ramp that leads down, or beyond the rate."""
+    found = gaps(Arrivals(rate=10, burstiness=math.inf, ramp_from=1), 101)
+    assert found[0] == pytest.approx(1.0)
+    assert found[-1] == pytest.approx(1 / (1 + 0.99 * 9))
+    assert found == sorted(found, reverse=True)
+
+
+def test_the_same_seed_sends_at_the_same_times() -> None:
+    assert Arrivals(rate=3).times(50, 7) == Arrivals(rate=3).times(50, 7) != Arrivals(rate=3).times(50, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, "--rate"),
+        ({"rate": 0}, "--rate"),
+        ({"clients": 0}, "--clients"),
+        ({"rate": 1, "burstiness": -1}, "--burst"),
+    ],
+)
+def test_impossible_arrivals_are_refused_by_name(options: dict[str, float], named: str) -> None:
+    with pytest.raises(BenchError, match=named):
+        Arrivals(**options)  # type: ignore[arg-type]
+
+
+# ---- datasets --------------------------------------------------------------------------------------------------------
+
+
+def test_made_up_prompts_have_the_lengths_asked_for() -> None:
+    prompts = datasets.random_prompts(50, Lengths(20, 10, spread=0.5), seed=3)
+    lengths = [len(prompt.text.split()) for prompt in prompts]
+    assert min(lengths) >= 10
+    assert max(lengths) <= 30
+    assert len(set(lengths)) > 1
+    assert prompts == datasets.random_prompts(50, Lengths(20, 10, spread=0.5), seed=3)
+
+
+def test_shared_prefixes_are_shared() -> None:
+    """Bug: a fresh prefix for each prompt, so that a prefix cache finds nothing."""
+    prompts = datasets.shared_prefix_prompts(30, Lengths(5, 5), 0, prefixes=2, prefix_words=8)
+    assert len({prompt.text.split("\n\n")[0] for prompt in prompts}) == 2
+    assert len({prompt.text for prompt in prompts}) > 2
+
+
+@pytest.mark.parametrize("as_lines", [True, False])
+def test_sharegpt_gives_the_first_turn_and_the_length_of_the_second(tmp_path: Path, as_lines: bool) -> None:
+    records = [
+        {"conversations": [{"from": "human", "value": "hi there"}, {"from": "gpt", "value": "one two three"}]},
+        {"conversations": [{"from": "human", "value": "alone"}]},
+    ]
+    path = tmp_path / "data.json"
+    path.write_text("\n".join(map(json.dumps, records)) if as_lines else json.dumps(records))
+    assert datasets.sharegpt_prompts(path, 2, 0, None) == [Prompt("hi there", 3)] * 2
+    assert datasets.sharegpt_prompts(path, 1, 0, 9) == [Prompt("hi there", 9)]
+
+
+def test_data_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken").write_text("{")
+    (tmp_path / "other").write_text('[{"text": "x"}]')
+    for name, complaint in (("broken", "neither"), ("other", "conversations"), ("absent", "No such file")):
+        with pytest.raises(BenchError, match=complaint):
+            datasets.sharegpt_prompts(tmp_path / name, 1, 0, None)
+    with pytest.raises(BenchError, match="no folder"):
+        datasets.folder_prompts(tmp_path / "absent", 1, 0, 1)
+
+
+# ---- one request -----------------------------------------------------------------------------------------------------
+
+
+class Stream(httpx.AsyncByteStream):
+    """Events sent with a pause before each, and perhaps an end without [DONE]."""
+
+    def __init__(self, events: list[object], pause: float = 0.0, done: bool = True) -> None:
+        self._lines = [f"data: {json.dumps(event)}\n\n" for event in events] + ["data: [DONE]\n\n"] * done
+        self._pause = pause
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for line in self._lines:
+            await asyncio.sleep(self._pause)
+            yield line.encode()
+
+
+def piece(text: str) -> dict[str, object]:
+    return {"choices": [{"text": text}]}
+
+
+USAGE = {
+    "choices": [],
+    "usage": {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}},
+}
+
+
+def asked(response: httpx.Response | Exception) -> Outcome:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if isinstance(response, Exception):
+            raise response
+        return response
+
+    async def go() -> Outcome:
+        outcome = Outcome(0.0, 0.0)
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+            await ask(client, TARGET, Prompt("x", 3), outcome)
+        return outcome
+
+    return asyncio.run(go())
+
+
+def test_a_stream_is_timed_piece_by_piece() -> None:
+    """Bug: a first event without text (a role, an empty piece) that counts as the first token."""
+    outcome = asked(httpx.Response(200, stream=Stream([piece(""), piece("a"), piece("b"), USAGE], pause=0.02)))
+    assert outcome.error is None
+    assert outcome.ttft is not None
+    assert outcome.ttft >= 0.04
+    assert len(outcome.gaps) == 1
+    assert outcome.latency >= outcome.ttft + outcome.gaps[0]
+    assert (outcome.prompt_tokens, outcome.output_tokens, outcome.cached_tokens) == (7, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("response", "kind"),
+    [
+        (httpx.Response(503, json={"error": {}}), "http 503"),
+        (httpx.Response(200, stream=Stream([piece("a")], done=False)), "cut off"),
+        (httpx.Response(200, stream=Stream([USAGE])), "no text"),
+        (httpx.Response(200, stream=Stream([piece("a"), {"error": {"code": "lost"}}])), "stream error (lost)"),
+        (httpx.Response(200, content=b"data: {oops\n\n"), "not JSON"),
+        (httpx.ConnectError("no"), "connection refused"),
+        (httpx.ReadTimeout("slow"), "timeout (ReadTimeout)"),
+        (httpx.RemoteProtocolError("gone"), "connection lost (RemoteProtocolError)"),
+    ],
+)  # fmt: skip
+def test_failures_are_told_by_kind(response: httpx.Response | Exception, kind: str) -> None:
+    """Bug: a stream that breaks off half-way and counts as a quick answer."""
+    assert asked(response).error == kind
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_closed_loop_keeps_to_its_clients_and_reports_prefix_hits() -> None:
+    """Bug: more requests in flight than clients; hits since the server's start in place of the run's own."""
+    in_flight = most = scrapes = 0
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal in_flight, most, scrapes
+        if request.url.path == "/metrics":
+            scrapes += 1
+            text = (
+                "# TYPE nibble_prefix_cache_queries_total counter\n"
+                f"nibble_prefix_cache_queries_total {100 * scrapes}\n"
+                "# TYPE nibble_prefix_cache_hits_total counter\n"
+                f"nibble_prefix_cache_hits_total {60 + 25 * scrapes}\n"
+            )
+            return httpx.Response(200, text=text)
+        in_flight += 1
+        most = max(most, in_flight)
+        await asyncio.sleep(0.005)
+        in_flight -= 1
+        return httpx.Response(200, stream=Stream([piece("a"), USAGE]))
+
+    async def go() -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+            done = await run(client, TARGET, [Prompt("x", 1)] * 9, Arrivals(clients=3))
+        assert [outcome.error for outcome in done.outcomes] == [None] * 9
+        assert done.prefix_hit_rate == pytest.approx(0.25)
+
+    asyncio.run(go())
+    assert most == 3
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_definitions() -> None:
+    """Worked by hand: two answers and a failure over 4 seconds."""
+    quick = Outcome(0, 0, ttft=0.5, gaps=[0.1, 0.3], latency=1.5, prompt_tokens=10, output_tokens=5)
+    slow = Outcome(1, 1, ttft=2.0, gaps=[0.2], latency=3.0, prompt_tokens=20, output_tokens=2)
+    lost = Outcome(1, 1.5, latency=0.5, error="http 503")
+    summary = summarize([quick, slow, lost], Slo.read("ttft=600ms,tpot=0.3s"))
+    assert summary.duration_s == 4
+    assert (summary.completed, summary.failed, summary.errors) == (2, 1, {"http 503": 1})
+    assert summary.output_tokens_per_s == 7 / 4
+    assert summary.total_tokens_per_s == 37 / 4
+    assert summary.spreads["ttft"].mean == 1.25
+    assert summary.spreads["tpot"].mean == pytest.approx((0.25 + 1.0) / 2)
+    assert summary.spreads["itl"].percentiles["p50"] == pytest.approx(0.2)
+    assert summary.goodput_per_s == 1 / 4
+    assert summary.slo_share == pytest.approx(1 / 3)
+    assert summary.latest_start_s == 0.5
+
+
+def test_percentiles_are_those_of_the_standard_library() -> None:
+    values = sorted([3.0, 1.0, 4.0, 1.5, 9.0, 2.6, 5.3])
+    expected = statistics.quantiles(values, n=100, method="inclusive")
+    assert [percentile(values, p) for p in range(1, 100)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text", ["", "ttft", "ttft=5", "itl=5ms", "ttft=500ms;tpot=1s"])
+def test_limits_that_are_not_understood_are_refused(text: str) -> None:
+    with pytest.raises(BenchError, match="--slo"):
+        Slo.read(text)
+
+
+# ---- sweep -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [0.5, 100.0])
+def test_a_sweep_closes_in_on_the_rate_that_holds(first: float) -> None:
+    """Bug: a search that ends at a rate which breaks the SLO, or far below the one that holds."""
+
+    async def measure(rate: float, number: int) -> Summary:
+        outcome = Outcome(0, 0, ttft=0.1 if rate <= 7.3 else 9.0, latency=9.0, output_tokens=1)
+        return summarize([outcome], Slo.read("ttft=1s"))
+
+    steps: list[Step] = []
+    found = asyncio.run(sweep(Search(first), measure, steps.append))
+    assert found == steps
+    best = best_rate(found)
+    assert best is not None
+    assert 0.9 * 7.3 - 0.01 <= best <= 7.3
+
+
+# ---- command ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_not_there_is_named() -> None:
+    result = CliRunner().invoke(cli, ["bench", "serve", "http://127.0.0.1:9", "--requests", "1"])
+    assert result.exit_code == 2
+    assert "no answer from http://127.0.0.1:9/v1/models" in result.output
+
+
+def test_a_report_of_another_kind_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match=r"\.html or \.png"):
+        report.check_report(tmp_path / "r.pdf")
+
+
+def test_a_page_holds_the_figures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="reports need the extra 'report'")
+    outcomes = [
+        Outcome(0, 0, ttft=0.123, gaps=[0.01], latency=0.5, output_tokens=3),
+        Outcome(0, 0, latency=0.1, error="http 503"),
+    ]
+    report.write_run(tmp_path / "r.html", "A <run>", summarize(outcomes, None), outcomes)
+    page = (tmp_path / "r.html").read_text()
+    assert "123.0" in page
+    assert "failed: http 503" in page
+    assert "A &lt;run&gt;" in page
+    report.write_run(tmp_path / "r.png", "A run", summarize(outcomes, None), outcomes)
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
