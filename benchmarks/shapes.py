@@ -43,6 +43,7 @@ class Shape:
 SMALLEST = Shape(128, 128, 1, 2, 1, 64, 128, True)
 SHAPES = {
     "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 64, 128_256, True),
+    "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128, 128_256, False),
     "qwen2.5-0.5b": Shape(896, 4864, 24, 14, 2, 64, 151_936, True, qkv_bias=True),
 }
 BIASED = ("q", "k", "v")  # the roles that carry a bias when qkv_bias is set

@@ -4,7 +4,18 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from engine.checkpoint import auto_round, awq, bitnet, bitsandbytes, compressed_tensors, gptq, nibble
+from engine.checkpoint import (
+    auto_round,
+    awq,
+    bitnet,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gptq,
+    modelopt,
+    mxfp4,
+    nibble,
+)
 from engine.checkpoint.dense import Dense
 from engine.checkpoint.errors import FormatRefused
 from engine.checkpoint.source import Source
@@ -43,12 +54,15 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = MappingProxyType(
         "bitnet": bitnet.read_config,
         "bitsandbytes": bitsandbytes.read_config,
         "compressed-tensors": compressed_tensors.read_config,
+        "fp8": fp8.read_config,
         "gptq": gptq.read_config,
+        "modelopt": modelopt.read_config,
+        "mxfp4": mxfp4.read_config,
         "nibble": nibble.read_config,
     }
 )
 # Files in which tools left the config before config.json had a place for it, and the method that they mean.
-SIDE_FILES = (("quantize_config.json", "gptq"), ("quant_config.json", "awq"))
+SIDE_FILES = (("quantize_config.json", "gptq"), ("quant_config.json", "awq"), ("hf_quant_config.json", "modelopt"))
 PACKED = (".qweight", ".weight_packed")
 
 

@@ -31,7 +31,9 @@ class Rounding:
     symmetric: bool = True  # zero is 0; otherwise it follows the smallest activation
     scale: Tensor | None = None  # [1] float32, of every activation; None: it follows the group
     zero: Tensor | None = None  # [1] float32, beside `scale`
-    scale_grid: Literal["float", "e4m3", "e8m0"] = "float"  # what scales that follow the group are rounded to
+    scale_grid: Literal["float", "e4m3", "e8m0", "e8m0-up"] = (
+        "float"  # what scales that follow the group are rounded to
+    )
     scale_unit: Tensor | None = None  # [1] float32, what e4m3 scales are multiples of (NVFP4)
 
     def __post_init__(self) -> None:
@@ -84,6 +86,8 @@ class Rounding:
         if self.scale_grid == "e8m0":
             return _power_of_two(peak, high), zero
         scale = peak / ((high - low) / 2)
+        if self.scale_grid == "e8m0-up":
+            return _next_power_of_two(_not_zero(scale)), zero
         if self.scale_unit is None:
             return _not_zero(scale), zero
         kept = (scale / self.scale_unit).clamp_max(E4M3_MAX).to(torch.float8_e4m3fn).float()
@@ -104,6 +108,12 @@ class Rounding:
 def _not_zero(scale: Tensor) -> Tensor:
     """A group of zeros has no scale; any will do."""
     return torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
+
+
+def _next_power_of_two(scale: Tensor) -> Tensor:
+    """2^ceil(log2 scale) (DeepSeek's ue8m0)."""
+    mantissa, exponent = torch.frexp(scale)  # scale = mantissa 2^exponent, mantissa from 0.5 to 1
+    return torch.ldexp(torch.ones_like(scale), torch.where(mantissa == 0.5, exponent - 1, exponent))
 
 
 def _power_of_two(peak: Tensor, highest: float) -> Tensor:

@@ -4,16 +4,16 @@
 // i - j < W; else from packed pages. Splits, parts and their order are those of attention.hpp. Within a split a row adds
 // up its packed values in blocks of kBlock tokens by position, then its sinks, then its window.
 //
-// Packed products are integer dot products: codes are bytes, and what multiplies them becomes an integer of 15 bits in
-// two int8 digits, x ~ d (128 high + low), d = max |x| / 16256 over
+// Packed products are sums of integers: codes are bytes, and what multiplies them is rounded to integers x ~ d X,
 //
 //   keys      the channels of a group of a query:          score += s_t (d Q . c_t) + z_t (d sum Q)
-//   values    the weights times the scales of a block,      out += d (A . c) + sum_t w_t z_t
-//             a_t = w_t s_t, of one group
+//   values    the weights times the scales of a block,     out += d sum_t A_t (c_t - m) + sum_t w_t (z_t + m s_t)
+//             a_t = w_t s_t, of one group; m is the middle code
 //
-// so that a query counts as one that is off by at most 2^-15 of its group's largest channel, and a weight by 2^-15 of
-// the largest of its block. Sums of products are exact; their order and who computes beside them cannot matter. An
-// integer dot product makes four times the products of a float one in the time of one; two digits leave twice.
+// of |Q| <= 127 and 0 <= A <= 255, one byte, where codes have up to 4 bits: far below the error of the codes. Beside 8
+// bits it would show, so there X has two digits of a byte, x ~ d (128 high + low) with d = max |x| / 16256. Sums of
+// products are exact; their order and who computes beside them cannot matter. An integer dot product makes four times
+// the products of a float one in the time of one.
 #pragma once
 
 #include "attention.hpp"
@@ -26,7 +26,8 @@ inline constexpr int kBlock = 64;        // tokens whose weights share a scale
 
 // Two digits where codes are finer than one digit's rounding.
 constexpr bool has_two_digits(int width) { return width == 8; }
-constexpr int levels_of(int width) { return has_two_digits(width) ? 127 * 128 : 127; }
+constexpr int query_levels(int width) { return has_two_digits(width) ? 127 * 128 : 127; }
+constexpr int weight_levels(int width) { return has_two_digits(width) ? 127 * 128 : 255; }
 
 // Keys or values of a token of one head.
 struct RowFormat {
@@ -81,10 +82,10 @@ struct QuantizedAttend {
   }
   NIBBLE_INLINE int64_t scratch_floats(const Unit& u) const {
     int64_t rows = base.rows_of(u), groups = shape.num_groups(), dim = shape.heads.head_dim;
-    int64_t weights = 2 * rows * kSplit;                                      // of both precisions
-    int64_t block = rows * groups * (kBlock / 2 + 16 + 1) + 2 * groups * kBlock;  // digits, zeros, d; parameters
-    int64_t codes = kBlock * (dim + 64) / 4 + kBlock * (dim + 64) / 4;        // interleaved; unpacked
-    return weights + block + codes + 512;
+    int64_t weights = 2 * rows * kSplit;  // of both precisions
+    int64_t digits = rows * groups * (kSplit / 2 + 16 + kSplit / kBlock), parameters = groups * (2 * kSplit + 16);
+    int64_t codes = 2 * kBlock * (dim + 64) / 4;  // interleaved; unpacked
+    return weights + digits + parameters + codes + 512;
   }
 };
 

@@ -7,33 +7,39 @@
 namespace nibble::NIBBLE_ISA {
 namespace {
 
-// Sums of a tile: rows x vectors x two digits. 24 of 32 registers in AVX-512, 8 of 16 halves in AVX2.
+// Sums of a tile: rows x vectors x digits. At most 24 of 32 registers in AVX-512, 4 of 16 halves in AVX2.
 #if defined(NIBBLE_ISA_avx512)
-constexpr int kPackedRows = 6, kPackedVectors = 2;
+constexpr int kPackedRows = 6, kPackedVectors = 4;
 #else
 constexpr int kPackedRows = 2, kPackedVectors = 1;
 #endif
 
-// ---- parameters -----------------------------------------------------------------------------------------------------
-
-inline Floats load_e4m3(const uint8_t* p) {
-  Ints byte = load_u8(p), magnitude = iand(byte, iset1(0x7f));
-  Ints sign = ishl<24>(iand(byte, iset1(0x80)));
-  Ints nan = isra<9>(ishl<24>(iand(iadd(magnitude, iset1(1)), iset1(0x80))));  // a quiet NaN where the code is 127
-  Floats x = mul(as_float(iadd(ishl<20>(magnitude), sign)), set1(0x1p120f));   // exponents are counted from 7, not 127
-  return add(x, as_float(nan));
+// Of `left` vectors, how many a tile takes: 4, 2 or 1; two digits leave room for 2.
+inline int tile_vectors(int left, bool two_digits) {
+  if (kPackedVectors == 1 || left < 2) return 1;
+  return left >= 4 && !two_digits ? 4 : 2;
 }
 
-inline Floats load_parameter(const RowFormat& format, const uint8_t* p, Floats prescale) {
-  return mul(format.parameter_bytes == 2 ? load_f16((const uint16_t*)p) : load_e4m3(p), prescale);
+// ---- parameters -----------------------------------------------------------------------------------------------------
+
+// 16 parameters at p, times factor_of() the prescale.
+inline Floats load_parameter(const RowFormat& format, const uint8_t* p, Floats factor) {
+  return mul(format.parameter_bytes == 2 ? load_f16((const uint16_t*)p) : load_e4m3(p), factor);
+}
+inline Floats factor_of(const RowFormat& format, float prescale) {
+  return set1(format.parameter_bytes == 2 ? prescale : 256 * prescale);
 }
 
 // Scales, then zeros, of 16 tokens in every group, times the prescale: to[i * stride].
-inline void load_parameters(const RowFormat& format, const uint8_t* from, int page_size, float prescale, float* to,
-                            int stride) {
-  Floats factor = set1(prescale);
-  for (int i = 0; i < 2 * format.num_groups; i++)
-    store(to + i * stride, load_parameter(format, from + (int64_t)i * page_size * format.parameter_bytes, factor));
+inline void load_parameters(const RowFormat& format, const uint8_t* from, int page_size, Floats factor, float* to,
+                            int64_t stride) {
+  if (format.parameter_bytes == 2) {
+    for (int i = 0; i < 2 * format.num_groups; i++, from += (int64_t)page_size * 2, to += stride)
+      store(to, mul(load_f16((const uint16_t*)from), factor));
+  } else {
+    for (int i = 0; i < 2 * format.num_groups; i++, from += page_size, to += stride)
+      store(to, mul(load_e4m3(from), factor));
+  }
 }
 
 // ---- digits ---------------------------------------------------------------------------------------------------------
@@ -60,9 +66,9 @@ template <int kWidth>
 inline constexpr int kMask = kWidth == 4 ? 15 : 3;
 
 template <int kWidth>
-inline Ints dot_codes(Ints sum, Bytes codes, Four digits) {
+inline Ints dot_keys(Ints sum, Bytes codes, Four digits) {
   if constexpr (kWidth == 8) return dot(sum, codes, digits);
-  return dot_small(sum, codes, digits);
+  return dot_codes(sum, codes, digits);
 }
 
 // Codes of one byte each from `count` bytes of which byte j holds codes j, j + count, ...: to `to`, in order. Reads and
@@ -100,11 +106,11 @@ inline void unpack_row(const RowFormat& format, int head_dim, const uint8_t* row
 // plane begin `high` bytes further on.
 struct KeyTile {
   const uint8_t* keys[kPackedVectors];
-  const uint8_t* ahead[kPackedVectors];  // what to fetch meanwhile
   int64_t stride, high;
   int head_dim, group_size, num_groups;
   int64_t digits_stride;
-  const float* parameters;  // [2 num_groups, 16 kPackedVectors]
+  const float* parameters;  // [2 num_groups, parameters_stride]
+  int64_t parameters_stride;
 };
 
 // Channels of one shift: byte j of a plane holds channels j, j + this, ...
@@ -125,47 +131,53 @@ inline Bytes codes_of(const uint8_t* low, int low_shift, const uint8_t* high, in
 template <int kWidth, int kRows, int kVectors>
 void score_packed(const KeyTile& t, const uint8_t* digits, float* scores) {
   constexpr bool kTwo = has_two_digits(kWidth);
-  const int dim = t.head_dim, run = channels_of_a_shift<kWidth>(dim), low_run = kWidth == 3 ? dim / 4 : run;
+  const int dim = t.head_dim, run = channels_of_a_shift<kWidth>(dim);
   const int64_t row_bytes = t.digits_stride;
   Floats sums[kRows][kVectors];
-  for (int r = 0; r < kRows; r++)
-    for (int n = 0; n < kVectors; n++) sums[r][n] = zero();
+  NIBBLE_UNROLL for (int r = 0; r < kRows; r++)
+    NIBBLE_UNROLL for (int n = 0; n < kVectors; n++) sums[r][n] = zero();
+  int c = 0, level = 0, in_run = 0;  // channel c is channel in_run of the shift `level`: a division takes ten products
   for (int g = 0; g < t.num_groups; g++) {
     Ints high[kRows][kVectors], low[kRows][kVectors];
-    for (int r = 0; r < kRows; r++)
-      for (int n = 0; n < kVectors; n++) high[r][n] = low[r][n] = izero();
-    for (int c = g * t.group_size, end = c + t.group_size; c < end;) {
-      int stop = min_of(end, (c / run + 1) * run), shift = c / low_run * (kWidth == 4 ? 4 : 2), bit = c / run;
-      int64_t at = c % low_run / 4 * t.stride, above = t.high + c % run / 4 * t.stride;
+    NIBBLE_UNROLL for (int r = 0; r < kRows; r++)
+      NIBBLE_UNROLL for (int n = 0; n < kVectors; n++) high[r][n] = low[r][n] = izero();
+    for (int end = c + t.group_size; c < end;) {
+      int stop = min_of(end, c + run - in_run), shift = kWidth == 3 ? level / 2 * 2 : level * kWidth;
+      int64_t above = in_run / 4 * t.stride, at = above;
+      if (kWidth == 3 && level % 2) at += run / 4 * t.stride;
+      above += t.high;
+      in_run += stop - c;
+      const int bit = level;
+      if (in_run == run) in_run = 0, level++;
       for (; c < stop; c += 4, at += t.stride, above += t.stride) {
         Bytes codes[kVectors];
-        for (int n = 0; n < kVectors; n++) {
+        NIBBLE_UNROLL for (int n = 0; n < kVectors; n++)
           codes[n] = codes_of<kWidth>(t.keys[n] + at, shift, t.keys[n] + above, bit);
-          prefetch_l2(t.ahead[n] + at);
-        }
-        for (int r = 0; r < kRows; r++) {
+        NIBBLE_UNROLL for (int r = 0; r < kRows; r++) {
           const int8_t* d = (const int8_t*)digits + r * row_bytes + c;
           Four first_digit = four(d);
-          for (int n = 0; n < kVectors; n++) high[r][n] = dot_codes<kWidth>(high[r][n], codes[n], first_digit);
+          NIBBLE_UNROLL for (int n = 0; n < kVectors; n++)
+            high[r][n] = dot_keys<kWidth>(high[r][n], codes[n], first_digit);
           if constexpr (kTwo) {
             Four second_digit = four(d + dim);
-            for (int n = 0; n < kVectors; n++) low[r][n] = dot_codes<kWidth>(low[r][n], codes[n], second_digit);
+            NIBBLE_UNROLL for (int n = 0; n < kVectors; n++)
+              low[r][n] = dot_keys<kWidth>(low[r][n], codes[n], second_digit);
           }
         }
       }
     }
-    for (int n = 0; n < kVectors; n++) {
-      Floats scales = load(t.parameters + (g * kPackedVectors + n) * 16);
-      Floats zeros = load(t.parameters + ((t.num_groups + g) * kPackedVectors + n) * 16);
-      for (int r = 0; r < kRows; r++) {
+    NIBBLE_UNROLL for (int n = 0; n < kVectors; n++) {
+      Floats scales = load(t.parameters + (int64_t)g * t.parameters_stride + 16 * n);
+      Floats zeros = load(t.parameters + (int64_t)(t.num_groups + g) * t.parameters_stride + 16 * n);
+      NIBBLE_UNROLL for (int r = 0; r < kRows; r++) {
         const float* d = (const float*)(digits + r * row_bytes + 2 * dim) + g;
         Floats product = mul(to_float(whole_of<kTwo>(high[r][n], low[r][n])), scales);
         sums[r][n] = fma(zeros, set1(d[t.num_groups]), fma(product, set1(d[0]), sums[r][n]));
       }
     }
   }
-  for (int r = 0; r < kRows; r++)
-    for (int n = 0; n < kVectors; n++) store(scores + r * kSplit + 16 * n, sums[r][n]);
+  NIBBLE_UNROLL for (int r = 0; r < kRows; r++)
+    NIBBLE_UNROLL for (int n = 0; n < kVectors; n++) store(scores + r * kSplit + 16 * n, sums[r][n]);
 }
 
 // ---- values ---------------------------------------------------------------------------------------------------------
@@ -175,7 +187,7 @@ struct ValueTile {
   const uint8_t* codes[kPackedVectors];
   int shift[kPackedVectors];
   int num_quads;           // groups of 4 tokens
-  int64_t digits_stride;   // between rows; of a row kBlock high digits, kBlock low digits
+  int64_t digits_stride;   // between rows; of a row kBlock digits, at 8 bits kBlock low ones more
   const float* units;      // d
   int64_t units_stride;
 };
@@ -186,24 +198,29 @@ void mix_packed(const ValueTile& t, const uint8_t* digits, float* out, int64_t o
   constexpr bool kTwo = has_two_digits(kWidth);
   const int64_t row_bytes = t.digits_stride;
   Ints high[kRows][kVectors], low[kRows][kVectors];
-  for (int r = 0; r < kRows; r++)
-    for (int n = 0; n < kVectors; n++) high[r][n] = low[r][n] = izero();
+  NIBBLE_UNROLL for (int r = 0; r < kRows; r++)
+    NIBBLE_UNROLL for (int n = 0; n < kVectors; n++) high[r][n] = low[r][n] = izero();
   for (int i = 0; i < t.num_quads; i++) {
     Bytes codes[kVectors];
-    for (int n = 0; n < kVectors; n++) codes[n] = codes_of<kWidth>(t.codes[n] + 64 * i, t.shift[n], nullptr, 0);
-    for (int r = 0; r < kRows; r++) {
+    NIBBLE_UNROLL for (int n = 0; n < kVectors; n++)
+      codes[n] = codes_of<kWidth>(t.codes[n] + 64 * i, t.shift[n], nullptr, 0);
+    NIBBLE_UNROLL for (int r = 0; r < kRows; r++) {
       const int8_t* d = (const int8_t*)digits + r * row_bytes + 4 * i;
       Four first_digit = four(d);
-      for (int n = 0; n < kVectors; n++) high[r][n] = dot_codes<kWidth>(high[r][n], codes[n], first_digit);
       if constexpr (kTwo) {
         Four second_digit = four(d + kBlock);
-        for (int n = 0; n < kVectors; n++) low[r][n] = dot_codes<kWidth>(low[r][n], codes[n], second_digit);
+        NIBBLE_UNROLL for (int n = 0; n < kVectors; n++) {
+          high[r][n] = dot(high[r][n], codes[n], first_digit);
+          low[r][n] = dot(low[r][n], codes[n], second_digit);
+        }
+      } else {
+        NIBBLE_UNROLL for (int n = 0; n < kVectors; n++) high[r][n] = dot_unsigned(high[r][n], first_digit, codes[n]);
       }
     }
   }
-  for (int r = 0; r < kRows; r++) {
+  NIBBLE_UNROLL for (int r = 0; r < kRows; r++) {
     Floats unit = set1(t.units[r * t.units_stride]);
-    for (int n = 0; n < kVectors; n++) {
+    NIBBLE_UNROLL for (int n = 0; n < kVectors; n++) {
       float* to = out + r * out_stride + 16 * n;
       store(to, fma(to_float(whole_of<kTwo>(high[r][n], low[r][n])), unit, load(to)));
     }
@@ -230,10 +247,13 @@ inline void by_rows(int rows, F f) {
   return rows == 1 ? f(Count<1>()) : f(Count<2>());
 }
 
-template <class F>
+template <bool kTwo, class F>
 inline void by_vectors(int vectors, F f) {
-  if constexpr (kPackedVectors == 2)
+  if constexpr (kPackedVectors == 4) {
+    if constexpr (!kTwo)
+      if (vectors == 4) return f(Count<4>());
     if (vectors == 2) return f(Count<2>());
+  }
   return f(Count<1>());
 }
 

@@ -24,7 +24,7 @@ from tests.tolerance import EPS, assert_within
 if native.MISSING is not None:
     pytest.skip(native.MISSING, allow_module_level=True)
 
-from kernels.attention.quantized.native import QuantizedNative, levels
+from kernels.attention.quantized.native import QuantizedNative, query_levels, weight_levels
 from kernels.attention.quantized.reference import QuantizedReference
 from kernels.native import _native
 
@@ -114,8 +114,8 @@ def exact_attention(world: World, start: int, length: int) -> tuple[Tensor, Tens
     """Rows start..length - 1 in float64 under the read rule, and a bound on the kernel; transforms left out.
 
     Beside float32's own error (tests/kernels/test_attention.py), the kernel rounds a query's channel by at most half of
-    1 / levels of the largest of its group, so a score by that times sum |k|; and a weight times a scale by half of
-    1 / levels of the largest of BLOCK tokens, which multiplies at most half of max_code.
+    1 / its levels of the largest of its group, so a score by that times sum |k|; and a weight times a scale by half of
+    1 / its levels of the largest of BLOCK tokens, which multiplies at most half of max_code.
     """
     packed, high = read_pages(world, length)
     at, positions = torch.arange(length), torch.arange(start, length)[:, None]
@@ -135,7 +135,7 @@ def exact_attention(world: World, start: int, length: int) -> tuple[Tensor, Tens
         weights = scores.masked_fill(~visible, -math.inf).softmax(-1)  # [rows, n]
         is_packed = (visible & ~is_high)[:, :, None]
         peaks = largest_of_groups(q, keys.group_size)
-        step = 1.01 / levels(keys.bits) if keys.num_groups else 0.0
+        step = 1.01 / query_levels(keys.bits) if keys.num_groups else 0.0
         digit_error = step / 2 * (peaks[:, None] * k.abs() * is_packed).sum(-1)
         score_error = 4 * EPS * math.sqrt(q.shape[-1]) * terms.norm(dim=-1) + 2 * EPS * scores.abs() + digit_error
         worst = score_error.amax(-1, keepdim=True) + 4 * EPS * -(-length // SPLIT)
@@ -169,7 +169,7 @@ def weight_error(world: World, weights: Tensor, kv_head: int) -> Tensor:
     read = torch.nn.functional.pad(scales, (0, 0, 0, -length % BLOCK))
     read = read.reshape(-1, BLOCK, scales.shape[1]) * (blocks > 0)
     peaks = blocks.amax(2) * read.amax(2)  # [rows, blocks, num_groups]
-    error = 1.01 / levels(layout.bits) / 2 * layout.max_code / 2 * (peaks * (blocks > 0).sum(2)).sum(1)
+    error = 1.01 / weight_levels(layout.bits) / 2 * layout.max_code / 2 * (peaks * (blocks > 0).sum(2)).sum(1)
     products = weights[:, :, None] * (scales * layout.max_code + zeros.abs())
     error += 4 * EPS * math.sqrt(length) * products.norm(dim=1) + 8 * EPS * products.sum(1)  # terms may cancel
     return error.repeat_interleave(layout.group_size, -1)

@@ -53,6 +53,13 @@ inline Floats load_f16(const uint16_t* p) {
   NIBBLE_PAIR(Floats, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
               _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8))));
 }
+inline Floats load_e4m3(const uint8_t* p) {
+  __m256i x = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+  x = _mm256_and_si256(x, _mm256_set1_epi16((int16_t)0xbfff));
+  __m256i carry = _mm256_add_epi16(x, _mm256_set1_epi16(0x80));
+  x = _mm256_or_si256(x, _mm256_and_si256(carry, _mm256_set1_epi16(0x4000)));
+  NIBBLE_PAIR(Floats, _mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1)));
+}
 inline void store_f16(uint16_t* p, Floats x) {
   constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.a, nearest));
@@ -90,6 +97,13 @@ inline void store_i8(int8_t* p, Ints x) {  // saturates
   words = _mm256_permute4x64_epi64(words, 0b11011000);         // a0-7 | b0-7
   __m128i packed = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128((__m128i*)p, packed);
+}
+inline __m256i pack_u8_half(Ints a, Ints b) {
+  __m256i words = _mm256_packus_epi16(_mm256_packs_epi32(a.a, a.b), _mm256_packs_epi32(b.a, b.b));
+  return _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+inline Bytes pack_u8(Ints a, Ints b, Ints c, Ints d) {
+  NIBBLE_PAIR(Bytes, pack_u8_half(a, b), pack_u8_half(c, d));
 }
 inline Floats to_float(Ints x) { NIBBLE_PAIR(Floats, _mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)); }
 inline Ints to_int(Floats x) { NIBBLE_PAIR(Ints, _mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)); }
@@ -174,6 +188,10 @@ inline __m256i dot_small_half(__m256i acc, __m256i u, __m256i s) {
 inline Ints dot_small(Ints acc, Bytes u, Four s) {
   NIBBLE_PAIR(Ints, dot_small_half(acc.a, u.a, s.word), dot_small_half(acc.b, u.b, s.word));
 }
+inline Ints dot_codes(Ints acc, Bytes u, Four s) { return dot_small(acc, u, s); }
+inline Ints dot_unsigned(Ints acc, Four u, Bytes s) {
+  NIBBLE_PAIR(Ints, dot_small_half(acc.a, u.word, s.a), dot_small_half(acc.b, u.word, s.b));
+}
 inline Bytes badd_where(Bytes a, const uint8_t* mask, uint8_t value) { return badd(a, bspread(mask, value)); }
 inline Ints word_shr(Bytes x, int n) { NIBBLE_PAIR(Ints, _mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)); }
 inline Bytes bword_shr(Bytes x, int n) { NIBBLE_PAIR(Bytes, _mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)); }
@@ -185,6 +203,12 @@ inline Bytes interleave(const uint8_t* a, const uint8_t* b, const uint8_t* c, co
   __m256i first = join(_mm_unpacklo_epi16(xy, zw), _mm_unpackhi_epi16(xy, zw));
   xy = _mm_unpackhi_epi8(x, y), zw = _mm_unpackhi_epi8(z, w);
   NIBBLE_PAIR(Bytes, first, join(_mm_unpacklo_epi16(xy, zw), _mm_unpackhi_epi16(xy, zw)));
+}
+inline Bytes interleave16(const uint8_t* rows) { return interleave(rows, rows + 16, rows + 32, rows + 48); }
+template <int i>
+inline Bytes interleave32(const uint8_t* rows) {
+  rows += 16 * i;
+  return interleave(rows, rows + 32, rows + 64, rows + 96);
 }
 inline __m256i take_trit_half(__m256i& x) {
   const __m256i low = _mm256_set1_epi16(0x00ff), three = _mm256_set1_epi16(3);

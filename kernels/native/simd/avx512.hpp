@@ -32,6 +32,13 @@ inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats sqrt(Floats a) { return _mm512_sqrt_ps(a); }
 inline Floats round(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+// 16 numbers of float8 e4m3, divided by 256: as halves they have the same bits, in other places.
+inline Floats load_e4m3(const uint8_t* p) {
+  __m256i x = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+  x = _mm256_and_si256(x, _mm256_set1_epi16((int16_t)0xbfff));
+  __m256i carry = _mm256_add_epi16(x, _mm256_set1_epi16(0x80));  // reaches the exponent's highest bit where x is NaN
+  return _mm512_cvtph_ps(_mm256_or_si256(x, _mm256_and_si256(carry, _mm256_set1_epi16(0x4000))));
+}
 inline void store_f16(uint16_t* p, Floats x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -54,6 +61,11 @@ template <int N>
 inline Ints isra(Ints a) { return _mm512_srai_epi32(a, N); }
 inline Ints load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 inline void store_i8(int8_t* p, Ints x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(x)); }  // saturates
+// 64 integers to bytes, in order; saturates.
+inline Bytes pack_u8(Ints a, Ints b, Ints c, Ints d) {
+  __m512i quads = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), quads);
+}
 inline Floats to_float(Ints x) { return _mm512_cvtepi32_ps(x); }
 inline Ints to_int(Floats x) { return _mm512_cvtps_epi32(x); }  // to nearest, ties to even
 inline Ints bits(Floats x) { return _mm512_castps_si512(x); }
@@ -100,6 +112,16 @@ inline Four four(const int8_t* s) {
 }
 inline Ints dot(Ints acc, Bytes u, Four s) { return _mm512_dpbusd_epi32(acc, u, s); }
 inline Ints dot_small(Ints acc, Bytes u, Four s) { return _mm512_dpbusd_epi32(acc, u, s); }  // dot() where u < 128
+// dot_small() with u of at most 15, for loops in which gcc 12 copies each sum before and after the intrinsic.
+inline Ints dot_codes(Ints acc, Bytes u, Four s) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u), "v"(s));
+  return acc;
+}
+// Lane i += u[0] c[4i] + ... + u[3] c[4i + 3], u unsigned, c at most 15.
+inline Ints dot_unsigned(Ints acc, Four u, Bytes c) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u), "v"(c));
+  return acc;
+}
 // a + value where the bit of `mask` is set (8 bytes, bit i of the whole for byte i).
 inline Bytes badd_where(Bytes a, const uint8_t* mask, uint8_t value) {
   uint64_t m;
@@ -118,6 +140,22 @@ inline Bytes interleave(const uint8_t* a, const uint8_t* b, const uint8_t* c, co
   const __m512i words = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i within = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
   return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(words, rows), within);
+}
+// interleave() of four rows of 16 bytes that follow each other.
+inline Bytes interleave16(const uint8_t* rows) {
+  const __m512i words = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i within = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+  return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(words, _mm512_loadu_si512(rows)), within);
+}
+// interleave() of bytes 16 i ... of four rows of 32 bytes that follow each other.
+template <int i>
+inline Bytes interleave32(const uint8_t* rows) {
+  const __m512i words = _mm512_setr_epi32(4 * i, 8 + 4 * i, 16 + 4 * i, 24 + 4 * i, 4 * i + 1, 9 + 4 * i, 17 + 4 * i,
+                                          25 + 4 * i, 4 * i + 2, 10 + 4 * i, 18 + 4 * i, 26 + 4 * i, 4 * i + 3,
+                                          11 + 4 * i, 19 + 4 * i, 27 + 4 * i);
+  const __m512i within = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+  __m512i low = _mm512_loadu_si512(rows), high = _mm512_loadu_si512(rows + 64);
+  return _mm512_shuffle_epi8(_mm512_permutex2var_epi32(low, words, high), within);
 }
 // The highest trit of every byte, floor(3 x / 256); x becomes what is left of it, 3 x mod 256.
 inline Bytes take_trit(Bytes& x) {

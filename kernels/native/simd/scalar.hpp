@@ -87,6 +87,12 @@ inline Floats load_f16(const uint16_t* p) { return each([=](int i) { return wide
 inline void store_f16(uint16_t* p, Floats x) {
   for (int i = 0; i < 16; i++) p[i] = narrow_f16(x.v[i]);
 }
+inline Floats load_e4m3(const uint8_t* p) {
+  return each([=](int i) {
+    uint16_t half = (uint16_t)((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7);
+    return widen_f16((uint16_t)(half | ((half + 0x80) & 0x4000)));
+  });
+}
 inline Floats load_bf16(const uint16_t* p) {
   return each([=](int i) {
     uint32_t wide = (uint32_t)p[i] << 16;
@@ -115,6 +121,13 @@ inline Ints isra(Ints a) { return ieach([&](int i) { return a.v[i] >> N; }); }
 inline Ints load_u8(const uint8_t* p) { return ieach([=](int i) { return (int32_t)p[i]; }); }
 inline void store_i8(int8_t* p, Ints x) {  // saturates
   for (int i = 0; i < 16; i++) p[i] = (int8_t)(x.v[i] > 127 ? 127 : x.v[i] < -128 ? -128 : x.v[i]);
+}
+inline Bytes pack_u8(Ints a, Ints b, Ints c, Ints d) {
+  const Ints* parts[4] = {&a, &b, &c, &d};
+  return beach([&](int i) {
+    int32_t x = parts[i / 16]->v[i % 16];
+    return (uint8_t)(x > 255 ? 255 : x < 0 ? 0 : x);
+  });
 }
 inline Floats to_float(Ints x) { return each([&](int i) { return (float)x.v[i]; }); }
 inline Ints to_int(Floats x) {  // to nearest, ties to even; what does not fit becomes the lowest integer, as in SSE
@@ -188,6 +201,14 @@ inline Four four(const int8_t* s) {
 }
 inline Ints dot(Ints acc, Bytes u, Four s) { return dot(acc, u, s.v); }
 inline Ints dot_small(Ints acc, Bytes u, Four s) { return dot(acc, u, s.v); }
+inline Ints dot_codes(Ints acc, Bytes u, Four s) { return dot_small(acc, u, s); }
+inline Ints dot_unsigned(Ints acc, Four u, Bytes s) {
+  return ieach([&](int i) {
+    int32_t sum = acc.v[i];
+    for (int j = 0; j < 4; j++) sum += (int32_t)(uint8_t)u.v[j] * (int8_t)s.v[4 * i + j];
+    return sum;
+  });
+}
 inline Bytes badd_where(Bytes a, const uint8_t* mask, uint8_t value) { return badd(a, bspread(mask, value)); }
 inline Ints word_shr(Bytes a, int n) {
   return ieach([&](int i) {
@@ -205,6 +226,12 @@ inline Bytes bword_shr(Bytes a, int n) {
 inline Bytes interleave(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
   const uint8_t* rows[4] = {a, b, c, d};
   return beach([&](int i) { return rows[i % 4][i / 4]; });
+}
+inline Bytes interleave16(const uint8_t* rows) { return interleave(rows, rows + 16, rows + 32, rows + 48); }
+template <int i>
+inline Bytes interleave32(const uint8_t* rows) {
+  rows += 16 * i;
+  return interleave(rows, rows + 32, rows + 64, rows + 96);
 }
 inline Bytes take_trit(Bytes& x) {
   Bytes trits = beach([&](int i) { return (uint8_t)(3 * x.v[i] >> 8); });

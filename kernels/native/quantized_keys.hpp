@@ -1,0 +1,60 @@
+// Scores of a split's packed keys.
+#pragma once
+
+#include "quantized_split.hpp"
+
+namespace nibble::NIBBLE_ISA {
+namespace {
+
+// Trits of 16 tokens to units of 4 bytes.
+inline const uint8_t* unpack_keys(const QuantizedSplit& s, int n, const uint8_t* from) {
+  int rows = s.shape.keys.row_bytes;
+  uint8_t* packed_rows = s.unpacked;
+  uint8_t* channels = s.unpacked + 16 * (s.dim + 64) / 2;
+  for (int j = 0; j < rows; j++) __builtin_memcpy(packed_rows + 16 * j, from + (int64_t)j * s.page_size, 16);
+  unpack_trits(16 * rows, packed_rows, channels);
+  uint8_t* to = s.codes + (int64_t)n * 16 * s.dim;
+  for (int c = 0; c < s.dim; c += 4) {
+    const uint8_t* p = channels + 16 * c;
+    bstore(to + 16 * c, interleave(p, p + 16, p + 32, p + 48));
+  }
+  return to;
+}
+
+template <int kWidth>
+void score_codes(const QuantizedSplit& s) {
+  const RowFormat& format = s.shape.keys;
+  constexpr bool kTwo = has_two_digits(kWidth);
+  const Floats factor = factor_of(format, s.call.layer.key_prescale[s.unit.kv_head]);
+  int num_tiles = (s.num_rows + kPackedRows - 1) / kPackedRows;
+  KeyTile tile{};
+  tile.stride = kWidth == 1 ? 64 : 4 * s.page_size;
+  tile.high = (int64_t)format.plane_bytes * s.page_size;
+  tile.head_dim = s.dim, tile.group_size = format.group_size, tile.num_groups = format.num_groups;
+  tile.digits_stride = s.call.digits_stride();
+  tile.parameters = s.parameters, tile.parameters_stride = 16 * kPackedVectors;
+  for (int v = s.packed.first_vector(); v < s.packed.stop_vector();) {
+    int vectors = tile_vectors(s.packed.stop_vector() - v, kTwo);
+    for (int n = 0; n < vectors; n++) {
+      const uint8_t* page = s.page_of(v + n);
+      int token = s.token_of(v + n);
+      load_parameters(format, page + s.shape.key_parameters_at + token * format.parameter_bytes, s.page_size, factor,
+                      s.parameters + 16 * n, 16 * kPackedVectors);
+      tile.keys[n] = kWidth == 1 ? unpack_keys(s, n, page + token) : page + 4 * token;
+      s.fetch(v + n, format, 0, s.shape.key_parameters_at);
+    }
+    for (int i = 0; i < num_tiles; i++) {
+      int row = s.num_rows * i / num_tiles, rows = s.num_rows * (i + 1) / num_tiles - row;
+      by_rows(rows, [&](auto r) {
+        by_vectors<kTwo>(vectors, [&](auto n) {
+          score_packed<kWidth, decltype(r)::value, decltype(n)::value>(
+              tile, s.query_digits + row * tile.digits_stride, s.weights + (int64_t)row * kSplit + 16 * v);
+        });
+      });
+    }
+    v += vectors;
+  }
+}
+
+}  // namespace
+}  // namespace nibble::NIBBLE_ISA

@@ -1,0 +1,118 @@
+// One split of a unit over the quantized cache: which tokens its rows read how, where they lie, and memory to work in.
+#pragma once
+
+#include "quantized_tile.hpp"
+
+namespace nibble::NIBBLE_ISA {
+namespace {
+
+struct Range {  // of tokens of a split
+  int first, stop;
+  bool empty() const { return first >= stop; }
+  int first_vector() const { return first / 16; }
+  int stop_vector() const { return (stop + 15) / 16; }
+};
+
+inline int clamp_to_split(int64_t token) { return token < 0 ? 0 : token > kSplit ? kSplit : (int)token; }
+
+constexpr int kBlocks = kSplit / kBlock;
+constexpr int kPagesAhead = 2;  // to fetch: a page of 2 bits is read in less time than the memory answers
+
+struct QuantizedSplit {
+  const QuantizedAttend& call;
+  const QuantizedShape& shape;
+  const Unit& unit;
+  int64_t first_key;
+  int64_t window;  // of the unit's sequence
+  int dim, page_size, page_shift, num_rows, first_row;
+  const float* queries;
+  const uint8_t* query_digits;
+  float *weights, *high, *part;  // weights and high: [num_rows, kSplit]
+  float *parameters, *zeros, *units, *largest;
+  uint8_t *digits, *codes, *unpacked;
+  int64_t stride;   // of part
+  Range packed;     // what some row reads packed
+  Range recent[2];  // what some row reads in high precision: sinks, and the windows
+  const uint8_t* pages[kSplit / 16 + kPagesAhead];
+  const uint8_t* recent_keys[kSplit / 16 + 1];
+  const uint8_t* recent_values[kSplit / 16 + 1];
+
+  QuantizedSplit(const QuantizedAttend& call, const Unit& unit, int split, float* scratch, float* parts)
+      : call(call), shape(call.shape), unit(unit), first_key((int64_t)split * kSplit),
+        window(call.windows[unit.sequence]), dim(shape.heads.head_dim), page_size(shape.heads.page_size),
+        page_shift(__builtin_ctz((unsigned)page_size)), stride(call.base.part_stride()) {
+    int64_t hidden = first_key - unit.first_position;  // tokens before the split
+    first_row = hidden > 0 ? (int)hidden * call.base.group : 0;
+    num_rows = call.base.rows_of(unit) - first_row;
+    int64_t row = call.first_row(unit) + first_row;
+    queries = call.queries + row * dim;
+    query_digits = call.digits + row * call.digits_stride();
+    part = parts + first_row * stride;
+    lay_out(scratch);
+    int last = num_rows - 1;
+    packed = {clamp_to_split(shape.num_sinks - first_key), edge(last)};
+    recent[0] = {0, min_of(packed.first, visible(last))};
+    recent[1] = {max_of(edge(0), recent[0].stop), window ? visible(last) : 0};
+    find_pages();
+  }
+
+  void lay_out(float* scratch) {
+    int64_t groups = shape.num_groups(), rows = num_rows;
+    auto take = [&](int64_t floats) {
+      float* at = scratch;
+      scratch += (floats + 15) / 16 * 16;
+      return at;
+    };
+    weights = take(rows * kSplit);
+    high = take(rows * kSplit);
+    parameters = take(2 * groups * kSplit);
+    zeros = take(rows * groups * 16);
+    units = take(rows * groups * kBlocks);
+    largest = take(groups * kBlocks);
+    digits = (uint8_t*)take(rows * groups * (kSplit / 2));
+    codes = (uint8_t*)take(kBlock * (dim + 64) / 4);
+    unpacked = (uint8_t*)take(kBlock * (dim + 64) / 4);
+  }
+
+  void find_pages() {
+    const CacheShape heads = shape.recent();
+    int64_t first_page = first_key >> page_shift;
+    int64_t left = ((unit.context_len() + page_size - 1) >> page_shift) - first_page;
+    int num_pages = (visible(num_rows - 1) + page_size - 1) >> page_shift;
+    const int64_t* table = unit.block_table + first_page;
+    for (int i = 0; i < num_pages + kPagesAhead; i++)
+      pages[i] = call.layer.pages + shape.chunk(table[i < left ? i : 0], unit.kv_head);
+    const int64_t* recent_table = call.recent_tables + unit.sequence * call.max_recent + first_key / 16;
+    for (int i = 0; i <= kSplit / 16; i++) recent_keys[i] = recent_values[i] = pages[0];
+    for (const Range& range : recent)
+      for (int i = range.first_vector(); i < range.stop_vector() && !range.empty(); i++) {
+        recent_keys[i] = call.layer.recent + heads.keys_offset(recent_table[i], unit.kv_head);
+        recent_values[i] = call.layer.recent + heads.values_offset(recent_table[i], unit.kv_head);
+      }
+  }
+
+  int64_t position(int row) const { return unit.first_position + (first_row + row) / call.base.group; }
+  // Tokens of the split that a row sees, at least 1.
+  int visible(int row) const { return clamp_to_split(position(row) + 1 - first_key); }
+  // The first token of the split in the row's window; it sees no packed one from there on.
+  int edge(int row) const { return clamp_to_split(position(row) - window + 1 - first_key); }
+  // x in the lanes of the 16 tokens of vector v that the row reads packed, `other` elsewhere.
+  Floats where_packed(int row, int v, Floats x, Floats other) const {
+    return first(packed.first - 16 * v, other, first(edge(row) - 16 * v, x, other));
+  }
+  const uint8_t* page_of(int v) const { return pages[16 * v >> page_shift]; }
+  int token_of(int v) const { return 16 * v & (page_size - 1); }  // in its page
+
+  // Fetches what lies at the place of vector v, kPagesAhead pages later: codes at `codes_at`, and their parameters.
+  // Always inlined: gcc 12 takes a function that only fetches for one without effect, and drops its calls.
+  NIBBLE_INLINE void fetch(int v, const RowFormat& format, int64_t codes_at, int64_t parameters_at) const {
+    const uint8_t* page = pages[(16 * v >> page_shift) + kPagesAhead];
+    int bytes = 16 * format.row_bytes, parameter_bytes = 32 * format.num_groups * format.parameter_bytes;
+    int64_t part = token_of(v) / 16;
+    for (int i = 0; i < bytes; i += 64) prefetch_l2(page + codes_at + part * bytes + i);
+    for (int i = 0; i < parameter_bytes; i += 64) prefetch_l2(page + parameters_at + part * parameter_bytes + i);
+  }
+};
+
+}  // namespace
+}  // namespace nibble::NIBBLE_ISA

@@ -1,0 +1,240 @@
+// Packed values of a split, weighted: parameters and digits of the weights of all its blocks, then the products.
+#pragma once
+
+#include "quantized_split.hpp"
+
+namespace nibble::NIBBLE_ISA {
+namespace {
+
+struct PackedValues {
+  const QuantizedSplit& s;
+  const RowFormat& format;
+  int num_groups, first_block, stop_block;
+  float levels, middle;
+  Floats factor;  // of parameters
+
+  explicit PackedValues(const QuantizedSplit& s)
+      : s(s), format(s.shape.values), num_groups(format.num_groups), first_block(s.packed.first / kBlock),
+        stop_block((s.packed.stop + kBlock - 1) / kBlock), levels((float)weight_levels(format.width)),
+        middle((float)format.max_code * 0.5f), factor(factor_of(format, s.call.layer.value_prescale[s.unit.kv_head])) {}
+
+  // Of a block: those with packed tokens.
+  int vectors_of(int block) const { return (min_of(s.packed.stop - block * kBlock, kBlock) + 15) / 16; }
+  float* scales(int g) const { return s.parameters + (int64_t)g * kSplit; }
+  float* offsets(int g) const { return s.parameters + (int64_t)(num_groups + g) * kSplit; }
+  uint8_t* digits(int row, int g) const { return s.digits + (int64_t)(row * num_groups + g) * 2 * kSplit; }
+  float* units(int row, int g) const { return s.units + (row * num_groups + g) * kBlocks; }
+
+  void run() {
+    for (int block = first_block; block < stop_block; block++) load_block_parameters(block);
+    for (int row = 0; row < s.num_rows; row++) {
+      for (int g = 0; g < num_groups; g++) store(s.zeros + (row * num_groups + g) * 16, zero());
+      for (int block = first_block; block < stop_block; block++) cut_weights(row, block);
+    }
+    for (int block = first_block; block < stop_block; block++) {
+      load_codes(block);
+      if (is_direct())
+        by_width(format.width, [&](auto width) { mix_block<decltype(width)::value>(block); });
+      else
+        mix_block<1>(block);
+    }
+    for (int row = 0; row < s.num_rows; row++)
+      for (int c = 0, g = 0; c < s.dim; c += 16) {
+        if (c == (g + 1) * format.group_size) g++;
+        float* to = s.part + row * s.stride + c;
+        store(to, add(load(to), set1(reduce_add(load(s.zeros + (row * num_groups + g) * 16)))));
+      }
+  }
+
+  // ---- parameters
+
+  // Scales as shares of the group's largest of the block, zeros as values of the middle code.
+  void load_block_parameters(int block) {
+    int vectors = vectors_of(block);
+    for (int i = 0; i < vectors; i++) load_own(4 * block + i, s.parameters + block * kBlock + 16 * i, kSplit);
+    auto all = [](int, Floats x) { return x; };
+    for (int g = 0; g < num_groups; g++)
+      s.largest[g * kBlocks + block] = relate(scales(g) + block * kBlock, offsets(g) + block * kBlock, vectors, all);
+  }
+
+  void load_own(int v, float* to, int64_t stride) const {
+    const uint8_t* from = s.page_of(v) + s.shape.value_parameters_at + s.token_of(v) * format.parameter_bytes;
+    load_parameters(format, from, s.page_size, factor, to, stride);
+  }
+
+  // Returns the largest scale.
+  template <class Keep>
+  float relate(float* scales, float* offsets, int vectors, Keep keep) const {
+    Floats middles = set1(middle), peak = zero();
+    for (int i = 0; i < vectors; i++) {
+      Floats x = keep(i, load(scales + 16 * i));
+      store(scales + 16 * i, x);
+      peak = max(x, peak);
+      store(offsets + 16 * i, fma(x, middles, keep(i, load(offsets + 16 * i))));
+    }
+    float most = reduce_max(peak);
+    Floats inverse = set1(inverse_of(1.0f, most));
+    for (int i = 0; i < vectors; i++) store(scales + 16 * i, mul(load(scales + 16 * i), inverse));
+    return most;
+  }
+
+  // ---- weights
+
+  // Whether the row reads all tokens of a block packed.
+  bool is_whole(int row, int block) const {
+    return s.packed.first <= block * kBlock && s.edge(row) >= (block + 1) * kBlock;
+  }
+
+  void cut_weights(int row, int block) {
+    const bool two = has_two_digits(format.width);
+    if (is_whole(row, block))
+      two ? cut<true, true>(row, block) : cut<false, true>(row, block);
+    else
+      two ? cut<true, false>(row, block) : cut<false, false>(row, block);
+  }
+
+  // The digits of a row's weights times scales, for every group, and what they leave to the middle code. A row that
+  // reads a part of a block has its own largest scale.
+  template <bool kTwo, bool kWhole>
+  void cut(int row, int block) {
+    const int vectors = kWhole ? kBlock / 16 : vectors_of(block);
+    const float* w = s.weights + (int64_t)row * kSplit + block * kBlock;
+    auto keep = [&](int i, Floats x) { return kWhole ? x : s.where_packed(row, 4 * block + i, x, zero()); };
+    Floats kept[kBlock / 16], relative[kBlock / 16], peak = zero();
+    for (int i = 0; i < kBlock / 16; i++) kept[i] = zero();
+    for (int i = 0; i < vectors; i++) {
+      kept[i] = keep(i, load(w + 16 * i));
+      peak = max(kept[i], peak);
+    }
+    float highest = reduce_max(peak);
+    Floats inverse = set1(inverse_of(levels, highest));
+    for (int i = 0; i < kBlock / 16; i++) relative[i] = mul(kept[i], inverse);
+    for (int g = 0; g < num_groups; g++) {
+      const float *own_scales = scales(g) + block * kBlock, *own_offsets = offsets(g) + block * kBlock;
+      float own[2 * kBlock], most = s.largest[g * kBlocks + block];
+      if (!kWhole) {
+        most = relate_own(block, g, own, keep);
+        own_scales = own, own_offsets = own + kBlock;
+      }
+      float unit = highest * most / levels;
+      units(row, g)[block] = unit;
+      Floats left = cut_group<kTwo>(relative, own_scales, digits(row, g) + block * 2 * kBlock);
+      Floats total = mul(kept[0], load(own_offsets));
+      for (int i = 1; i < kBlock / 16; i++) total = fma(kept[i], load(own_offsets + 16 * i), total);
+      float* sum = s.zeros + (row * num_groups + g) * 16;
+      store(sum, add(load(sum), fnma(left, set1(unit * middle), total)));
+    }
+  }
+
+  template <class Keep>
+  float relate_own(int block, int g, float* own, Keep keep) const {
+    for (int i = 0; i < 2 * kBlock; i += 16) store(own + i, zero());
+    int vectors = vectors_of(block);
+    for (int i = 0; i < vectors; i++)
+      for (int part = 0; part < 2; part++) {
+        int v = 4 * block + i;
+        const uint8_t* from = s.page_of(v) + s.shape.value_parameters_at;
+        from += ((int64_t)(part * num_groups + g) * s.page_size + s.token_of(v)) * format.parameter_bytes;
+        store(own + part * kBlock + 16 * i, load_parameter(format, from, factor));
+      }
+    return relate(own, own + kBlock, vectors, keep);
+  }
+
+  // Returns the sums of digits, lane by lane.
+  template <bool kTwo>
+  static Floats cut_group(const Floats* relative, const float* scales, uint8_t* to) {
+    Ints digit[kBlock / 16];
+    for (int i = 0; i < kBlock / 16; i++) digit[i] = to_int(mul(relative[i], load(scales + 16 * i)));
+    if constexpr (!kTwo) {
+      Bytes bytes = pack_u8(digit[0], digit[1], digit[2], digit[3]);
+      bstore(to, bytes);
+      const int8_t ones[4] = {1, 1, 1, 1};
+      return to_float(dot(izero(), bytes, four(ones)));
+    }
+    Ints sum = izero();
+    for (int i = 0; i < kBlock / 16; i++) {
+      sum = iadd(sum, digit[i]);
+      write_digits(digit[i], true, (int8_t*)to + 16 * i, kBlock);
+    }
+    return to_float(sum);
+  }
+
+  // ---- codes
+
+  // Values whose codes lie 16 channels of one shift to 16 bytes are read as they are, others unpacked to bytes first.
+  bool is_direct() const {
+    int width = format.width;
+    return width == 8 || (width == 4 && s.dim % 32 == 0) || (width == 2 && s.dim % 64 == 0);
+  }
+
+  // Codes of a block, four tokens side by side: [16 channels of one shift][kBlock / 4][64].
+  void load_codes(int block) {
+    const bool direct = is_direct();
+    const int row_bytes = direct ? format.row_bytes : s.dim + 64, runs = direct ? row_bytes / 16 : s.dim / 16;
+    for (int i = 0, vectors = vectors_of(block); i < vectors; i++) {
+      int v = 4 * block + i;
+      const uint8_t* from = s.page_of(v) + s.shape.value_codes_at + (int64_t)s.token_of(v) * format.row_bytes;
+      s.fetch(v, format, s.shape.value_codes_at, s.shape.value_parameters_at);
+      if (!direct) from = unpack_values(from);
+      for (int quad = 4 * i; quad < 4 * i + 4; quad++, from += (int64_t)4 * row_bytes) {
+        uint8_t* to = s.codes + quad * 64;
+        if (row_bytes == 16) {
+          bstore(to, interleave16(from));
+        } else if (row_bytes == 32) {
+          bstore(to, interleave32<0>(from));
+          bstore(to + kBlock * 16, interleave32<1>(from));
+        } else {
+          for (int b = 0; b < runs; b++) {
+            const uint8_t* p = from + 16 * b;
+            bstore(to + b * (kBlock * 16), interleave(p, p + row_bytes, p + 2 * row_bytes, p + 3 * row_bytes));
+          }
+        }
+      }
+    }
+  }
+
+  const uint8_t* unpack_values(const uint8_t* from) const {
+    int row_bytes = format.row_bytes;
+    for (int t = 0; t < 16; t++) {
+      uint8_t row[kMaxHeadDim + 128];
+      __builtin_memcpy(row, from + t * row_bytes, (size_t)row_bytes);
+      unpack_row(format, s.dim, row, s.unpacked + t * (s.dim + 64));
+    }
+    return s.unpacked;
+  }
+
+  template <int kWidth>
+  void mix_block(int block) {
+    int num_tiles = (s.num_rows + kPackedRows - 1) / kPackedRows, run = channels_of_a_shift<kWidth>(s.dim);
+    ValueTile tile{};
+    tile.num_quads = 4 * vectors_of(block);
+    tile.digits_stride = (int64_t)num_groups * 2 * kSplit;
+    tile.units_stride = num_groups * kBlocks;
+    int g = 0, level = 0, in_run = 0;  // channel c is channel in_run of the shift `level`
+    for (int c = 0; c < s.dim;) {
+      if (c == (g + 1) * format.group_size) g++;
+      int vectors = tile_vectors(((g + 1) * format.group_size - c) / 16, has_two_digits(kWidth));
+      for (int n = 0; n < vectors; n++) {
+        tile.codes[n] = s.codes + in_run / 16 * (kBlock * 16);
+        tile.shift[n] = level * kWidth;
+        in_run += 16;
+        if (in_run == run) in_run = 0, level++;
+      }
+      for (int i = 0; i < num_tiles; i++) {
+        int row = s.num_rows * i / num_tiles, rows = s.num_rows * (i + 1) / num_tiles - row;
+        tile.units = units(row, g) + block;
+        const uint8_t* from = digits(row, g) + block * 2 * kBlock;
+        float* to = s.part + row * s.stride + c;
+        by_rows(rows, [&](auto r) {
+          by_vectors<has_two_digits(kWidth)>(vectors, [&](auto n) {
+            mix_packed<kWidth, decltype(r)::value, decltype(n)::value>(tile, from, to, s.stride);
+          });
+        });
+      }
+      c += 16 * vectors;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace nibble::NIBBLE_ISA
