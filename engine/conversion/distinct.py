@@ -1,6 +1,6 @@
 """The distinct values of every group of a matrix: all that is left of the grid that weights were once rounded to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ class Distinct:
     @property
     def in_features(self) -> int:
         return self.codes.shape[1]
+
+    def first_row(self) -> "Distinct":
+        return replace(self, codes=self.codes[:1], values=self.values[:1])
 
     def rename(self, codes: Tensor) -> Tensor:
         """Each weight's code, given the code of each of its group's values.  [N, groups, 16] uint8 -> [N, K] uint8."""

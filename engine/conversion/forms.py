@@ -9,8 +9,8 @@ A scale is not guessed: the values that dtype rounds to v are an interval, so ea
 multiplier m bounds s from both sides, and a scale exists when all intervals of a group meet.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,40 +23,37 @@ from kernels.linear.table.layout import TableWeights
 from kernels.linear.table.tables import BINARY, E2M1, FP4, NF4, TERNARY
 from kernels.linear.weights import Term
 
-NAMED_TABLES = {"binary": BINARY, "ternary": TERNARY, "fp4 e2m1": E2M1, "nf4": NF4, "fp4": FP4}
+NAMED_TABLES = (BINARY, TERNARY, E2M1, NF4, FP4)
+Terms = tuple[Term, ...]
 INTEGERS = tuple(range(1, 16))  # what the smallest magnitude may be a multiple of
 INT_DTYPES = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
-@dataclass(frozen=True)
-class Form:
-    """How a matrix may be stored, exactly."""
-
-    what: str  # "4-bit", "ternary"
-    terms: tuple[Term, ...]
+def best_terms(found: Distinct) -> Terms:
+    """Of the fewest bytes; tables of each group's own, which have the slowest kernel, only where nothing else fits."""
+    fitting = list(_forms(found))
+    return min(fitting, key=lambda terms: sum(term.num_bytes for term in terms)) if fitting else _as_lookup(found)
 
 
-def best_form(found: Distinct) -> Form:
-    """The form of the fewest bytes; of equals the first, which has the faster kernels."""
-    return min(_forms(found), key=lambda form: sum(term.num_bytes for term in form.terms))
+def _forms(found: Distinct) -> Iterator[Terms]:
+    """Every form but tables of a group's own. What the first row refutes, which most do, is not tried on the others."""
+    ways: list[Callable[[Distinct], Terms | None]] = [partial(_as_table, table=table) for table in NAMED_TABLES]
+    for way in (*ways, _as_affine, _as_planes):
+        if way(found.first_row()) is not None and (terms := way(found)) is not None:
+            yield terms
 
 
-def _forms(found: Distinct) -> Iterator[Form]:
-    for what, table in NAMED_TABLES.items():
-        if found.count <= len(table) and (term := _as_table(found, table)) is not None:
-            yield Form(what, (term,))
-    if (affine := _as_affine(found)) is not None:
-        yield Form(f"{affine.bits}-bit" + ("" if affine.has_one_zero else " with zero points"), (affine,))
-    if found.count <= 9 and (planes := _as_planes(found)) is not None:
-        yield Form("two ternary planes", planes)
+def _as_lookup(found: Distinct) -> Terms:
     tables = found.values[..., : 2**found.bits].to(found.dtype)
     codes = pack_codes(found.codes, found.bits)
     lookup = LookupWeights(found.bits, found.in_features, found.group_size, codes, tables)
-    yield Form(f"tables of {2**found.bits}", (lookup,))
+    return (lookup,)
 
 
-def _as_table(found: Distinct, table: tuple[float, ...]) -> TableWeights | None:
+def _as_table(found: Distinct, table: tuple[float, ...]) -> Terms | None:
     """The largest magnitude of a group is one of the table's: each is tried, the largest first."""
+    if found.count > len(table):
+        return None
     entries, order = torch.tensor(table).double().sort()
     middles = (entries[1:] + entries[:-1]) / 2
     largest = found.values.abs().amax(-1).double()  # [N, groups]
@@ -73,10 +70,10 @@ def _as_table(found: Distinct, table: tuple[float, ...]) -> TableWeights | None:
         return None
     bits = max(1, (len(table) - 1).bit_length())
     packed = pack_codes(found.rename(codes.to(torch.uint8)), bits)
-    return TableWeights(bits, found.in_features, found.group_size, packed, _narrow(scales), table)
+    return (TableWeights(bits, found.in_features, found.group_size, packed, _narrow(scales), table),)
 
 
-def _as_affine(found: Distinct) -> AffineWeights | None:
+def _as_affine(found: Distinct) -> Terms | None:
     """With an integer zero point all values are multiples of the scale, the smallest magnitude 1, 2 ... 15 times it."""
     magnitude = found.values.abs().double()
     smallest = torch.where(magnitude > 0, magnitude, torch.inf).amin(-1)  # [N, groups]
@@ -101,10 +98,10 @@ def _as_affine(found: Distinct) -> AffineWeights | None:
     else:
         zeros = (-low).to(torch.uint8)
     codes = found.rename((multiples + zeros.unsqueeze(-1)).to(torch.uint8))
-    return AffineWeights(bits, found.in_features, found.group_size, pack_codes(codes, bits), _narrow(scales), zeros)
+    return (AffineWeights(bits, found.in_features, found.group_size, pack_codes(codes, bits), _narrow(scales), zeros),)
 
 
-def _as_planes(found: Distinct) -> tuple[TableWeights, TableWeights] | None:
+def _as_planes(found: Distinct) -> Terms | None:
     """Both scales are magnitudes that occur: of a1 + a2, a1, a2 and |a1 - a2| every pair is tried."""
     ordered = found.values.abs().sort(-1, descending=True).values
     fresh = torch.nn.functional.pad(ordered.diff(dim=-1) != 0, (1, 0), value=True) & (ordered > 0)

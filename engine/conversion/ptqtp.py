@@ -45,28 +45,30 @@ class Ptqtp:
 
     def _rows(self, rows: Tensor) -> tuple[Tensor, ...]:
         """[rows, K] float32 -> packed codes of both planes, scales of both planes."""
-        groups = to_groups(rows, self.group_size).double()  # [rows, groups, G]
-        alpha = solve(groups)  # [rows, groups, 2]
-        alpha = torch.stack([stored_scale(one) for one in alpha.float().unbind(-1)], -1)
-        planes = nearest_pairs(groups, alpha.double())  # [2, rows, groups, G]
+        groups = to_groups(rows, self.group_size)  # [rows, groups, G]
+        alpha = solve(groups.flatten(0, 1)).view(*groups.shape[:2], 2)
+        alpha = torch.stack([stored_scale(one) for one in alpha.unbind(-1)], -1)
+        planes = nearest_pairs(groups, alpha)  # [2, rows, groups, G]
         codes = [pack_codes((from_groups(plane, rows.shape[1]) + 1).to(torch.uint8), 2) for plane in planes]
         return (*codes, *alpha.unbind(-1))
 
 
 def solve(groups: Tensor) -> Tensor:
-    """groups: [rows, groups, G] float64 -> both scales of each group, [rows, groups, 2], neither negative."""
+    """groups: [groups, G] floating -> both scales of each group, [groups, 2], neither negative."""
     first = groups.sign()
     second = (groups - groups.abs().mean(-1, keepdim=True) * first).sign()
     planes = torch.stack((first, second))
-    size = groups.square().mean(-1, keepdim=True).sqrt()  # [rows, groups, 1]
-    alpha = torch.zeros(*groups.shape[:2], 2, dtype=groups.dtype)
+    size = groups.square().mean(-1, keepdim=True).sqrt()  # [groups, 1]
+    alpha = torch.zeros(groups.shape[0], 2, dtype=groups.dtype)
+    left = torch.arange(groups.shape[0])  # groups whose scales still move
     for _ in range(MAX_ROUNDS):
-        found = best_scales(groups, planes)
-        planes = nearest_pairs(groups, found)
-        moved = (found - alpha).abs() > TOLERANCE * size
-        alpha = found
-        if not bool(moved.any()):
+        found = best_scales(groups[left], planes)
+        moved = ((found - alpha[left]).abs() > TOLERANCE * size[left]).any(-1)
+        alpha[left] = found
+        left = left[moved]
+        if not len(left):
             break
+        planes = nearest_pairs(groups[left], alpha[left])
     return alpha
 
 
@@ -88,21 +90,21 @@ def best_scales(groups: Tensor, planes: Tensor) -> Tensor:
 
 
 def nearest_pairs(groups: Tensor, alpha: Tensor) -> Tensor:
-    """[2, rows, groups, G]: the pair of trits for every weight.
+    """[2, ..., G]: the pair of trits for every weight of the groups [..., G]; alpha: [..., 2].
 
     By symmetry only the magnitudes 0, a2, a1, |a1 - a2|, a1 + a2 compete: four comparisons with the middles between.
     """
-    a1, a2 = alpha.unbind(-1)  # [rows, groups]
+    a1, a2 = alpha.unbind(-1)
     flip = (a1 - a2).sign()
     flip = torch.where(flip == 0, 1.0, flip)
     zero, one = torch.zeros_like(a1), torch.ones_like(a1)
-    levels, order = torch.stack((zero, a2, a1, (a1 - a2).abs(), a1 + a2), -1).sort(-1)  # [rows, groups, 5]
+    levels, order = torch.stack((zero, a2, a1, (a1 - a2).abs(), a1 + a2), -1).sort(-1)  # [..., 5]
     trits = torch.stack(
         (torch.stack((zero, zero, one, flip, one), -1), torch.stack((zero, one, zero, -flip, one), -1))
-    ).gather(-1, order.expand(2, *order.shape))  # [2, rows, groups, 5]
+    ).gather(-1, order.expand(2, *order.shape))  # [2, ..., 5]
     middles = (levels[..., 1:] + levels[..., :-1]) / 2
-    magnitude = groups.abs()
-    index = torch.zeros(groups.shape, dtype=torch.int64)
+    steps = trits.diff(dim=-1)  # [2, ..., 4]: how both change from one level to the next
+    magnitude, planes = groups.abs(), groups.new_zeros(2, *groups.shape)
     for i in range(4):
-        index += magnitude > middles[..., i : i + 1]
-    return trits.gather(-1, index.expand(2, *index.shape)) * groups.sign()
+        planes += steps[..., i : i + 1] * (magnitude > middles[..., i : i + 1])
+    return planes * groups.sign()

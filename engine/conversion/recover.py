@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.conversion.distinct import MAX_VALUES, find_distinct, most_distinct
 from engine.conversion.encoder import ConversionRefused
-from engine.conversion.forms import Form, best_form
+from engine.conversion.forms import Terms, best_terms
 from kernels.linear.weights import LinearWeights
 
 GROUP_SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
@@ -28,17 +28,17 @@ class Recovery:
         sizes = _sizes(weight.shape[1])
         rows = torch.linspace(0, weight.shape[0] - 1, min(SAMPLED_ROWS, weight.shape[0])).long()
         sampled = {size: bits for size in sizes if (bits := _bits(_fit(weight[rows], size), weight[rows])) is not None}
-        best: tuple[float, Form] | None = None
+        best: tuple[float, Terms] | None = None
         for size in sorted(sampled, key=lambda size: sampled[size]):
             if best is not None and sampled[size] >= best[0]:
                 break  # whole matrices cost no less than their sample
-            form = _fit(weight, size)
-            bits = _bits(form, weight)
-            if form is not None and bits is not None and (best is None or bits < best[0]):
-                best = bits, form
+            terms = _fit(weight, size)
+            bits = _bits(terms, weight)
+            if terms is not None and bits is not None and (best is None or bits < best[0]):
+                best = bits, terms
         if best is None:
             raise ConversionRefused(_reason(weight))
-        return LinearWeights(best[1].terms)
+        return LinearWeights(best[1])
 
 
 def _sizes(in_features: int) -> list[int]:
@@ -47,16 +47,16 @@ def _sizes(in_features: int) -> list[int]:
     return sorted(divisors | {size for size in GROUP_SIZES if size < in_features} | {in_features})
 
 
-def _fit(weight: Tensor, group_size: int) -> Form | None:
+def _fit(weight: Tensor, group_size: int) -> Terms | None:
     found = find_distinct(weight, group_size)
-    return None if found is None else best_form(found)
+    return None if found is None else best_terms(found)
 
 
-def _bits(form: Form | None, weight: Tensor) -> float | None:
-    """Bits a weight; None when there is no form, or it saves nothing: 16 channels always have at most 16 values."""
-    if form is None:
+def _bits(terms: Terms | None, weight: Tensor) -> float | None:
+    """Bits a weight; None when there are no terms, or it saves nothing: 16 channels always have at most 16 values."""
+    if terms is None:
         return None
-    bits = 8 * sum(term.num_bytes for term in form.terms) / weight.numel()
+    bits = 8 * sum(term.num_bytes for term in terms) / weight.numel()
     return bits if bits < 8 * weight.element_size() else None
 
 
