@@ -12,12 +12,15 @@ from engine.checkpoint import (
     compressed_tensors,
     fp8,
     gptq,
+    hqq,
     modelopt,
     mxfp4,
     nibble,
+    torchao,
 )
 from engine.checkpoint.dense import Dense
 from engine.checkpoint.errors import FormatRefused
+from engine.checkpoint.refused import refuse
 from engine.checkpoint.source import Source
 from kernels.linear.weights import LinearWeights
 
@@ -56,9 +59,11 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = MappingProxyType(
         "compressed-tensors": compressed_tensors.read_config,
         "fp8": fp8.read_config,
         "gptq": gptq.read_config,
+        "hqq": hqq.read_config,
         "modelopt": modelopt.read_config,
         "mxfp4": mxfp4.read_config,
         "nibble": nibble.read_config,
+        "torchao": torchao.read_config,
     }
 )
 # Files in which tools left the config before config.json had a place for it, and the method that they mean.
@@ -76,8 +81,10 @@ def detect(config: Mapping[str, Any], source: Source) -> Format:
                 f"{source.folder}: tensor {packed!r} is quantized, but config.json has no quantization_config and "
                 "there is no quantize_config.json: fetch the missing file"
             )
-        return Dense()
+        refuse(config, None)
+        return hqq.Hqq() if any(name.endswith(f".{hqq.MARK}") for name in source.names()) else Dense()
     method = found.get("quant_method", found.get("method"))
+    refuse(config, method)
     if not isinstance(method, str) or method not in READERS:
         raise FormatRefused(
             f"{source.folder}: quant_method {method!r} is not supported; supported are {', '.join(sorted(READERS))} "

@@ -106,6 +106,10 @@ class Source:
             raise TensorError(f"tensor {name!r} has dtype {stored}, which is not supported")
         return DTYPES[stored]
 
+    def metadata(self, name: str) -> dict[str, str]:
+        """What the header of the file that holds the tensor `name` says beside its tensors. Raises TensorError."""
+        return dict(self._handle(name).metadata() or {})
+
     def num_bytes(self, name: str) -> int:
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 

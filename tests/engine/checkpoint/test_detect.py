@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from engine.checkpoint.errors import FilesError, FormatRefused, TensorError
 from engine.checkpoint.format import READERS, detect
+from engine.checkpoint.refused import METHODS
 from engine.checkpoint.source import Source
 
 
@@ -86,6 +87,32 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
         detect({"quantization_config": "gptq"}, folder_of(tmp_path))
 
 
+@pytest.mark.parametrize("method", ["aqlm", "eetq", "exl2", "exl3", "marlin", "quanto", "spqr", "vptq", "AQLM"])
+def test_formats_that_are_known_but_not_read_say_what_to_do(method: str, tmp_path: Path) -> None:
+    """ "Not supported" alone leaves a user with a download of 40 GB and no next step."""
+    with pytest.raises(FormatRefused, match=f"^{method} checkpoints are not supported; .*(fetch|quantize|save)"):
+        detect({"quantization_config": {"quant_method": method, "bits": 4}}, folder_of(tmp_path))
+
+
+def test_quip_sharp_is_known_by_its_setting(tmp_path: Path) -> None:
+    """Its config.json has no quantization_config, so that its weights would be taken for missing ones."""
+    with pytest.raises(FormatRefused, match=r"quip_params: quip# checkpoints are not supported"):
+        detect({"quip_params": {"codebook": "E8P12"}}, folder_of(tmp_path))
+
+
+def test_no_format_is_both_read_and_refused() -> None:
+    assert not set(READERS) & set(METHODS)
+
+
 def test_every_reader_says_its_method() -> None:
     """`name` is what logs and `/health` show."""
-    assert set(READERS) >= {"awq", "bitnet", "bitsandbytes", "compressed-tensors", "gptq"}
+    assert set(READERS) >= {
+        "auto-round",
+        "awq",
+        "bitnet",
+        "bitsandbytes",
+        "compressed-tensors",
+        "gptq",
+        "hqq",
+        "torchao",
+    }

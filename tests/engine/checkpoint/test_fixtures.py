@@ -29,7 +29,7 @@ ROTATED = ("ct-hadamard-r4", "ct-quip-random")
 
 def test_there_are_fixtures_of_every_format() -> None:
     """A moved folder must not turn the tests below into tests of nothing."""
-    assert {name.split("-")[0] for name in ALL} >= {"gptq", "awq", "ct", "bnb", "auto"}
+    assert {name.split("-")[0] for name in ALL} >= {"gptq", "awq", "ct", "bnb", "auto", "hqq", "torchao"}
 
 
 def rounding(read: LinearWeights, weight: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ def world(name: str) -> World:
     """The fixture as we serve it, and transformers' model with the dense weights of our readers."""
     folder = FIXTURES / name
     config = AutoConfig.from_pretrained(folder)
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     config.dtype = torch.float32  # models are made in it
     model = new_model(config)
     model.load_state_dict(dense_weights(folder, model))
