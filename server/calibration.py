@@ -31,13 +31,11 @@ class CalibrationBar:
 def print_calibration(console: Console, report: CalibrationReport, model: str) -> None:
     """The search layer by layer, and how to serve what it found."""
     table = Table(box=None, padding=(0, 2), header_style="bold cyan")
-    for title in ("", "keys", "clip", "values", "clip", "error", "calibrated"):
-        left = title in ("", "keys", "values")
-        table.add_column(title, justify="left" if left else "right", no_wrap=True)
+    for title in ("", "keys", "values", "error", "calibrated"):
+        table.add_column(title, justify="right" if title in ("error", "calibrated") else "left", no_wrap=True)
     for i, layer in enumerate(report.layers):
-        clips = (f"{layer.key_clip:.2f}", f"{layer.value_clip:.2f}") if layer.keys else ("", "")
         errors = (f"{layer.error_before:.5f}", f"{layer.error_after:.5f}")
-        table.add_row(f"{i} {layer.widths}", layer.keys, clips[0], layer.values, clips[1], *errors)
+        table.add_row(f"{i} {layer.widths}", layer.keys, layer.values, *errors)
     console.print(table)
     console.print(
         "\nErrors are |o' - o|^2 / |o|^2 of attention outputs, quantized by themselves, on text held out from the "

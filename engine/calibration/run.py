@@ -1,5 +1,6 @@
 """nibble calibrate: a model and a text -> kvcal.safetensors, and how much nearer attention comes."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from engine.config import EngineConfig, resolve
 from engine.loading import Checkpoint, load_model, model_facts, open_checkpoint
 from engine.messages import CalibratedLayer, CalibrationReport, CalibrationSettings, Loading
 from kernels import native
+from kernels.attention.quantized.layout import RowLayout
 from kernels.attention.quantized.transforms import Hadamard, Permutation
-from kvcache.calibration import FILE_NAME, Calibration, Header, write_calibration
+from kvcache.calibration import FILE_NAME, Calibration, CalibrationError, Header, write_calibration
 from kvcache.layout import PageLayout
 from kvcache.policy import CALIBRATED, LayerPolicy, PolicyError, read_policy
 
@@ -44,6 +46,7 @@ def calibrate(settings: CalibrationSettings, on_progress: OnProgress | None = No
     started = time.monotonic()
     checkpoint = open_checkpoint(Path(settings.model))
     layout = _layout(checkpoint, settings.policy)
+    path = _place(Path(settings.out) if settings.out else checkpoint.folder / FILE_NAME)
     name = fingerprint(checkpoint.config, checkpoint.source)
     texts = read_texts(settings, checkpoint.config.context_len, layout)
     config = EngineConfig(settings.model, kv_policy="f32")
@@ -57,7 +60,6 @@ def calibrate(settings: CalibrationSettings, on_progress: OnProgress | None = No
         if on_progress is not None:
             on_progress(Loading(i, layout.num_layers))
         found.append(_search_layer(layout, layers[i], recorded, texts.num_fit))
-    path = Path(settings.out) if settings.out else checkpoint.folder / FILE_NAME
     calibration = _assemble(layout, found, name, texts.provenance)
     write_calibration(path, calibration)
     return CalibrationReport(
@@ -69,6 +71,14 @@ def calibrate(settings: CalibrationSettings, on_progress: OnProgress | None = No
         seconds=time.monotonic() - started,
         layers=[_report(layer, one) for layer, one in zip(layers, found, strict=True)],
     )
+
+
+def _place(path: Path) -> Path:
+    """Where to write, known to be possible before the search begins. Raises CalibrationError."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        reason = "it is a folder" if path.is_dir() else f"{path.parent} is no folder that can be written to"
+        raise CalibrationError(f"{path} cannot be written: {reason}. Name a file with --out")
+    return path
 
 
 def _layout(checkpoint: Checkpoint, text: str) -> PageLayout:
@@ -94,11 +104,11 @@ def _search_layer(layout: PageLayout, layer: LayerPolicy, recorded: list[Recorde
     policy = layout.policy
     heads = [heads_of(text, policy.window, policy.num_sinks, generator) for text in recorded]
     held_out = heads[num_fit:]
-    if not layer.is_quantized:
-        layer = _layers(layout)[0]
+    bits = (layer.key_bits, layer.value_bits) if layer.is_quantized else (16.0, 16.0)
+    group_size = layer.group_size or layout.head_dim
     sides = [
-        Side(heads[:num_fit], held_out, row, is_keys)
-        for row, is_keys in ((layout.chunk(layer).keys, True), (layout.chunk(layer).values, False))
+        Side(heads[:num_fit], held_out, RowLayout(width, layout.head_dim, group_size), is_keys)
+        for width, is_keys in zip(bits, (True, False), strict=True)
     ]
     keys, values = (search(side) if layer.transform == CALIBRATED else uncalibrated(side) for side in sides)
     size = sum(head.size for text in held_out for head in text)
