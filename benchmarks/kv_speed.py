@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from benchmarks.machine import GIGA, cpu_name, measure_roof
 from benchmarks.shapes import SHAPES, Shape
@@ -41,6 +42,8 @@ CPU = torch.device("cpu")
 MODELS = ("llama-3.2-1b", "llama-3-8b")
 POLICIES = ("k8v8", "k4v4", "skvq:k4v2", "skvq:k2v2", "skvq:k2v1.5")
 PAGE_SIZE, WINDOW, SINKS = 64, 128, 4  # tokens
+CHUNK = 512  # tokens stored at a time
+NUM_RECENT = (WINDOW + CHUNK) // RECENT_TOKENS + 2  # pages beside that of the sinks
 MIN_COPIES_BYTES = 64 << 20  # of the copies of one policy
 SECONDS = 0.15  # of one trial's calls, all policies together; at least 3 rounds
 
@@ -76,45 +79,53 @@ class Work:
     context: int
     num_rows: int
 
-    def inputs(self, num_rows: int) -> AttentionInputs:
-        """Of the last rows, with pages of rising ids and the recent pages that they write or read."""
-        start = self.context - num_rows
-        read = [*range(min(SINKS, self.context)), *range(max(0, start - WINDOW + 1), self.context)]
-        recent = {position // RECENT_TOKENS: position // RECENT_TOKENS for position in read}
-        table = list(range(self.num_pages))
-        return build_batch([BatchRow([0] * num_rows, start, table, PAGE_SIZE, 0, recent)]).attention
+    def last(self) -> AttentionInputs:
+        return self.inputs(self.context - self.num_rows, self.context)
+
+    def inputs(self, start: int, stop: int) -> AttentionInputs:
+        """Of positions start to stop - 1, at most CHUNK: pages of rising ids, and the recent pages that they write or
+        read, which later positions use again."""
+        read = [*range(min(SINKS, stop)), *range(max(0, start - WINDOW + 1), stop)]
+        recent = {at: at and 1 + at % NUM_RECENT for at in (position // RECENT_TOKENS for position in read)}
+        row = BatchRow([0] * (stop - start), start, list(range(self.num_pages)), PAGE_SIZE, 0, recent)
+        return build_batch([row]).attention
+
+    def store(self, store: Callable[[Tensor, Tensor, AttentionInputs], None]) -> None:
+        """Random keys and values at all positions."""
+        heads = self.shape.num_kv_heads
+        for start in range(0, self.context, CHUNK):
+            rows = min(CHUNK, self.context - start)
+            store(self.rows(rows, heads), self.rows(rows, heads), self.inputs(start, start + rows))
 
     @property
     def num_pages(self) -> int:
         return -(-self.context // PAGE_SIZE)
 
-    def rows(self, num_rows: int, num_heads: int) -> torch.Tensor:
+    def rows(self, num_rows: int, num_heads: int) -> Tensor:
         return torch.randn(num_rows, num_heads, self.shape.head_dim)
 
 
 def float_case(work: Work) -> Case:
-    shape, kernel, inputs = work.shape, F16Native(), work.inputs(work.num_rows)
-    heads, dim = shape.num_kv_heads, shape.head_dim
+    kernel, heads, dim = F16Native(), work.shape.num_kv_heads, work.shape.head_dim
     pages = zeros((work.num_pages, *page_shape(heads, PAGE_SIZE, dim)), torch.float16, CPU)
-    kernel.store(work.rows(work.context, heads), work.rows(work.context, heads), pages, work.inputs(work.context))
-    q = work.rows(work.num_rows, shape.num_heads)
-    calls = [partial(kernel.attend, q, own, inputs, dim**-0.5) for own in copies(pages)]
+    work.store(lambda k, v, inputs: kernel.store(k, v, pages, inputs))
+    q, inputs = work.rows(work.num_rows, work.shape.num_heads), work.last()
+    calls = [partial(kernel.attend, q, own, inputs, dim**-0.5) for own in copies(pages, num_copies(pages.nbytes))]
     return Case("f16", heads * work.context * 4 * dim, calls)
 
 
 def quantized_case(work: Work, policy: str) -> Case:
-    shape, kernel, inputs = work.shape, QuantizedNative(), work.inputs(work.num_rows)
-    heads, dim = shape.num_kv_heads, shape.head_dim
+    kernel, heads, dim = QuantizedNative(), work.shape.num_kv_heads, work.shape.head_dim
     layer = read_policy(f"{policy}:w{WINDOW}:s{SINKS}").layers(1, dim)[0]
     codec = uncalibrated_codec(layer, heads, dim)
     layout = ChunkLayout(codec.keys.layout, codec.values.layout, PAGE_SIZE)
     pages = zeros((work.num_pages, heads, layout.chunk_bytes), torch.uint8, CPU)
-    num_recent = -(-work.context // RECENT_TOKENS)
-    recent = zeros((num_recent, *recent_page_shape(heads, dim)), torch.float16, CPU)
+    recent = zeros((1 + NUM_RECENT, *recent_page_shape(heads, dim)), torch.float16, CPU)
     cache = QuantizedCache(codec, layout, pages, recent)
-    kernel.store(work.rows(work.context, heads), work.rows(work.context, heads), cache, work.inputs(work.context))
-    q = work.rows(work.num_rows, shape.num_heads)
-    caches = [QuantizedCache(codec, layout, own, recent) for own in copies(pages)]
+    work.store(lambda k, v, inputs: kernel.store(k, v, cache, inputs))
+    q, inputs, count = work.rows(work.num_rows, work.shape.num_heads), work.last(), num_copies(pages.nbytes)
+    memory = zip(copies(pages, count), copies(recent, count), strict=True)
+    caches = [QuantizedCache(codec, layout, *own) for own in memory]
     calls = [partial(kernel.attend, q, own, inputs, dim**-0.5) for own in caches]
     num_high = min(WINDOW + SINKS + work.num_rows - 1, work.context)
     return Case(policy, heads * ((work.context - num_high) * layout.token_bytes + num_high * 4 * dim), calls)
@@ -124,9 +135,8 @@ def num_copies(num_bytes: int) -> int:
     return max(2, math.ceil(MIN_COPIES_BYTES / num_bytes))
 
 
-def copies(pages: torch.Tensor) -> list[torch.Tensor]:
+def copies(pages: Tensor, count: int) -> list[Tensor]:
     """In one piece of memory, so that short ones have huge pages too."""
-    count = num_copies(pages.nbytes)
     return list(zeros((count, *pages.shape), pages.dtype, CPU).copy_(pages).unbind())
 
 

@@ -42,6 +42,7 @@ void score_codes(const QuantizedSplit& s) {
                       s.parameters + 16 * n, 16 * kPackedVectors);
       tile.keys[n] = kWidth == 1 ? unpack_keys(s, n, page + token) : page + 4 * token;
       s.fetch(v + n, format, 0, s.shape.key_parameters_at);
+      s.fetch_recent(v + n);
     }
     for (int i = 0; i < num_tiles; i++) {
       int row = s.num_rows * i / num_tiles, rows = s.num_rows * (i + 1) / num_tiles - row;

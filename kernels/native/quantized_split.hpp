@@ -112,6 +112,17 @@ struct QuantizedSplit {
     for (int i = 0; i < bytes; i += 64) prefetch_l2(page + codes_at + part * bytes + i);
     for (int i = 0; i < parameter_bytes; i += 64) prefetch_l2(page + parameters_at + part * parameter_bytes + i);
   }
+  // While the packed keys of vector v are read, its share of what the split reads in high precision.
+  NIBBLE_INLINE void fetch_recent(int v) const {
+    int at = v - packed.first_vector(), count = packed.stop_vector() - packed.first_vector();
+    int64_t bytes = shape.recent().head_bytes();
+    for (const Range& range : recent) {
+      if (range.empty()) continue;
+      int first = range.first_vector(), vectors = range.stop_vector() - first;
+      for (int i = first + vectors * at / count; i < first + vectors * (at + 1) / count; i++)
+        for (int64_t j = 0; j < bytes; j += 64) prefetch_l2(recent_keys[i] + j), prefetch_l2(recent_values[i] + j);
+    }
+  }
 };
 
 }  // namespace
