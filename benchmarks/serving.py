@@ -25,6 +25,7 @@ from engine.core import EngineCore
 from engine.messages import Sampling, Submit, Token
 
 DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
+CACHE = "f16"  # of all three sides
 PROMPT_TOKENS = 32
 START_LIMIT_S = 300.0
 
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     load = Load(args.model, args.streams, args.tokens)
-    core, plan = build(EngineConfig(str(load.model), prefix_caching=False))
+    core, plan = build(EngineConfig(str(load.model), kv_policy=CACHE, prefix_caching=False))
     rates: dict[str, list[float]] = {"bare": [], "engine": [], "server": []}
     with Server(load.model) as server:
         for number in range(args.rounds + 1):
@@ -138,7 +139,7 @@ class Server:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "server.cli", "serve", str(model), "--served-name", "bench"]
-        command += ["--port", str(port), "--no-prefix-caching"]
+        command += ["--port", str(port), "--no-prefix-caching", "--kv", CACHE]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def __enter__(self) -> "Server":

@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from engine.auto_policy import decided
 from engine.checkpoint.errors import CheckpointError
 from engine.config import ConfigError, EngineConfig, Plan, resolve
 from engine.core import EngineCore, Parts
@@ -36,6 +38,7 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
     started = time.monotonic()
     try:
         checkpoint = open_checkpoint(Path(config.model), _progress(on_loading))
+        config, policy_note = decided(config, checkpoint)
         plan = resolve(config, model_facts(checkpoint, config))
         _set_threads(plan.threads)
         loaded = load_model(checkpoint, plan)
@@ -55,7 +58,8 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
 
     speed = measure_decode(core(make_manager(plan, layout, "measurement")), plan)
     salt = f"{checkpoint.folder.resolve()}:{layout.salt}"
-    summary = _summary(checkpoint, plan, loaded, (load_seconds, speed))
+    notes = () if policy_note is None else (policy_note,)
+    summary = _summary(checkpoint, plan, replace(loaded, notes=(*loaded.notes, *notes)), (load_seconds, speed))
     return core(make_manager(plan, layout, salt)), summary
 
 
@@ -190,10 +194,12 @@ def _calibration_note(layout: PageLayout) -> tuple[str, ...]:
 
 def _recent_note(layout: PageLayout, plan: Plan) -> tuple[str, ...]:
     """What the bytes of a token leave out."""
-    if layout.read_rule is None:
+    if plan.num_recent_pages == 0:
         return ()
+    policy, limit = layout.policy, plan.kv_request_window
+    asked = f"; up to {limit:,} of a request that asks for it" if limit else ""
     num_bytes = plan.num_recent_pages * layout.bytes_per_recent_page
     return (
-        f"the last {layout.read_rule.window} tokens and the first {layout.read_rule.num_sinks} of a sequence are read "
-        f"in float16: {num_bytes:,} bytes beside the pages",
+        f"the last {policy.window} tokens and the first {policy.num_sinks} of a sequence are read in float16{asked}: "
+        f"{num_bytes:,} bytes beside the pages",
     )

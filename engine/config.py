@@ -29,7 +29,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     model: str  # a folder
     device: Device = "auto"  # the CPU, until GPU kernels exist; "cuda" runs the reference kernels there
     kernel: str = "auto"  # or the name of one back end every layer must use
-    kv_policy: str = "f16"
+    kv_policy: str = "auto"  # or a name of kvcache/policy.py
     kv_calibration: str | None = None  # a file; None: the one beside the checkpoint, if the policy uses one
     kv_memory: int | None = None  # bytes
     kv_request_window: int = 0  # most tokens that a request may have in high precision by asking; 0: it may not ask

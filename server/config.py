@@ -98,7 +98,11 @@ class ServerConfig(BaseSettings):
     max_num_seqs: int = setting(64, "Engine", "Most sequences in one step.", ge=1)
     max_batch_tokens: int = setting(512, "Engine", "Most tokens in one step; long prompts are split.", ge=1)
 
-    kv: Text = setting("f16", "KV cache", "Precision of the cache: f16, k8v8, k4v4, skvq:k4v2, skvq:k2v2 or f32.")
+    kv: Text = setting(
+        "auto",
+        "KV cache",
+        "Precision, auto (k4v4 where fast kernels serve it) or a policy: f16, k8v8, k4v4, skvq:k4v2, skvq:k2v2 or f32.",
+    )
     kv_calibration: Path | None = setting(
         None, "KV cache", "Artifact for a skvq: policy. Default: kvcal.safetensors beside the model, if there."
     )

@@ -141,7 +141,7 @@ def test_progress_reaches_the_end(folder: Path) -> None:
 
 
 def test_facts_come_from_headers(folder: Path) -> None:
-    facts = model_facts(open_checkpoint(folder), EngineConfig(str(folder)))
+    facts = model_facts(open_checkpoint(folder), EngineConfig(str(folder), kv_policy="f16"))
     assert facts.kv_bytes_per_token == 2 * 2 * 2 * 12 * 2  # K and V, layers, kv heads, head_dim, bytes
     assert facts.weight_bytes == sum(4 * t.numel() for t in load_file(folder / "model.safetensors").values())
     assert facts.max_position == 128

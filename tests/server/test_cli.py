@@ -33,7 +33,7 @@ def test_help_lists_every_setting_in_its_panel() -> None:
     assert "--no-prefix-caching" in text
     assert "Default: 8000." in text
     assert "Default: 16.0 MiB." in text
-    assert text.count("SIZE") == 2
+    assert text.count("SIZE") == 3
 
 
 def test_version() -> None:
