@@ -5,6 +5,8 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from engine.checkpoint import (
+    aqlm,
+    asvd,
     auto_round,
     awq,
     bitnet,
@@ -52,6 +54,7 @@ class Format(Protocol):
 
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = MappingProxyType(
     {
+        "aqlm": aqlm.read_config,
         "auto-round": auto_round.read_config,
         "awq": awq.read_config,
         "bitnet": bitnet.read_config,
@@ -82,6 +85,8 @@ def detect(config: Mapping[str, Any], source: Source) -> Format:
                 "there is no quantize_config.json: fetch the missing file"
             )
         refuse(config, None)
+        if asvd.RANKS in config:
+            return asvd.read_config(config)
         return hqq.Hqq() if any(name.endswith(f".{hqq.MARK}") for name in source.names()) else Dense()
     method = found.get("quant_method", found.get("method"))
     refuse(config, method)

@@ -15,7 +15,6 @@ CODEBOOK = "its vectors of additive codebooks have no reader here: " + REQUANTIZ
 
 METHODS: Mapping[str, str] = MappingProxyType(
     {
-        "aqlm": CODEBOOK,
         "eetq": "its int8 weights are ordered for one GPU kernel: "
         + REQUANTIZE
         + ", with bitsandbytes int8 for example",

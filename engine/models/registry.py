@@ -25,6 +25,7 @@ class Architecture(Protocol):
         ...
 
 
+ASVD = "ASVD"  # before the name of a model of which some layers are low-rank pairs (engine/checkpoint/asvd.py)
 ARCHITECTURES: tuple[Architecture, ...] = (llama, mistral, qwen2, qwen3)
 
 
@@ -39,7 +40,7 @@ class ModelDescription:
 def describe(folder: Path) -> ModelDescription:
     """Read config.json. Raises UnsupportedModel, with what is supported, when the model cannot be served."""
     raw = read_json(folder)
-    named = raw.get("architectures") or []
+    named = [str(name).removeprefix(ASVD) for name in raw.get("architectures") or []]
     for architecture in ARCHITECTURES:
         if architecture.NAME in named and raw.get("model_type") == architecture.MODEL_TYPE:
             return ModelDescription(architecture, architecture.read(folder, load_hf_config(folder)))

@@ -87,7 +87,7 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
         detect({"quantization_config": "gptq"}, folder_of(tmp_path))
 
 
-@pytest.mark.parametrize("method", ["aqlm", "eetq", "exl2", "exl3", "marlin", "quanto", "spqr", "vptq", "AQLM"])
+@pytest.mark.parametrize("method", ["eetq", "exl2", "exl3", "marlin", "quanto", "spqr", "vptq", "VPTQ"])
 def test_formats_that_are_known_but_not_read_say_what_to_do(method: str, tmp_path: Path) -> None:
     """ "Not supported" alone leaves a user with a download of 40 GB and no next step."""
     with pytest.raises(FormatRefused, match=f"^{method} checkpoints are not supported; .*(fetch|quantize|save)"):
