@@ -57,7 +57,6 @@ def test_integers_follow_each_token(bits: int, symmetric: bool) -> None:
     step = span / (2**bits - 1)
     # Symmetric codes end half a step below the largest value; an asymmetric zero is rounded, by half a step too.
     assert bool(((x - rounded).abs() <= (1.001 if not symmetric else 0.501) * step.unsqueeze(1)).all())
-    assert all(len(set((row / s).round().tolist())) > 2 for row, s in zip(rounded[:3], step[:3], strict=True))
     assert not rounded[3].any()
 
 
