@@ -5,7 +5,8 @@ field that is not listed here is refused by name.
 """
 
 import math
-from typing import Any
+from types import MappingProxyType
+from typing import Any, get_args
 
 import msgspec
 import torch
@@ -264,3 +265,5 @@ def _codes_and_groups(source: Source, at: str, shape: Shape, bits: int, group_si
 
 Term = AffineTerm | CodebookTerm | DenseTerm | LookupTerm | LowRankTerm | SparseTerm | TableTerm
 Step = DiagonalStep | HadamardStep | PermutationStep | RotationStep
+TERMS = MappingProxyType({str(kind.__struct_config__.tag): kind for kind in get_args(Term)})  # family -> its struct
+STEPS = MappingProxyType({str(kind.__struct_config__.tag): kind for kind in get_args(Step)})  # kind -> its struct

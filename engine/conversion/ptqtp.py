@@ -2,7 +2,7 @@
 
     W' = a1 T1 + a2 T2,   T in {-1, 0, 1},   groups of 128
 
-No calibration data. Two steps take turns in every group, from T1 = sign(w), T2 = sign(w - mean |w| T1):
+No calibration data. Two steps take turns in every group, from T1 = sign(w), T2 = sign(w - mean |w| T1), our own start:
 
     a = (S^T S + l I)^-1 S^T w,  S = [T1 T2]      l = 1e-8, times 10 while the condition number exceeds 1e6, at most 1
     (T1, T2)_i = the one of nine pairs whose a1 t1 + a2 t2 is nearest to w_i
@@ -32,6 +32,10 @@ class Ptqtp:
     """The encoder."""
 
     group_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise ValueError(f"ptqtp takes groups of at least 1, found g{self.group_size}")
 
     def encode(self, weight: Tensor) -> LinearWeights:
         codes1, codes2, scales1, scales2 = by_rows(weight, self._rows)

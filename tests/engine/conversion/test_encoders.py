@@ -214,6 +214,7 @@ def test_a_hadamard_goes_around_any_method() -> None:
         ("mxint8:g64", "no option 'g64'"),
         ("gptq:b4", "no method 'gptq'; there are rtn"),
         ("lowrank:p0", "1 to 100 percent"),
+        ("ptqtp:g0", "groups of at least 1"),
         ("mxfp4:h12", "power of two, found 12"),
         ("", "no method ''"),
     ],
