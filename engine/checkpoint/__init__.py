@@ -3,6 +3,8 @@
 hub.py       name -> folder
 source.py    folder -> tensors by name, checked and counted
 format.py    config.json -> the reader of its format: dense.py, gptq.py, awq.py, compressed_tensors.py
+gguf_choice.py, gguf_file.py, gguf_source.py, gguf_blocks.py, gguf.py
+             one file with everything in place of a folder: which one, its header, its tensors, their blocks
 linear.py    what the readers share: shapes, dense layers, biases, which settings are honoured
 codes.py     words of packed codes -> canonical codes, zero points, input order
 errors.py    why a checkpoint is refused

@@ -14,7 +14,7 @@ weights that are a run apart: nothing lies in the order of the weights.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.checkpoint.errors import TensorError
 from engine.checkpoint.gguf_file import BlockType
-from kernels.linear.affine.layout import AffineWeights
+from kernels.linear.affine.layout import AffineWeights, Nested
 from kernels.linear.bitstream import pack_codes
 from kernels.linear.dense.layout import DenseWeights
 from kernels.linear.table.layout import TableWeights
@@ -36,11 +36,13 @@ WEIGHTS_AT_ONCE = 1 << 19  # unpacked together, one byte each and some copies, s
 
 @dataclass(frozen=True)
 class Unpacked:
-    """Some rows of blocks, unpacked."""
+    """Some rows of blocks, unpacked. Where a block has steps, scales and offsets are int8 and count them."""
 
     codes: Tensor  # [rows, K] uint8, in the order of the weights
-    scales: Tensor  # [rows, groups]
-    offsets: Tensor | None = None  # [rows, groups], of the scales' dtype
+    scales: Tensor  # [rows, blocks, groups of a block]
+    offsets: Tensor | None = None  # likewise, of the scales' dtype
+    scale_steps: Tensor | None = None  # [rows, blocks, 1] float16
+    offset_steps: Tensor | None = None  # [rows, blocks, 1] float16
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,23 @@ def to_term(raw: Tensor, block: BlockType, name: str) -> Term:
     layout = LAYOUTS[block.name]
     num_rows, num_blocks = raw.shape[0], raw.shape[1] // block.num_bytes
     in_features = num_blocks * block.weights
-    num_groups = in_features // layout.group_size
     codes = torch.empty(num_rows, in_features * layout.bits // 8, dtype=torch.uint8, device=raw.device)
     parts: list[Unpacked] = []
     for start in range(0, num_rows, rows_at_once := max(1, WEIGHTS_AT_ONCE // in_features)):
         rows = raw[start : start + rows_at_once]
         part = layout.unpack(rows.view(rows.shape[0], num_blocks, block.num_bytes))
         codes[start : start + rows_at_once] = _pack(part.codes, layout.bits)
-        parts.append(Unpacked(codes[:0], part.scales.reshape(-1, num_groups), _reshaped(part.offsets, num_groups)))
-    scales = _joined(name, [part.scales for part in parts])
+        parts.append(replace(part, codes=codes[:0]))
+    scales, scale_steps = _joined([part.scales for part in parts]), _joined([part.scale_steps for part in parts])
+    offsets, offset_steps = _joined([part.offsets for part in parts]), _joined([part.offset_steps for part in parts])
+    assert scales is not None
+    exact = _counted(name, scales, scale_steps)
     if layout.table:
-        return _table(layout, in_features, codes, scales, name)
+        return _table(layout, in_features, codes, exact, name)
     zeros = torch.tensor([[layout.zero]], dtype=torch.uint8, device=raw.device).expand(scales.shape)
-    given = [part.offsets for part in parts if part.offsets is not None]
-    offsets = _joined(name, given) if given else None
-    return AffineWeights(layout.bits, in_features, layout.group_size, codes, scales, zeros, offsets)
+    exact_offsets = None if offsets is None else _counted(name, offsets, offset_steps)
+    nested = None if scale_steps is None else Nested(scales, scale_steps, offsets, offset_steps)
+    return AffineWeights(layout.bits, in_features, layout.group_size, codes, exact, zeros, exact_offsets, nested)
 
 
 def _table(layout: Layout, in_features: int, codes: Tensor, scales: Tensor, name: str) -> TableWeights:
@@ -85,15 +89,20 @@ def _table(layout: Layout, in_features: int, codes: Tensor, scales: Tensor, name
         raise TensorError(f"tensor {name!r} is damaged: {error}") from error
 
 
-def _joined(name: str, parts: list[Tensor]) -> Tensor:
-    joined = torch.cat(parts)
-    if not bool(joined.float().isfinite().all()):
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """[rows, blocks, n] each -> [N, blocks * n], or None where blocks have none."""
+    given = [part.flatten(1) for part in parts if part is not None]
+    return torch.cat(given) if given else None
+
+
+def _counted(name: str, counts: Tensor, steps: Tensor | None) -> Tensor:
+    """counts * steps, [N, groups] floating: 11 bits by at most 8, exact in float32. Raises TensorError."""
+    product = counts
+    if steps is not None:
+        product = (counts.view(*steps.shape, -1) * steps.float().unsqueeze(-1)).flatten(1)
+    if not bool(product.float().isfinite().all()):
         raise TensorError(f"tensor {name!r} is damaged: one of its scales is NaN or infinite")
-    return joined
-
-
-def _reshaped(offsets: Tensor | None, num_groups: int) -> Tensor | None:
-    return None if offsets is None else offsets.reshape(-1, num_groups)
+    return product
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
@@ -120,6 +129,11 @@ def _fields(part: Tensor, bits: int, run: int) -> Tensor:
 def _half(part: Tensor) -> Tensor:
     """[rows, blocks, 2] bytes -> [rows, blocks, 1] float16."""
     return part.contiguous().view(torch.float16)
+
+
+def _signed(part: Tensor) -> Tensor:
+    """Bytes as int8."""
+    return part.contiguous().view(torch.int8)
 
 
 def _bits_in_order(part: Tensor) -> Tensor:
@@ -149,9 +163,8 @@ def _q8_0(b: Tensor) -> Unpacked:
 
 
 def _q2_k(b: Tensor) -> Unpacked:
-    d, dmin = _half(b[..., 80:82]).float(), _half(b[..., 82:84]).float()  # [rows, blocks, 1]
-    parameters = b[..., :16]  # [rows, blocks, groups]
-    return Unpacked(_fields(b[..., 16:80], 2, 32), d * (parameters & 15), -(dmin * (parameters >> 4)))
+    parameters, steps = b[..., :16], (_half(b[..., 80:82]), _half(b[..., 82:84]))
+    return Unpacked(_fields(b[..., 16:80], 2, 32), _signed(parameters & 15), -_signed(parameters >> 4), *steps)
 
 
 def _q3_k(b: Tensor) -> Unpacked:
@@ -159,7 +172,7 @@ def _q3_k(b: Tensor) -> Unpacked:
     scales = torch.cat((low & 15, low >> 4), -1)  # [rows, blocks, 16]
     scales = scales | (torch.cat([(high >> shift) & 3 for shift in (0, 2, 4, 6)], -1) << 4)
     codes = _fields(b[..., 32:96], 2, 32) | (_fields(b[..., :32], 1, 32) << 2)
-    return Unpacked(codes, _half(b[..., 108:110]).float() * (scales.float() - 32))
+    return Unpacked(codes, _signed(scales) - 32, None, _half(b[..., 108:110]))
 
 
 def _six_bit(b: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,28 +185,27 @@ def _six_bit(b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _q4_k(b: Tensor) -> Unpacked:
     scales, minima = _six_bit(b[..., 4:16])
-    d, dmin = _half(b[..., :2]).float(), _half(b[..., 2:4]).float()
-    return Unpacked(_fields(b[..., 16:], 4, 32), d * scales, -(dmin * minima))
+    return Unpacked(
+        _fields(b[..., 16:], 4, 32), _signed(scales), -_signed(minima), _half(b[..., :2]), _half(b[..., 2:4])
+    )
 
 
 def _q5_k(b: Tensor) -> Unpacked:
     scales, minima = _six_bit(b[..., 4:16])
-    d, dmin = _half(b[..., :2]).float(), _half(b[..., 2:4]).float()
     codes = _fields(b[..., 48:], 4, 32) | (_fields(b[..., 16:48], 1, 32) << 4)
-    return Unpacked(codes, d * scales, -(dmin * minima))
+    return Unpacked(codes, _signed(scales), -_signed(minima), _half(b[..., :2]), _half(b[..., 2:4]))
 
 
 def _q6_k(b: Tensor) -> Unpacked:
     codes = _fields(b[..., :128], 4, 64) | (_fields(b[..., 128:192], 2, 32) << 4)
-    scales = b[..., 192:208].contiguous().view(torch.int8).float()  # [rows, blocks, 16]
-    return Unpacked(codes, _half(b[..., 208:210]).float() * scales)
+    return Unpacked(codes, _signed(b[..., 192:208]), None, _half(b[..., 208:210]))
 
 
 def _iq4_xs(b: Tensor) -> Unpacked:
     low = torch.stack((b[..., 4:8] & 15, b[..., 4:8] >> 4), -1).flatten(2)  # [rows, blocks, 8]
     high = torch.stack([(b[..., 2:4] >> shift) & 3 for shift in (0, 2, 4, 6)], -1).flatten(2)
-    scales = (low | (high << 4)).float() - 32
-    return Unpacked(_fields(b[..., 8:], 4, 16), _half(b[..., :2]).float() * scales)
+    scales = _signed(low | (high << 4)) - 32
+    return Unpacked(_fields(b[..., 8:], 4, 16), scales, None, _half(b[..., :2]))
 
 
 def _tq1_0(b: Tensor) -> Unpacked:

@@ -48,6 +48,8 @@ def pack(
     factors: Tensor | None = None,
     ternary: bool = False,
     offsets: Tensor | None = None,
+    scale_steps: Tensor | None = None,
+    offset_steps: Tensor | None = None,
 ) -> Packed:
     """w[n, k] = factors[n] (scales[n, k // group_size] v + offsets[n, k // group_size]),
     v = code - zero (or zeros[n, group]), or table[code].
@@ -55,7 +57,9 @@ def pack(
     codes: [N, ceil(K bits / 8)] uint8, scales and zeros: [N, ceil(K / group_size)], factors: [N] float32 (1 without).
     Scales are float16, bfloat16, float32, or uint8 with scale_type 'e8m0' or 'e4m3'; zeros uint8 or float32. A table
     has at most 16 entries; those that are no small multiples of a common step are rounded to 2^-15 of the largest.
-    Offsets, [N, ceil(K / group_size)] float32, go without zero points and tables.
+    Offsets, [N, ceil(K / group_size)] float32, go without zero points and tables. With scale_steps, [N, groups / r]
+    float16, scales are int8 and count the step of their r groups, which are as long as 4 blocks or a multiple; with
+    offset_steps, offsets too.
     ternary: codes 0 to 2 given in 2 bits lie five to a byte; one scale a row. Raises ValueError.
     """
 

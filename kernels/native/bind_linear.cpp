@@ -84,19 +84,43 @@ void set_zeros(Canonical& from, const std::optional<Array>& zeros) {
   from.zeros = zeros->data();
 }
 
-void set_offsets(Canonical& from, const std::optional<Array>& offsets) {
+void set_offsets(Canonical& from, const std::optional<Array>& offsets, bool nested) {
   if (!offsets) return;
   check_groups(from, *offsets, "offsets");
-  require(is_float(*offsets, 32), "offsets must be float32");
+  require(is_float(*offsets, 32) != (nested && is<int8_t>(*offsets)), "offsets must be float32, or int8 with steps");
   require(from.table.empty() && !from.zeros && from.zero == 0, "weights with offsets have no table and no zero points");
   from.zero_type = ZeroType::offset;
   from.zeros = offsets->data();
 }
 
+// Of nested scales: bytes, and for so many groups each a float16 step.
+const uint16_t* steps_of(Canonical& from, const Array& steps, const char* name) {
+  int64_t num_groups = (from.num_channels - 1) / from.group_size + 1, per_row = (int64_t)(steps.ndim() == 2 ? steps.shape(1) : 0);
+  require(per_row >= 1 && (int64_t)steps.shape(0) == from.num_rows && num_groups % per_row == 0 && is_float(steps, 16) &&
+              is_contiguous(steps),
+          std::string(name) + " must be a contiguous matrix of float16, one for some groups of each row");
+  require(from.groups_per_step == 0 || from.groups_per_step == num_groups / per_row, "steps must be for as many groups");
+  from.groups_per_step = num_groups / per_row;
+  return (const uint16_t*)steps.data();
+}
+
+void set_nested(Canonical& from, const Array& scales, const std::optional<Array>& offsets,
+                const std::optional<Array>& scale_steps, const std::optional<Array>& offset_steps) {
+  require(!offset_steps || (offsets && scale_steps), "steps of offsets need offsets and nested scales");
+  if (!scale_steps) return;
+  require(is<int8_t>(scales) && from.table.empty(), "nested scales are int8, and go without a table");
+  from.scale_type = ScaleType::nested;
+  from.scale_steps = steps_of(from, *scale_steps, "scale_steps");
+  if (!offset_steps) return;
+  from.zero_type = ZeroType::nested_offset;
+  from.offset_steps = steps_of(from, *offset_steps, "offset_steps");
+}
+
 Packed pack_arrays(int bits, int64_t num_channels, int64_t group_size, const Array& codes, const Array& scales,
                    const std::optional<Array>& zeros, int32_t zero, const std::optional<std::vector<float>>& table,
                    const std::optional<std::string>& scale_type_name, const std::optional<Array>& factors, bool ternary,
-                   const std::optional<Array>& offsets) {
+                   const std::optional<Array>& offsets, const std::optional<Array>& scale_steps,
+                   const std::optional<Array>& offset_steps) {
   Canonical from{};
   from.num_channels = num_channels;
   from.group_size = group_size;
@@ -104,7 +128,7 @@ Packed pack_arrays(int bits, int64_t num_channels, int64_t group_size, const Arr
   from.ternary = ternary;
   set_codes(from, codes);
   check_groups(from, scales, "scales");
-  from.scale_type = scale_type(scales, scale_type_name);
+  if (!scale_steps) from.scale_type = scale_type(scales, scale_type_name);
   from.scales = scales.data();
   if (table) {
     require(!table->empty() && zero == 0 && !ternary, "a table has 1 to 16 entries, and no zero point");
@@ -112,7 +136,8 @@ Packed pack_arrays(int bits, int64_t num_channels, int64_t group_size, const Arr
   }
   from.zero = zero;
   set_zeros(from, zeros);
-  set_offsets(from, offsets);
+  set_offsets(from, offsets, offset_steps.has_value());
+  set_nested(from, scales, offsets, scale_steps, offset_steps);
   if (factors) {
     require(factors->ndim() == 1 && (int64_t)factors->shape(0) == from.num_rows && is_float(*factors, 32) &&
                 is_contiguous(*factors),
@@ -133,6 +158,7 @@ void bind_linear(nb::module_& m) {
   m.def("pack", &pack_arrays, "bits"_a, "num_channels"_a, "group_size"_a, "codes"_a, "scales"_a,
         "zeros"_a.none() = nb::none(), "zero"_a = 0, "table"_a.none() = nb::none(), "scale_type"_a.none() = nb::none(),
         "factors"_a.none() = nb::none(), "ternary"_a = false, "offsets"_a.none() = nb::none(),
+        "scale_steps"_a.none() = nb::none(), "offset_steps"_a.none() = nb::none(),
         nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Group>(m, "Group")
       .def(nb::init<std::vector<const Packed*>>(), "members"_a, nb::keep_alive<1, 2>())

@@ -65,7 +65,7 @@ inline Floats value(const Bytes* v, int k, const Values& values, const Shift& sh
 
 inline Values values_of(const Packed& w, int num_codes) {
   float entries[16];
-  bool add = w.zero_type == ZeroType::offset, subtract = !add && w.num_planes == 0 && w.zero_type != ZeroType::constant;
+  bool add = adds_offsets(w), subtract = !add && w.num_planes == 0 && w.zero_type != ZeroType::constant;
   for (int i = 0; i < 16; i++) {
     int code = i % num_codes;
     entries[i] = w.num_planes ? w.entries[code] : (float)(subtract ? code : code - w.zero);
@@ -100,11 +100,11 @@ struct Place {
     if (w.zero_type == ZeroType::constant) return {set1((float)w.zero), set1(1.0f)};
     int slot = block % kParameterBlocks;
     Floats zeros = load_zeros(w.zero_type, parameters[r] + w.zeros_offset, slot);
-    return {zeros, w.zero_type == ZeroType::offset ? load_scales(w.scale_type, parameters[r], slot) : set1(1.0f)};
+    return {zeros, adds_offsets(w) ? load_scales(w.scale_type, parameters[r], slot) : set1(1.0f)};
   }
   // Returns the scales of the block's 64 rows, or nullptr where all are 1 or are in the weights.
   const float* scales(const Packed& w, int block, float* to) const {
-    if (w.scale_type == ScaleType::none || w.zero_type == ZeroType::offset) return nullptr;
+    if (w.scale_type == ScaleType::none || adds_offsets(w)) return nullptr;
     for (int r = 0; r < kBlocks; r++) store(to + 16 * r, load_scales(w.scale_type, parameters[r], block % kParameterBlocks));
     return to;
   }

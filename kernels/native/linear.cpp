@@ -153,7 +153,7 @@ inline void add_block(const Packed& w, Floats (&sums)[T], Source from, const uin
     return;
   }
   Floats zeros = load_zeros(w.zero_type, parameters + w.zeros_offset, slot);
-  if (w.zero_type == ZeroType::offset) {
+  if (adds_offsets(w)) {
     NIBBLE_UNROLL
     for (int t = 0; t < T; t++) {
       Floats part = fma(zeros, to_float(iset1(x.sums[t])), mul(scale, to_float(dots[t])));

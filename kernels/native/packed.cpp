@@ -24,11 +24,20 @@ int64_t scale_size(ScaleType type) {
     case ScaleType::none: return 0;
     case ScaleType::f32: return 4;
     case ScaleType::e8m0:
-    case ScaleType::e4m3: return 1;
+    case ScaleType::e4m3:
+    case ScaleType::nested: return 1;
     default: return 2;
   }
 }
-int64_t zero_size(ZeroType type) { return type == ZeroType::constant ? 0 : type == ZeroType::u8 ? 1 : 4; }
+int64_t zero_size(ZeroType type) {
+  switch (type) {
+    case ZeroType::constant: return 0;
+    case ZeroType::u8:
+    case ZeroType::nested_offset: return 1;
+    default: return 4;
+  }
+}
+constexpr int64_t kStepsBytes = 2 * kRows;  // of nested scales
 
 Codes codes_for(int bits, bool ternary) {
   if (ternary && bits != 2) refuse("ternary codes are given in 2 bits, not " + std::to_string(bits));
@@ -172,6 +181,7 @@ float scale_at(ScaleType type, const void* scales, int64_t i) {
       float value = exponent ? std::ldexp((float)(fraction + 8), exponent - 10) : std::ldexp((float)fraction, -9);
       return byte & 0x80 ? -value : value;
     }
+    case ScaleType::nested:
     case ScaleType::none: break;
   }
   return 1.0f;
@@ -245,7 +255,17 @@ struct Repacker {
           std::memcpy(out + ss * target, (const uint8_t*)from.scales + ss * source, (size_t)ss);
         if (zs) std::memcpy(out + to.zeros_offset + zs * target, (const uint8_t*)from.zeros + zs * source, (size_t)zs);
       }
+      int64_t lane = n - first_row;
+      if (to.scale_type == ScaleType::nested) copy_step(from.scale_steps, n, first_block, out + 4 * kRows + 2 * lane);
+      if (to.zero_type == ZeroType::nested_offset)
+        copy_step(from.offset_steps, n, first_block, out + to.zeros_offset + 4 * kRows + 2 * lane);
     }
+  }
+
+  void copy_step(const uint16_t* steps, int64_t row, int first_block, uint8_t* out) {
+    int64_t per_row = (num_groups + from.groups_per_step - 1) / from.groups_per_step;
+    int64_t group = (int64_t)first_block * to.block_channels / from.group_size;
+    std::memcpy(out, steps + row * per_row + group / from.groups_per_step, 2);
   }
 
   void factors(int64_t first_row, uint8_t* out) {
@@ -309,8 +329,12 @@ void set_layout(const Canonical& from, Packed& to) {
   to.unit_channels = to.codes == Codes::ternary ? 20 : 16;
   to.block_channels = block_channels_for(from.group_size, from.num_channels, from.ternary);
   to.num_blocks = (int)((from.num_channels + to.block_channels - 1) / to.block_channels);
-  to.zeros_offset = kParameterBlocks * kRows * scale_size(to.scale_type);
-  to.codes_offset = to.zeros_offset + kParameterBlocks * kRows * zero_size(to.zero_type);
+  bool nested = to.scale_type == ScaleType::nested, nested_offsets = to.zero_type == ZeroType::nested_offset;
+  if (nested && from.groups_per_step * from.group_size % (kParameterBlocks * to.block_channels))
+    refuse("4 blocks of " + std::to_string(to.block_channels) + " channels must share a step of nested scales");
+  to.zeros_offset = kParameterBlocks * kRows * scale_size(to.scale_type) + (nested ? kStepsBytes : 0);
+  to.codes_offset =
+      to.zeros_offset + kParameterBlocks * kRows * zero_size(to.zero_type) + (nested_offsets ? kStepsBytes : 0);
   to.codes_block_bytes = (int64_t)units_of(to, 0) * unit_bytes(to.codes);
   int64_t parameters = (to.num_blocks + kParameterBlocks - 1) / kParameterBlocks * to.codes_offset;
   int64_t last_units = units_of(to, to.num_blocks - 1);
@@ -337,7 +361,8 @@ Packed pack(const Canonical& from) {
   to.num_rows = from.num_rows;
   to.num_channels = from.num_channels;
   to.codes = codes_for(from.bits, from.ternary);
-  bool one_scale = from.group_size >= from.num_channels && from.zero_type != ZeroType::offset;
+  bool one_scale = from.group_size >= from.num_channels && from.zero_type != ZeroType::offset &&
+                   from.scale_type != ScaleType::nested;
   to.scale_type = one_scale ? ScaleType::none : from.scale_type;
   to.zero_type = from.zero_type;
   to.zero = from.zero;

@@ -9,6 +9,8 @@
 //
 //   [factors: 16 float32] then for every 4 blocks [scales: 4 x 16][zeros: 4 x 16][codes of block 0] .. [codes of block 3]
 //
+// Nested scales and offsets are 4 x 16 bytes followed by 16 steps.
+//
 // A *step* is 4 channels of 16 rows: the 64 bytes that one dot-product instruction takes, byte 4 i + j being row i and
 // channel j. A *unit* is 4 steps: codes of step s lie at bits [s b, (s + 1) b) of each byte, as far as a vector goes. A
 // block's planes follow each other, the low bits first:
@@ -43,8 +45,10 @@ inline constexpr int kTernaryBlockChannels = 160;
 inline constexpr int32_t kMaxZero = 1 << 16;   // so that zero times the sum of a block's activations fits 32 bits
 
 // none: one scale a row, kept in its factor. e8m0: 2^(byte - 127). e4m3: a float of 8 bits, no infinities.
-enum class ScaleType : int { none, f16, bf16, f32, e8m0, e4m3 };
-enum class ZeroType : int { constant, u8, f32, offset };  // offset: a float32 that is added to the scaled code
+// nested: a signed byte times a float16 step that the 4 blocks of a parameter run share.
+enum class ScaleType : int { none, f16, bf16, f32, e8m0, e4m3, nested };
+// offset: a float32 that is added to the scaled code; nested_offset: likewise, a signed byte times a float16 step.
+enum class ZeroType : int { constant, u8, f32, offset, nested_offset };
 enum class Codes : int { u2, u3, u4, u5, u6, u8, ternary };
 
 struct Canonical {  // what the repacker reads; sizes in elements are checked against the bytes given
@@ -59,6 +63,9 @@ struct Canonical {  // what the repacker reads; sizes in elements are checked ag
   ZeroType zero_type;
   const void* zeros;     // [num_rows, num_groups], or nullptr
   int32_t zero;          // of every code, when zero_type is constant
+  int64_t groups_per_step;       // where scales are nested: bytes [num_rows, num_groups], steps for so many groups each
+  const uint16_t* scale_steps;   // [num_rows, ceil(num_groups / groups_per_step)] float16
+  const uint16_t* offset_steps;  // likewise, of nested offsets
   std::vector<float> table;  // empty, or w = factor scale table[code]
 };
 
@@ -84,7 +91,11 @@ struct Packed {
   int64_t num_row_blocks() const { return (num_rows + kRows - 1) / kRows; }
 };
 
-// Internal linkage: kernel files compile it for their own instruction set.
+// Internal linkage: kernel files compile these for their own instruction set.
+static inline bool adds_offsets(const Packed& w) {
+  return w.zero_type == ZeroType::offset || w.zero_type == ZeroType::nested_offset;
+}
+
 static inline int units_of(const Packed& w, int block) {
   int64_t left = w.num_channels - (int64_t)block * w.block_channels;
   return (int)((left < w.block_channels ? left : w.block_channels) + w.unit_channels - 1) / w.unit_channels;

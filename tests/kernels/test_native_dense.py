@@ -9,17 +9,18 @@ from torch import Tensor
 
 from kernels import native
 from kernels.contract import LinearKernel, LinearSpec
+from kernels.linear.affine.layout import Nested
 from kernels.linear.dense.layout import DenseWeights
 from kernels.linear.table.layout import SCALE_DTYPES
 from kernels.linear.table.tables import BINARY, E2M1, FP4, NF4, TERNARY
 from kernels.linear.weights import Term
-from tests.kernels.weights import random_affine, random_dense, random_minima, random_table
+from tests.kernels.weights import random_affine, random_dense, random_minima, random_nested, random_table
 from tests.tolerance import assert_within, dot_bound
 
 if native.MISSING is not None:
     pytest.skip(native.MISSING, allow_module_level=True)
 
-from kernels.linear.affine.native import AffineNativeFloat
+from kernels.linear.affine.native import AffineNative, AffineNativeFloat
 from kernels.linear.dense.native import DenseNative
 from kernels.linear.table.native import TableNative, TableNativeFloat
 from kernels.native import _native
@@ -83,6 +84,23 @@ def test_affine(bits: int, num_tokens: int, k: int, n: int, group: int) -> None:
     for zeros in (weights.zeros, weights.zeros + 0.3, one):
         check_packed(AffineNativeFloat(), replace(weights, zeros=zeros), num_tokens)
     check_packed(AffineNativeFloat(), random_minima(bits, k, n, group, seed=bits), num_tokens)
+
+
+@pytest.mark.parametrize("group", [16, 32, 64])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+def test_nested_scales(bits: int, group: int) -> None:
+    """Bug: a step of the neighbouring row or of the superblock before; bytes taken without their sign. The K types of
+    GGUF: with minima, and without."""
+    nested = random_nested(bits, 768, 37, group, seed=bits)
+    kept = nested.nested
+    assert kept is not None
+    plain = replace(nested, offsets=None, nested=Nested(kept.scales, kept.scale_steps))
+    for weights in (nested, replace(plain, zeros=nested.zeros + 3)):
+        for num_tokens in (1, 5):
+            check_packed(AffineNativeFloat(), weights, num_tokens)
+        packed = AffineNativeFloat().prepare(weights).num_bytes
+        assert packed < AffineNativeFloat().prepare(replace(weights, nested=None)).num_bytes
+        check_same_bits(AffineNative(), weights)
 
 
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)

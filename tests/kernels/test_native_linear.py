@@ -13,11 +13,13 @@ from torch import Tensor
 
 from kernels import native
 from kernels.linear.bitstream import pack_codes
+from tests.kernels.weights import random_nested
 from tests.tolerance import assert_within, dot_bound
 
 if native.MISSING is not None:
     pytest.skip(native.MISSING, allow_module_level=True)
 
+from kernels.linear.affine.native import AffineNative
 from kernels.native import _native
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -143,6 +145,14 @@ def test_affine(bits: int, kind: str) -> None:
     for i, (num_tokens, k, n, group_size) in enumerate(SHAPES):
         scale_type = SCALE_TYPES[(i + bits) % len(SCALE_TYPES)]
         check(make(bits, kind, k, n, group_size, scale_type, with_factors=i % 2 == 1), num_tokens)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 16), (4, 32), (5, 32), (6, 16)])
+def test_nested_scales(bits: int, group_size: int) -> None:
+    """Bug: a byte without its sign, or the step of another superblock."""
+    weights = random_nested(bits, 768, 37, group_size, seed=bits)
+    spread = weights.scales.double().repeat_interleave(group_size, 1)
+    check(Case(AffineNative().prepare(weights), weights.dequantize().double(), 0.0, spread), 5)
 
 
 @pytest.mark.parametrize("scale_type", SCALE_TYPES)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.linear.affine.layout import AffineWeights
+from kernels.linear.affine.layout import AffineWeights, Nested
 from kernels.linear.bitstream import pack_codes
 from kernels.linear.codebook.layout import CodebookWeights
 from kernels.linear.dense.layout import DenseWeights
@@ -38,6 +38,28 @@ def random_minima(bits: int, in_features: int, out_features: int, group_size: in
     weights.scales[0, 0] = 0
     offsets = weights.scales.flip(0) * -(2.0 ** (bits - 1))
     return replace(weights, zeros=torch.zeros(1, 1, dtype=torch.uint8).expand(weights.scales.shape), offsets=offsets)
+
+
+def random_nested(bits: int, in_features: int, out_features: int, group_size: int, seed: int) -> AffineWeights:
+    """Scales and offsets that count steps of 256 channels; in_features is a multiple of 256."""
+    random = torch.Generator().manual_seed(seed)
+    weights = random_affine(bits, in_features, out_features, group_size, torch.float32, seed)
+    shape, num_steps = weights.scales.shape, in_features // 256
+
+    def parameters() -> tuple[Tensor, Tensor, Tensor]:
+        counts = torch.randint(-63, 64, shape, generator=random, dtype=torch.int8)
+        steps = (torch.rand(out_features, num_steps, generator=random) + 0.1).half()
+        exact = (counts.view(out_features, num_steps, -1) * steps.float().unsqueeze(-1)).flatten(1)
+        return counts, steps, exact
+
+    (scales, scale_steps, exact_scales), (offsets, offset_steps, exact_offsets) = parameters(), parameters()
+    return replace(
+        weights,
+        scales=exact_scales,
+        zeros=torch.zeros(1, 1, dtype=torch.uint8).expand(shape),
+        offsets=exact_offsets,
+        nested=Nested(scales, scale_steps, offsets, offset_steps),
+    )
 
 
 def random_dense(in_features: int, out_features: int, dtype: torch.dtype, seed: int) -> DenseWeights:

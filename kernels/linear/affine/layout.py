@@ -17,6 +17,19 @@ from kernels.linear.bitstream import MAX_BITS, unpack_codes
 
 
 @dataclass(frozen=True)
+class Nested:
+    """Parameters of groups as they were stored, integers that count steps: 20 bits for a group of Q4_K in place of 64.
+
+        scale[n, g] = scale_step[n, g // r] * scales[n, g],   and so offset[n, g];   r groups share a step
+    """
+
+    scales: Tensor  # [N, groups] int8
+    scale_steps: Tensor  # [N, groups / r] float16
+    offsets: Tensor | None = None  # [N, groups] int8
+    offset_steps: Tensor | None = None  # [N, groups / r] float16
+
+
+@dataclass(frozen=True)
 class AffineWeights:
     """One matrix [N, K] in groups of G input channels. Raises ValueError, naming the field, when sizes disagree."""
 
@@ -27,6 +40,7 @@ class AffineWeights:
     scales: Tensor  # [N, ceil(K / G)] float16, bfloat16 or float32
     zeros: Tensor  # [N, ceil(K / G)] uint8, or floating; may be an expanded (stride 0) tensor
     offsets: Tensor | None = None  # [N, ceil(K / G)] float16, bfloat16 or float32; zeros are all 0 then
+    nested: Nested | None = None  # the same scales and offsets, for back ends that read fewer bytes with them
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= MAX_BITS:

@@ -56,6 +56,19 @@ def pack(weights: AffineWeights) -> "_native.Packed":
     bits, codes = weights.bits, weights.codes.contiguous()
     if bits == 7:
         bits, codes = 8, unpack_codes(codes, bits, weights.in_features)
+    nested = weights.nested
+    if nested is not None:
+        return _native.pack(
+            bits,
+            weights.in_features,
+            weights.group_size,
+            codes,
+            nested.scales,
+            zero=int(first),
+            offsets=nested.offsets,
+            scale_steps=nested.scale_steps,
+            offset_steps=nested.offset_steps,
+        )
     return _native.pack(
         bits,
         weights.in_features,
