@@ -4,12 +4,16 @@ import asyncio
 import inspect
 import logging
 import os
+import socket
+import ssl
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import msgspec
 import typer
+from fastapi import FastAPI
 from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.markup import escape
@@ -17,9 +21,10 @@ from rich.markup import escape
 from engine.client import EngineUnavailable, calibrate_model, convert_model, inspect_model, locate_model, start_engine
 from engine.messages import CalibrationSettings, ConversionSettings, Ready
 from server import config, lifecycle, screen
-from server.app import create_app
+from server.app import create_app, create_ops_app
 from server.bench.cli import bench
 from server.calibration import CalibrationBar, print_calibration
+from server.keys import KeyRing
 from server.tokenizer import GGUF, load_tokenizer
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
@@ -50,29 +55,26 @@ def serve(config_file: Path | None, **flags: Any) -> None:
         set_up_logging(settings.log_level)
         folder = model_folder(settings)
         tokenizer = load_tokenizer(folder, settings.chat_template)
-    except ValueError as error:  # SettingsError, TokenizerError, and what locate_model raises
+        keys = KeyRing(settings.api_key, settings.api_keys)
+    except ValueError as error:  # SettingsError, TokenizerError, KeyFileError, and what locate_model raises
         fail(str(error), 2)
     name = settings.served_name or served_name(settings.model)
-    try:
-        sock = lifecycle.listen(settings.host, settings.port)
-    except OSError as error:
-        number = error.errno or 0  # negative when the host's name cannot be resolved
-        reason = os.strerror(number) if number > 0 else error.strerror  # error.strerror would repeat the address
-        fail(f"Cannot listen on {settings.host} port {settings.port}: {reason}. Use --port or --host", 1)
+    sock = listen(settings.host, settings.port, "--port")
+    ops_sock = None if settings.ops_port is None else listen(settings.host, settings.ops_port, "--ops-port")
     console = Console(highlight=False)
     bar = screen.LoadingBar(Console(stderr=True), name)
     engine = start_engine(settings.engine(folder), bar.update)
-    app = create_app(engine, tokenizer, settings, name)
+    app = create_app(engine, tokenizer, settings, name, keys)
 
     def on_ready(ready: Ready) -> None:
         bar.stop()
-        url = address(settings.host, sock.getsockname()[1])
+        scheme = "http" if settings.tls_cert is None else "https"
+        url = address(settings.host, sock.getsockname()[1], scheme)
         screen.print_start(console, ready.plan, name, url, tokenizer.has_chat_template)
 
-    server = lifecycle.DrainingServer(app, access_log=settings.log_level == "debug")
     bar.start()
     try:
-        asyncio.run(lifecycle.serve(server, sock, engine, on_ready))
+        asyncio.run(lifecycle.serve(ports(app, settings, sock, ops_sock), engine, on_ready))
     except EngineUnavailable as error:
         bar.stop()
         fail(str(error), 1)
@@ -175,10 +177,37 @@ def calibrate_command(
         print_calibration(Console(highlight=False), report, model)
 
 
+def listen(host: str, port: int, flag: str) -> socket.socket:
+    """An open port; ends the program where there is none to be had."""
+    try:
+        return lifecycle.listen(host, port)
+    except OSError as error:
+        number = error.errno or 0  # negative when the host's name cannot be resolved
+        reason = os.strerror(number) if number > 0 else error.strerror  # error.strerror would repeat the address
+        fail(f"Cannot listen on {host} port {port}: {reason}. Use {flag} or --host", 1)
+
+
+def ports(
+    app: FastAPI, settings: config.ServerConfig, sock: socket.socket, ops_sock: socket.socket | None
+) -> lifecycle.Ports:
+    """The servers of `nibble serve`. Ends the program when the certificate cannot be used."""
+    try:
+        server = lifecycle.DrainingServer(app, access_log=settings.log_level == "debug")
+        server.config.load()
+    except (ssl.SSLError, OSError) as error:
+        fail(f"--tls-cert {settings.tls_cert} and --tls-key {settings.tls_key} cannot be used: {error}", 2)
+    ops = None if ops_sock is None else (lifecycle.OpsServer(create_ops_app(app.state.service)), ops_sock)
+    return lifecycle.Ports(server, sock, ops)
+
+
 def set_up_logging(level: config.LogLevel) -> None:
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if level != "debug":  # uvicorn tells of every start and stop
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    access = logging.getLogger("nibble.access")  # JSON lines, whatever the level of the rest
+    access.setLevel(logging.INFO)
+    access.propagate = False
+    access.handlers = [logging.StreamHandler(sys.stdout)]
 
 
 def model_folder(settings: config.ServerConfig) -> Path:
@@ -198,11 +227,11 @@ def served_name(model: str | None) -> str:
     return Path(model).resolve().name.removesuffix(GGUF) if Path(model).exists() else model
 
 
-def address(host: str, port: int) -> str:
+def address(host: str, port: int, scheme: str = "http") -> str:
     """A URL that works on this machine."""
     if host in ("0.0.0.0", "::"):
         host = "localhost"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -80,6 +80,26 @@ class ServerConfig(BaseSettings):
     )
     max_body_size: Size = setting(16 << 20, "Server", "Largest request body, like 16MiB; larger ones get 413.", ge=1)
     drain_seconds: float = setting(30, "Server", "How long running requests may finish after SIGTERM.", ge=0)
+    tls_cert: Path | None = setting(None, "Server", "Certificate chain (PEM); serves https. Needs --tls-key.")
+    tls_key: Path | None = setting(None, "Server", "Private key of --tls-cert (PEM).")
+    cors_origins: Text | None = setting(
+        None, "Server", "Web pages that may call this server: origins with commas between them, or *. Default: none."
+    )
+    ops_port: int | None = setting(
+        None,
+        "Server",
+        "One more port, for /metrics, /health and /ready; /metrics is then nowhere else.",
+        ge=0,
+        le=65535,
+    )
+    api_key: Text | None = setting(
+        None, "Access", "Key that clients must send; better set as NIBBLE_API_KEY.", repr=False
+    )
+    api_keys: Path | None = setting(
+        None, "Access", "TOML file of named keys with limits of their own; read again when it changes."
+    )
+    access_log: bool = setting(False, "Access", "Write one JSON line for each request to standard output.")
+    log_prompts: bool = setting(False, "Access", "Put the beginning of request bodies into the access log.")
     log_level: LogLevel = setting("info", "Server", "How much to log.")
 
     device: Device = setting("auto", "Engine", "Where to compute.")
@@ -153,18 +173,32 @@ ENGINE_SETTINGS = (
 )
 
 
+def check_access(settings: ServerConfig) -> None:
+    """Raises SettingsError for settings that need each other, and for files that are not there."""
+    if (settings.tls_cert is None) != (settings.tls_key is None):
+        raise SettingsError("--tls-cert and --tls-key belong together: give both or neither")
+    for name in ("tls_cert", "tls_key"):
+        path: Path | None = getattr(settings, name)
+        if path is not None and not path.is_file():
+            raise SettingsError(f"{flag_name(name)}: {path} is not a file")
+    if settings.log_prompts and not settings.access_log:
+        raise SettingsError("--log-prompts adds to the access log: give --access-log too")
+
+
 def load(flags: Mapping[str, Any], file: Path | None = None) -> ServerConfig:
     """The settings from the flags given, the file and the environment. Raises SettingsError naming the bad one."""
     check_environment(os.environ)
     values = (read_file(file) if file else {}) | {name: value for name, value in flags.items() if value is not None}
     try:
-        return ServerConfig(**values)
+        settings = ServerConfig(**values)
     except ValidationError as error:
         first = error.errors()[0]
         name = flag_name(str(first["loc"][0]))
         raise SettingsError(
             f"{name}: {first['msg'].removeprefix('Value error, ')} (found {first['input']!r})"
         ) from None
+    check_access(settings)
+    return settings
 
 
 def read_file(path: Path) -> dict[str, Any]:

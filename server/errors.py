@@ -5,6 +5,8 @@
     │  ├─ ContextTooLong       400  context_length_exceeded
     │  ├─ BodyTooLarge         413  body_too_large
     │  └─ ModelNotFound        404  model_not_found
+    ├─ Unauthorized            401  authentication_error    no API key, or one that is not known; WWW-Authenticate
+    ├─ TooManyRequests         429  rate_limit_error        + Retry-After: the key's own limits
     ├─ Unavailable             503  server_unavailable      + Retry-After: loading, restarting, draining, queue full
     └─ EngineFailure           500  engine_error            the engine gave up on a request it had accepted
 
@@ -102,6 +104,34 @@ class Unavailable(ApiError):
         return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
 
 
+class Unauthorized(ApiError):
+    """No API key, or one that is not known."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class TooManyRequests(ApiError):
+    """A key has used up what it may take; `retry_after_s` says when to ask again."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+
+
 class EngineFailure(ApiError):
     """The engine gave up on a request it had accepted."""
 
@@ -159,7 +189,9 @@ def _from_validation(error: RequestValidationError) -> ApiError:
 
 async def _respond(request: Request, error: Exception) -> JSONResponse:
     api_error = from_exception(error)
-    return JSONResponse(api_error.body, api_error.status, headers=api_error.headers)
+    request_id = getattr(request.state, "request_id", None)  # what failed unexpectedly passes by who adds it otherwise
+    headers = api_error.headers | ({} if request_id is None else {"x-request-id": request_id})
+    return JSONResponse(api_error.body, api_error.status, headers=headers)
 
 
 async def _respond_to_nobody(request: Request, error: Exception) -> Response:

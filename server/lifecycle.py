@@ -11,7 +11,9 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
@@ -36,6 +38,7 @@ class DrainingServer(uvicorn.Server):
     """uvicorn, with a first signal that lets running answers finish and an exit code of 0 after it."""
 
     def __init__(self, app: FastAPI, access_log: bool = False) -> None:
+        settings = app.state.service.config
         super().__init__(
             uvicorn.Config(
                 app,
@@ -45,6 +48,8 @@ class DrainingServer(uvicorn.Server):
                 server_header=False,
                 timeout_graceful_shutdown=GRACE_S,
                 timeout_keep_alive=KEEP_ALIVE_S,
+                ssl_certfile=settings.tls_cert,
+                ssl_keyfile=settings.tls_key,
             )
         )
         self._service: Service = app.state.service
@@ -74,12 +79,32 @@ class DrainingServer(uvicorn.Server):
         return True
 
 
-async def serve(
-    server: DrainingServer, sock: socket.socket, engine: EngineClient, on_ready: Callable[[Ready], None]
-) -> None:
+class OpsServer(uvicorn.Server):
+    """uvicorn on a second port, which leaves signals to the first and lives as long."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, server_header=False))
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@dataclass(frozen=True)
+class Ports:
+    """What listens, and where."""
+
+    server: DrainingServer
+    sock: socket.socket
+    ops: tuple[OpsServer, socket.socket] | None = None
+
+
+async def serve(ports: Ports, engine: EngineClient, on_ready: Callable[[Ready], None]) -> None:
     """Serve until a signal. Raises EngineUnavailable when the model cannot be loaded; the engine is stopped always."""
-    serving = asyncio.ensure_future(server.serve([sock]))
+    server = ports.server
+    serving = asyncio.ensure_future(server.serve([ports.sock]))
     loading = asyncio.ensure_future(_load(engine))
+    ops = None if ports.ops is None else asyncio.ensure_future(ports.ops[0].serve([ports.ops[1]]))
     try:
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
@@ -89,6 +114,9 @@ async def serve(
         loading.cancel()
         server.should_exit = server.force_exit = True
         await asyncio.wait({serving, loading})
+        if ports.ops is not None and ops is not None:
+            ports.ops[0].should_exit = ports.ops[0].force_exit = True
+            await asyncio.wait({ops})
         await engine.stop()
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from engine.client import EngineUnavailable
 from engine.messages import Ready
-from server.app import create_app
+from server.app import create_app, create_ops_app
 from server.config import ServerConfig
-from server.lifecycle import DrainingServer, listen, serve
+from server.lifecycle import DrainingServer, OpsServer, Ports, listen, serve
 from tests.fakes import ByteTokenizer, FakeEngine, Script
 
 pytestmark = pytest.mark.anyio
@@ -25,13 +25,15 @@ BODY = {"model": "demo", "prompt": "x", "max_tokens": 400, "stream": True}
 class Running:
     """A server on a free port, and signals that reach only it."""
 
-    def __init__(self, engine: FakeEngine, drain_seconds: float) -> None:
+    def __init__(self, engine: FakeEngine, drain_seconds: float, **settings: Any) -> None:
         self.engine = engine
         self.sock = listen("127.0.0.1", 0)
-        app = create_app(engine, ByteTokenizer(), ServerConfig(drain_seconds=drain_seconds))
+        app = create_app(engine, ByteTokenizer(), ServerConfig(drain_seconds=drain_seconds, **settings))
         self.server = DrainingServer(app)
+        self.ops = (OpsServer(create_ops_app(app.state.service)), listen("127.0.0.1", 0))
         self.facts: list[Ready] = []
-        self.task = asyncio.ensure_future(serve(self.server, self.sock, engine, self.facts.append))
+        ports = Ports(self.server, self.sock, self.ops)
+        self.task = asyncio.ensure_future(serve(ports, engine, self.facts.append))
         self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.sock.getsockname()[1]}")
 
     def signal(self) -> None:
@@ -139,3 +141,19 @@ async def test_closed_socket_cancels_the_request() -> None:
 def test_taken_port_is_an_os_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         listen("127.0.0.1", taken.getsockname()[1])
+
+
+async def test_operators_have_a_port_of_their_own() -> None:
+    """Bug: metrics on the port that is open to the world; a second port that outlives the server."""
+    running = Running(slow(1), drain_seconds=0, ops_port=0)
+    await asyncio.sleep(0.1)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{running.ops[1].getsockname()[1]}") as ops:
+        assert "nibble_engine_up 1.0" in (await ops.get("/metrics")).text
+        assert (await ops.get("/ready")).status_code == 200
+        assert (await ops.get("/v1/models")).status_code == 404
+        assert (await running.http.get("/metrics")).status_code == 404
+        assert (await running.http.get("/v1/models")).status_code == 200
+        running.signal()
+        await running.ended()
+        with pytest.raises(httpx.ConnectError):
+            await ops.get("/ready")
