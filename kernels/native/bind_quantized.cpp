@@ -29,13 +29,8 @@ QuantizedShape shape_of(const std::array<int64_t, 4>& sizes, const std::pair<For
                         int num_sinks) {
   QuantizedShape shape{};
   shape.heads = {(int)sizes[1], (int)sizes[2], (int)sizes[3], Cell::f16};
-  int64_t size = sizes[3];
   shape.keys = format_of(formats.first, (int)sizes[2]), shape.values = format_of(formats.second, (int)sizes[2]);
-  const RowFormat &k = shape.keys, &v = shape.values;
-  shape.value_codes_at = size * k.row_bytes;
-  shape.key_parameters_at = shape.value_codes_at + size * v.row_bytes;
-  shape.value_parameters_at = shape.key_parameters_at + size * 2 * k.num_groups * k.parameter_bytes;
-  shape.chunk_bytes = (shape.value_parameters_at + size * 2 * v.num_groups * v.parameter_bytes + 127) / 128 * 128;
+  shape.lay_out();
   shape.num_sinks = num_sinks;
   return shape;
 }
@@ -67,14 +62,15 @@ void bind_quantized(nb::module_& m) {
       .def(
           "__init__",
           [](QuantizedAttention* self, std::array<int64_t, 4> shape, std::pair<Format, Format> formats,
-             std::pair<std::vector<int64_t>, int> high, std::pair<bool, int64_t> recent_pages, std::vector<int64_t> query_starts,
-             std::vector<int64_t> context_lens, std::tuple<uintptr_t, int64_t, int64_t> block_tables,
-             std::pair<uintptr_t, int64_t> slots, std::tuple<uintptr_t, int64_t, uintptr_t> recent) {
+             std::pair<std::vector<int64_t>, int> high, std::pair<bool, int64_t> recent_pages,
+             std::vector<int64_t> query_starts, std::vector<int64_t> context_lens,
+             std::tuple<uintptr_t, int64_t, int64_t> block_tables, std::pair<uintptr_t, int64_t> slots, std::tuple<uintptr_t, int64_t, uintptr_t> recent) {
             QuantizedShape own = shape_of(shape, formats, high.second);
             own.heads.cell = recent_pages.first ? Cell::f16 : Cell::f32;
-            PagedInputs inputs{own.heads,           shape[0], std::move(query_starts), std::move(context_lens),
-                               (const int64_t*)std::get<0>(block_tables), std::get<1>(block_tables), std::get<2>(block_tables),
-                               (const int64_t*)slots.first, slots.second};
+            auto [tables, num_tables, max_pages] = block_tables;
+            PagedInputs inputs{own.heads, shape[0], std::move(query_starts), std::move(context_lens),
+                               (const int64_t*)tables, num_tables, max_pages, (const int64_t*)slots.first,
+                               slots.second};
             RecentInputs rows{recent_pages.second, (const int64_t*)std::get<0>(recent), std::get<1>(recent),
                               (const int64_t*)std::get<2>(recent), std::move(high.first)};
             new (self) QuantizedAttention(inputs, own, rows);

@@ -1,8 +1,8 @@
 // Causal attention over the quantized cache (kernels/attention/quantized/layout.py has the bytes, codec.py the codec).
 //
-// Key and value j are read by position i in high precision, from the pages of 16 tokens called recent, iff j < S or
-// i - j < W; else from packed pages. Splits, parts and their order are those of attention.hpp. Within a split a row adds
-// up its packed values in blocks of kBlock tokens by position, then its sinks, then its window.
+// Key and value j are read by position i in high precision, from the pages of 16 tokens called recent, iff j < S
+// or i - j < W; else from packed pages. Splits, parts and their order are those of attention.hpp. Within a split a row
+// adds up its packed values in blocks of kBlock tokens by position, then its sinks, then its window.
 //
 // Packed products are sums of integers: codes are bytes, and what multiplies them is rounded to integers x ~ d X,
 //
@@ -46,6 +46,14 @@ struct QuantizedShape {
   int64_t chunk_bytes, value_codes_at, key_parameters_at, value_parameters_at;
   int num_sinks;
 
+  // Places keys, values and parameters in the chunk of a page and a head.
+  NIBBLE_INLINE void lay_out() {
+    int64_t size = heads.page_size;
+    value_codes_at = size * keys.row_bytes;
+    key_parameters_at = value_codes_at + size * values.row_bytes;
+    value_parameters_at = key_parameters_at + size * 2 * keys.num_groups * keys.parameter_bytes;
+    chunk_bytes = (value_parameters_at + size * 2 * values.num_groups * values.parameter_bytes + 127) / 128 * 128;
+  }
   NIBBLE_INLINE int64_t chunk(int64_t page, int head) const { return (page * heads.num_kv_heads + head) * chunk_bytes; }
   NIBBLE_INLINE CacheShape recent() const { return {heads.num_kv_heads, heads.head_dim, kRecentTokens, heads.cell}; }
   NIBBLE_INLINE int num_groups() const {

@@ -90,9 +90,8 @@ inline void unpack_trits(int count, const uint8_t* from, uint8_t* to) {
   }
 }
 
-// A row of values to one byte a channel, as unpack_run.
+// A row of values of 4, 3 or 2 bits to one byte a channel, as unpack_run.
 inline void unpack_row(const RowFormat& format, int head_dim, const uint8_t* row, uint8_t* to) {
-  if (format.width == 1) return unpack_trits(format.row_bytes, row, to);
   unpack_run(format.width == 4 ? 4 : 2, format.plane_bytes, row, to);
   if (format.width != 3) return;
   uint8_t high[kMaxHeadDim + 64];

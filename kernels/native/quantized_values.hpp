@@ -193,14 +193,32 @@ struct PackedValues {
     }
   }
 
+  // 16 tokens to one byte a channel, dim + 64 bytes apart.
   const uint8_t* unpack_values(const uint8_t* from) const {
-    int row_bytes = format.row_bytes;
+    const int row_bytes = format.row_bytes, stride = s.dim + 64;
+    if (format.width == 1) {
+      unpack_trit_rows(from);
+      return s.unpacked;
+    }
     for (int t = 0; t < 16; t++) {
       uint8_t row[kMaxHeadDim + 128];
       __builtin_memcpy(row, from + t * row_bytes, (size_t)row_bytes);
-      unpack_row(format, s.dim, row, s.unpacked + t * (s.dim + 64));
+      unpack_row(format, s.dim, row, s.unpacked + t * stride);
     }
     return s.unpacked;
+  }
+
+  // All rows at once: a row by itself would leave most of a vector empty.
+  void unpack_trit_rows(const uint8_t* from) const {
+    constexpr int kMaxRow = kMaxHeadDim / 5 + 1;
+    const int n = format.row_bytes;
+    uint8_t rows[16 * kMaxRow + 64], trits[5 * 16 * kMaxRow + 64];
+    __builtin_memcpy(rows, from, 16 * (size_t)n);
+    unpack_trits(16 * n, rows, trits);
+    for (int t = 0; t < 16; t++)
+      for (int i = 0; i < 5; i++)  // in this order: a copy's surplus is overwritten by the next
+        for (int j = 0; j < n; j += 16)
+          __builtin_memcpy(s.unpacked + t * (s.dim + 64) + i * n + j, trits + (16 * i + t) * n + j, 16);
   }
 
   template <int kWidth>

@@ -68,6 +68,7 @@ auto same_bits(const std::string& what, const Compute& compute) {
 void test_linear();
 void fuzz_pack();
 void test_attention();
+void test_quantized();
 void test_rows();
 void test_sampling();
 void test_pool();
