@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FIELDS = {"name", "key", "sha256", "requests-per-minute", "max-concurrent"}
+FIELDS = ("name", "key", "sha256", "requests-per-minute", "max-concurrent")
 CHECK_S = 1.0  # between two looks at the file
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def _read_key(path: Path, number: int, entry: Any) -> Key:
     place = f"--api-keys {path}: key {number}"
     if not isinstance(entry, dict):
         raise KeyFileError(f"{place} is no table; write [[key]]")
-    if unknown := sorted(entry.keys() - FIELDS):
+    if unknown := sorted(entry.keys() - set(FIELDS)):
         raise KeyFileError(f"{place} has an unknown field '{unknown[0]}'; known are {', '.join(sorted(FIELDS))}")
     name, secret, digest = (entry.get(field) for field in ("name", "key", "sha256"))
     if not isinstance(name, str) or not name:
