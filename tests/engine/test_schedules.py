@@ -76,9 +76,10 @@ def test_any_schedule(alone: Alone, data: st.DataObject) -> None:
         st.lists(st.sampled_from(REQUESTS), min_size=1, max_size=8, unique_by=lambda r: r.id), "requests"
     )
     cancelled = data.draw(st.sets(st.sampled_from(chosen).map(lambda r: r.id), max_size=2), "cancelled")
+    preempted = [data.draw(st.lists(integers(-8, 7), max_size=8), "preempted") for _ in chosen]
     events: list[Event] = []
-    for request in chosen:
-        events += steps(core, request, data)
+    for request, whom in zip(chosen, preempted, strict=True):
+        events += steps(core, request, whom)
     events += core.step([Cancel(request_id) for request_id in cancelled])
     events += run(core, [])
     for request in chosen:
@@ -86,10 +87,10 @@ def test_any_schedule(alone: Alone, data: st.DataObject) -> None:
             assert answer(events, request.id) == alone.answers[request.id]
 
 
-def steps(core: EngineCore, request: Submit, data: st.DataObject) -> list[Event]:
-    """A few steps of which some take a running sequence's pages away."""
+def steps(core: EngineCore, request: Submit, preempted: Sequence[int]) -> list[Event]:
+    """A step for each number, after the running sequence of that rank has lost its pages; negative: nobody has."""
     events = core.step([request])
-    for which in data.draw(st.lists(st.integers(-8, 7), max_size=8), "preempted"):  # negative: nobody
+    for which in preempted:
         core.check_integrity()
         if 0 <= which < core.stats().num_running:
             core._scheduler._preempt(core._scheduler.sequences()[which])
@@ -117,6 +118,15 @@ def test_every_way_is_taken(alone: Alone, swap_sequences: int) -> None:
     assert stats.swaps_in_total == stats.swaps_out_total
     assert 0 <= stats.swap_bytes_in_total <= stats.swap_bytes_out_total
     assert (stats.swap_bytes_in_total > 0) == bool(swap_sequences)
+
+
+def test_prompt_scores_survive_swapping(alone: Alone) -> None:
+    """Bug: log-probabilities of the chunks before a swap forgotten, though nobody computes them again."""
+    core = alone.world.core(16, swap_sequences=1)
+    core.step([REQUESTS[5]])
+    core._scheduler._preempt(core._scheduler.sequences()[0])
+    assert answer(run(core, []), "5") == alone.answers["5"]
+    assert core.stats().swaps_in_total == 1
 
 
 def test_cancelled_while_swapped_out(alone: Alone) -> None:
