@@ -90,7 +90,7 @@ struct QuantizedAttend {
   }
   NIBBLE_INLINE int64_t scratch_floats(const Unit& u) const {
     int64_t rows = base.rows_of(u), groups = shape.num_groups(), dim = shape.heads.head_dim;
-    int64_t weights = 2 * rows * kSplit;  // of both precisions
+    int64_t weights = rows * (2 * kSplit + 1);  // of both precisions; edges
     int64_t digits = rows * groups * (kSplit / 2 + 16 + kSplit / kBlock), parameters = groups * (2 * kSplit + 16);
     int64_t codes = 2 * kBlock * (dim + 64) / 4;  // interleaved; unpacked
     return weights + digits + parameters + codes + 512;

@@ -25,6 +25,7 @@ struct QuantizedSplit {
   int64_t first_key;
   int64_t window;  // of the unit's sequence
   int dim, page_size, page_shift, num_rows, first_row;
+  int* edges;  // of the rows
   const float* queries;
   const uint8_t* query_digits;
   float *weights, *high, *part;  // weights and high: [num_rows, kSplit]
@@ -49,6 +50,7 @@ struct QuantizedSplit {
     query_digits = call.digits + row * call.digits_stride();
     part = parts + first_row * stride;
     lay_out(scratch);
+    for (int i = 0; i < num_rows; i++) edges[i] = clamp_to_split(position(i) - window + 1 - first_key);
     int last = num_rows - 1;
     packed = {clamp_to_split(shape.num_sinks - first_key), edge(last)};
     recent[0] = {0, min_of(packed.first, visible(last))};
@@ -69,6 +71,7 @@ struct QuantizedSplit {
     zeros = take(rows * groups * 16);
     units = take(rows * groups * kBlocks);
     largest = take(groups * kBlocks);
+    edges = (int*)take(rows);
     digits = (uint8_t*)take(rows * groups * (kSplit / 2));
     codes = (uint8_t*)take(kBlock * (dim + 64) / 4);
     unpacked = (uint8_t*)take(kBlock * (dim + 64) / 4);
@@ -95,7 +98,7 @@ struct QuantizedSplit {
   // Tokens of the split that a row sees, at least 1.
   int visible(int row) const { return clamp_to_split(position(row) + 1 - first_key); }
   // The first token of the split in the row's window; it sees no packed one from there on.
-  int edge(int row) const { return clamp_to_split(position(row) - window + 1 - first_key); }
+  int edge(int row) const { return edges[row]; }
   // x in the lanes of the 16 tokens of vector v that the row reads packed, `other` elsewhere.
   Floats where_packed(int row, int v, Floats x, Floats other) const {
     return first(packed.first - 16 * v, other, first(edge(row) - 16 * v, x, other));
