@@ -81,11 +81,11 @@ def test_mx_scales_are_powers_of_two(grid: str, bits: int, highest: int, largest
     """The peak's exponent, one more from 1.75 on, less that of the largest code."""
     for peak, exponent in [(1.0, 0), (1.74, 0), (1.76, 1), (2.0, 1), (0.3, -2)]:
         rounding = Rounding(grid, bits, 32, scale_grid="e8m0")  # type: ignore[arg-type]
-        x = torch.zeros(1, 32)
-        x[0, 0] = peak
+        x = torch.linspace(0, peak, 32).unsqueeze(0)
         scale = 2.0 ** (exponent - highest)
-        wanted = {value * scale for value in nearest(min(peak / scale, largest), E2M1 if grid == "e2m1" else E4M3)}
-        assert float(rounding.apply(x)[0, 0]) in wanted
+        values = E2M1 if grid == "e2m1" else E4M3
+        for value, rounded in zip(x[0].tolist(), rounding.apply(x)[0].tolist(), strict=True):
+            assert rounded / scale in nearest(min(value / scale, largest), values)
 
 
 def test_nvfp4_scales_are_multiples_of_the_unit() -> None:
