@@ -4,7 +4,6 @@ Every struct reads itself from a checkpoint and is made from what it describes, 
 field that is not listed here is refused by name.
 """
 
-import math
 from types import MappingProxyType
 from typing import Any, get_args
 
@@ -24,6 +23,7 @@ from kernels.linear.table.layout import SCALE_DTYPES, TableWeights
 from kernels.linear.transforms import BlockRotation, Diagonal, Hadamard, Permutation
 
 E8M0 = torch.float8_e8m0fnu
+LARGEST_FLOAT = torch.finfo(torch.float32).max
 Tensors = dict[str, Tensor]  # by the part of their name after the term's own: "codes"
 Shape = tuple[int, int]  # (out_features, in_features)
 
@@ -44,12 +44,13 @@ class AffineTerm(TermSettings, frozen=True, tag="affine"):
         scales = take_finite(source, f"{at}.scales", groups, (*FLOATS, E8M0))
         if scales.dtype == E8M0:
             scales = scales.float().bfloat16()  # the same powers of two
+        _check_floats(at, "zero", (self.zero or 0.0,))
         if self.zero is None:
             zeros = take_finite(source, f"{at}.zeros", groups, (torch.uint8, *FLOATS))
         else:
             is_byte = self.zero.is_integer() and 0 <= self.zero <= 255
             zeros = torch.tensor([[self.zero]], dtype=torch.uint8 if is_byte else torch.float32).expand(groups)
-        return AffineWeights(self.bits, shape[1], self.group_size, codes, scales, zeros)
+        return AffineWeights(self.bits, shape[1], min(self.group_size, shape[1]), codes, scales, zeros)
 
 
 def of_affine(weights: AffineWeights) -> tuple[AffineTerm, Tensors]:
@@ -69,12 +70,11 @@ class TableTerm(TermSettings, frozen=True, tag="table"):
     factor: bool = False
 
     def read(self, source: Source, at: str, shape: Shape) -> TableWeights:
-        if not all(map(math.isfinite, self.table)):
-            raise FormatRefused(f"{at}: table {self.table} holds an entry that is not finite")
+        _check_floats(at, "table", self.table)
         codes, groups = _codes_and_groups(source, at, shape, self.bits, self.group_size)
         scales = take_finite(source, f"{at}.scales", groups, SCALE_DTYPES)
         factor = float(take_finite(source, f"{at}.factor", (1,), (torch.float64,))) if self.factor else 1.0
-        return TableWeights(self.bits, shape[1], self.group_size, codes, scales, self.table, factor)
+        return TableWeights(self.bits, shape[1], min(self.group_size, shape[1]), codes, scales, self.table, factor)
 
 
 def of_table(weights: TableWeights) -> tuple[TableTerm, Tensors]:
@@ -93,7 +93,7 @@ class LookupTerm(TermSettings, frozen=True, tag="lookup"):
     def read(self, source: Source, at: str, shape: Shape) -> LookupWeights:
         codes, groups = _codes_and_groups(source, at, shape, self.bits, self.group_size)
         tables = take_finite(source, f"{at}.tables", (*groups, 2**self.bits), FLOATS)
-        return LookupWeights(self.bits, shape[1], self.group_size, codes, tables)
+        return LookupWeights(self.bits, shape[1], min(self.group_size, shape[1]), codes, tables)
 
 
 def of_lookup(weights: LookupWeights) -> tuple[LookupTerm, Tensors]:
@@ -114,7 +114,7 @@ class CodebookTerm(TermSettings, frozen=True, tag="codebook"):
         codes = source.take(f"{at}.codes", (shape[0], shape[1] // self.vector_size), CODE_DTYPES)
         scales = take_finite(source, f"{at}.scales", (shape[0], -(-shape[1] // self.group_size)), FLOATS)
         book = take_finite(source, self.book or f"{at}.book", (self.num_vectors, self.vector_size), FLOATS)
-        return CodebookWeights(shape[1], self.group_size, codes, book, scales)
+        return CodebookWeights(shape[1], min(self.group_size, shape[1]), codes, book, scales)
 
 
 def of_codebook(weights: CodebookWeights) -> tuple[CodebookTerm, Tensors]:
@@ -237,6 +237,11 @@ def of_term(term: Any) -> tuple[TermSettings, Tensors]:
         raise TypeError(f"the container has no term of family {term.family!r}")
     settings, tensors = writers[type(term)](term)
     return settings, tensors
+
+
+def _check_floats(at: str, field: str, values: tuple[float, ...]) -> None:
+    if not all(abs(value) <= LARGEST_FLOAT for value in values):
+        raise FormatRefused(f"{at}: {field} holds {values}, of which one is not a finite float32")
 
 
 def _compact(scales: Tensor) -> Tensor:

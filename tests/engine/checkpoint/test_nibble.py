@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,30 @@ def test_what_makes_no_weights_is_named(tmp_path: Path) -> None:
         read(write(tmp_path, twice))
     with pytest.raises(FormatRefused, match="96 channels are not whole Hadamard blocks of 64"):
         read(write(tmp_path, LinearWeights((TERMS["affine"],), (Hadamard(64),))))
+
+
+JUNK: tuple[Any, ...] = (None, True, -1, 0, 7, 10**30, 1e300, "", "../x", [], [[1]], {}, {"x": {"y": [None]}}, ["(", 3])
+
+
+def with_junk(config: Any) -> Iterator[Any]:
+    """The config with each of its values, at any depth, replaced by each piece of junk."""
+    keys = config if isinstance(config, dict) else range(len(config)) if isinstance(config, list) else ()
+    for key in keys:
+        for value in (*JUNK, *with_junk(config[key])):
+            changed = copy.copy(config)
+            changed[key] = value
+            yield changed
+
+
+def test_no_config_ends_in_another_error_than_a_refusal(tmp_path: Path) -> None:
+    """Bug: a group size of 10^30 that overflows in a kernel, a zero point of 1e300, a name that is a list."""
+    term = TERMS["codebook 16 bits"]
+    weights = LinearWeights((shared_zero(), term, TERMS["table nvfp4"], TERMS["lowrank"]), (Hadamard(16),))
+    source = write(tmp_path, weights)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    tried = 0
+    for junk in with_junk(config):
+        tried += 1
+        with suppress(FormatRefused, TensorError):
+            read_config(junk).linear(source, NAME, SHAPE, False).dequantize()
+    assert tried > 300
