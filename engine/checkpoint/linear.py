@@ -32,7 +32,7 @@ def read_bias(source: Source, name: str, out_features: int, wanted: bool) -> Ten
         return None
     bias = source.take(key, (out_features,))
     if wanted:
-        return bias
+        return check_finite(bias, key)
     if bias.any():
         raise TensorError(f"tensor {key!r} is not zero, but the model's config says that this layer has no bias")
     return None

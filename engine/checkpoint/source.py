@@ -173,7 +173,7 @@ class Source:
             return None
         try:
             content = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise FilesError(f"{path} cannot be read: {error}") from error
         if not isinstance(content, dict):
             raise FilesError(f"{path} must hold a JSON object, found {type(content).__name__}")
@@ -236,7 +236,7 @@ def _find_files(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
 def _read_index(folder: Path, file: str) -> tuple[tuple[str, ...], dict[str, str]]:
     try:
         index = msgspec.json.decode((folder / file).read_bytes(), type=_Index).weight_map
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, RecursionError) as error:
         raise FilesError(f"{folder / file} is not an index of tensors: {error}") from error
     shards = tuple(sorted(set(index.values())))
     if not shards:

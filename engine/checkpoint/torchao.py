@@ -64,6 +64,7 @@ class _Subclass(msgspec.Struct, frozen=True):
 
     kind: str = msgspec.field(name="_type")
     attributes: dict[str, Any] = msgspec.field(name="_data", default_factory=dict)
+    parts: tuple[str, ...] = msgspec.field(name="_tensor_data_names", default=())
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,17 @@ def _description(source: Source, name: str) -> tuple[str, _Attributes]:
         subclass = msgspec.json.decode(written.encode(), type=_Subclass)
         if subclass.kind not in _READERS:
             return subclass.kind, _Attributes((1, 1))
-        return subclass.kind, msgspec.convert(subclass.attributes, _Attributes)
+        attributes = msgspec.convert(subclass.attributes, _Attributes)
     except msgspec.DecodeError as error:
         raise TensorError(f"{source.folder}: the header of {name}.weight is not torchao's: {error}") from error
     except msgspec.ValidationError as error:
         raise TensorError(f"{source.folder}: the header of {name}.weight: {error}") from error
+    for part in subclass.parts:
+        if f"{name}.{PREFIX}{part}" not in source:
+            raise TensorError(
+                f"{source.folder}: the checkpoint has no tensor {name}.{PREFIX}{part}, which its header lists"
+            )
+    return subclass.kind, attributes
 
 
 def _integers(source: Source, name: str, shape: tuple[int, int], attributes: _Attributes) -> AffineWeights:

@@ -5,12 +5,38 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from engine.models.rope import RopeConfig, RopeRefused, read_rope
+
+# Lists are made by these before a tensor is looked at.
+SIZES = MappingProxyType(
+    {
+        "num_hidden_layers": 1 << 12,
+        "num_attention_heads": 1 << 16,
+        "num_key_value_heads": 1 << 16,
+        "head_dim": 1 << 16,
+        "vocab_size": 1 << 28,
+        "hidden_size": 1 << 24,
+        "intermediate_size": 1 << 24,
+        "max_position_embeddings": 1 << 40,
+    }
+)
+# What transformers and float() raise for values that are no settings.
+INVALID = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    OSError,
+    StrictDataclassError,
+)
 
 
 class UnsupportedModel(ValueError):
@@ -55,11 +81,13 @@ def read_json(folder: Path) -> dict[str, Any]:
     """Return the checkpoint's config.json as it stands. Raises UnsupportedModel when it is missing or not JSON."""
     path = folder / "config.json"
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UnsupportedModel(f"{folder} is not a model folder: it has no config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedModel(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UnsupportedModel(f"{path} must hold a JSON object, found {type(content).__name__}")
     return content
 
 
@@ -67,7 +95,7 @@ def load_hf_config(folder: Path) -> Any:
     """The checkpoint's configuration with transformers' defaults filled in. No code of the checkpoint is run."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
+    except INVALID as error:
         raise UnsupportedModel(f"{folder / 'config.json'} is not a valid configuration: {error}") from error
 
 
@@ -82,6 +110,8 @@ def read_config(folder: Path, hf: Any, biases: Biases, qk_norm: bool) -> ModelCo
         rope = read_rope(hf)
     except RopeRefused as error:
         raise UnsupportedModel(str(error)) from error
+    except INVALID as error:
+        raise UnsupportedModel(f"rope_parameters {hf.rope_parameters!r} are not valid: {error}") from error
     window = _sliding_window(hf)
     context_len, notes = _context_len(raw, hf, rope, window)
     return ModelConfig(
@@ -110,9 +140,10 @@ def read_config(folder: Path, hf: Any, biases: Biases, qk_norm: bool) -> ModelCo
 def _refuse_unserved(hf: Any) -> None:
     if hf.hidden_act != "silu":
         raise UnsupportedModel(f"hidden_act {hf.hidden_act!r} is not supported; only 'silu' is")
-    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "hidden_size"):
-        if getattr(hf, name) < 1:
-            raise UnsupportedModel(f"{name} must be at least 1, found {getattr(hf, name)}")
+    for name, largest in SIZES.items():
+        size = getattr(hf, name, None)
+        if size is not None and not 1 <= size <= largest:
+            raise UnsupportedModel(f"{name} must be at least 1, and at most {largest:,}; found {size}")
 
 
 def _sliding_window(hf: Any) -> int | None:

@@ -40,7 +40,8 @@ class ModelDescription:
 def describe(folder: Path) -> ModelDescription:
     """Read config.json. Raises UnsupportedModel, with what is supported, when the model cannot be served."""
     raw = read_json(folder)
-    named = [str(name).removeprefix(ASVD) for name in raw.get("architectures") or []]
+    listed = raw.get("architectures")
+    named = [str(name).removeprefix(ASVD) for name in (listed if isinstance(listed, list) else [])]
     for architecture in ARCHITECTURES:
         if architecture.NAME in named and raw.get("model_type") == architecture.MODEL_TYPE:
             return ModelDescription(architecture, architecture.read(folder, load_hf_config(folder)))
