@@ -50,11 +50,11 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise StartError(f"not enough memory for the weights: {error}. Use a smaller model") from error
     load_seconds = time.monotonic() - started
-    eos_token_ids = checkpoint.config.eos_token_ids
+    vocab_size, eos_token_ids = checkpoint.config.vocab_size, checkpoint.config.eos_token_ids
     runner = Runner(loaded.model, storage.layers)
 
     def core(manager: KVCacheManager) -> EngineCore:
-        return EngineCore(Parts(plan, runner, storage, manager, checkpoint.config.vocab_size, eos_token_ids))
+        return EngineCore(Parts(plan, runner, storage, manager, loaded.sampler, vocab_size, eos_token_ids))
 
     speed = measure_decode(core(make_manager(plan, layout, "measurement")), plan)
     salt = f"{checkpoint.folder.resolve()}:{layout.salt}"

@@ -30,7 +30,7 @@ from engine.messages import (
 from engine.precision import PrecisionRefused, window_of
 from engine.request import Request, Sequence
 from engine.runner import Runner
-from engine.sampling import BadLogits, Draw, choose, fault_in, logprobs_of
+from engine.sampling import BadLogits, Draw, Sampler, fault_in
 from engine.scheduler import Scheduler, Slice
 from kvcache.manager import KVCacheManager
 from kvcache.storage import PageStorage
@@ -45,6 +45,7 @@ class Parts:
     runner: Runner
     storage: PageStorage
     manager: KVCacheManager
+    sampler: Sampler
     vocab_size: int
     eos_token_ids: tuple[int, ...]
 
@@ -224,7 +225,7 @@ class EngineCore:
         for offset in range(item.num_tokens):
             target = item.start + offset + 1
             if target < len(submit.prompt):
-                entry = logprobs_of(logits[offset], submit.prompt[target], num_top)
+                entry = self.parts.sampler.logprobs_of(logits[offset], submit.prompt[target], num_top)
                 item.sequence.request.prompt_logprobs.append(entry)
 
     def _complete(self, sequence: Sequence, logits: Tensor) -> None:
@@ -265,13 +266,13 @@ class EngineCore:
         eos = self.parts.eos_token_ids
         draw = Draw(sampling, request.seed, sequence.index, sequence.tokens, sequence.num_prompt, eos)
         try:
-            token = choose(logits, draw)
+            token = self.parts.sampler.choose(logits, draw)
         except BadLogits as error:
             self._fail(request, str(error))
             return
         entry = None
         if sampling.num_logprobs is not None:
-            entry = logprobs_of(logits, token, sampling.num_logprobs)
+            entry = self.parts.sampler.logprobs_of(logits, token, sampling.num_logprobs)
         if sequence.first_token_at is None:
             sequence.first_token_at = time.monotonic()
         sequence.tokens.append(token)

@@ -19,6 +19,7 @@ import kernels.attention.registry
 import kernels.linear.registry
 import kernels.norm
 import kernels.rope
+import kernels.sampling
 from engine.calibration.fingerprint import fingerprint
 from engine.checkpoint.errors import TensorError
 from engine.checkpoint.format import Format, detect
@@ -36,6 +37,7 @@ from engine.models.decoder import Decoder
 from engine.models.gguf import describe as describe_gguf
 from engine.models.layers import BoundTerm, Embedding, Linear, RMSNorm, Rope
 from engine.models.registry import ModelDescription, describe
+from engine.sampling import Sampler
 from kernels.attention.quantized.cache import QuantizedKernel, QuantizedSpec
 from kernels.contract import (
     ActivationKernel,
@@ -84,6 +86,7 @@ class LoadedModel:
     """A model ready to run, and what the start screen says about it."""
 
     model: Decoder
+    sampler: Sampler
     kernels: list[KernelUse]  # equal layers counted
     weight_bytes: int  # of the checkpoint
     device: str
@@ -180,6 +183,7 @@ def load_model(checkpoint: Checkpoint, plan: Plan) -> LoadedModel:
     checkpoint.source.close()
     return LoadedModel(
         model=model,
+        sampler=parts.sampler(checkpoint.config),
         kernels=parts.chosen(),
         notes=tuple(parts.notes),
         weight_bytes=checkpoint.source.total_bytes,
@@ -254,6 +258,11 @@ class CheckpointParts:
     def activation_kernel(self, config: ModelConfig) -> ActivationKernel:
         spec = RowSpec(config.intermediate_size, self._device, self.dtype)
         return self._choose_row_op("swiglu", kernels.activation.KERNELS, spec)
+
+    def sampler(self, config: ModelConfig) -> Sampler:
+        """Logits come to the CPU in float32 wherever they were computed."""
+        spec = RowSpec(config.vocab_size, torch.device("cpu"), torch.float32)
+        return Sampler(self._choose_row_op("sampling", kernels.sampling.KERNELS, spec))
 
     def chosen(self) -> list[KernelUse]:
         """What every layer so far runs on, equal ones counted."""

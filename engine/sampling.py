@@ -14,12 +14,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-import kernels.sampling
 from engine.messages import Logprobs, Sampling
-from kernels.contract import Filters, RowSpec, SamplingKernel, select
-
-# Logits come to the CPU in float32 wherever they were computed; how many there are changes nothing.
-KERNEL: SamplingKernel = select(kernels.sampling.KERNELS, RowSpec(1, torch.device("cpu"), torch.float32)).kernel
+from kernels.contract import Filters, SamplingKernel
 
 
 class BadLogits(RuntimeError):
@@ -72,27 +68,32 @@ def fault_in(sampling: Sampling) -> str | None:
     return None
 
 
-def choose(logits: Tensor, draw: Draw) -> int:
-    """Choose one token id.  logits: [vocab] float32. Raises BadLogits."""
-    best = KERNEL.argmax(logits)
-    if best is None:
-        raise BadLogits("the model produced logits that are not finite")
-    if draw.is_plain_greedy:
-        return best
-    logits = _adjust(logits.clone(), draw)
-    best = KERNEL.argmax(logits)
-    if best is None:
-        raise BadLogits("bias, penalties and min_tokens leave no logit that is finite")
-    s = draw.sampling
-    if s.temperature == 0:
-        return best
-    uniform = uniform_at(draw.seed, draw.index, draw.num_generated)
-    return KERNEL.draw(logits, Filters(s.temperature, s.top_k, s.top_p, s.min_p), uniform)
+@dataclass(frozen=True)
+class Sampler:
+    """The rules, on the kernel that was chosen at load."""
 
+    kernel: SamplingKernel
 
-def logprobs_of(logits: Tensor, token: int, num_top: int) -> Logprobs:
-    """The raw model's log-probability of `token` and of the `num_top` most likely.  logits: [vocab] float32."""
-    return Logprobs(token, *KERNEL.log_probs(logits, token, num_top))
+    def choose(self, logits: Tensor, draw: Draw) -> int:
+        """Choose one token id.  logits: [vocab] float32. Raises BadLogits."""
+        best = self.kernel.argmax(logits)
+        if best is None:
+            raise BadLogits("the model produced logits that are not finite")
+        if draw.is_plain_greedy:
+            return best
+        logits = _adjust(logits.clone(), draw)
+        best = self.kernel.argmax(logits)
+        if best is None:
+            raise BadLogits("bias, penalties and min_tokens leave no logit that is finite")
+        s = draw.sampling
+        if s.temperature == 0:
+            return best
+        uniform = uniform_at(draw.seed, draw.index, draw.num_generated)
+        return self.kernel.draw(logits, Filters(s.temperature, s.top_k, s.top_p, s.min_p), uniform)
+
+    def logprobs_of(self, logits: Tensor, token: int, num_top: int) -> Logprobs:
+        """The raw model's log-probability of `token` and of the `num_top` most likely.  logits: [vocab] float32."""
+        return Logprobs(token, *self.kernel.log_probs(logits, token, num_top))
 
 
 def _adjust(logits: Tensor, draw: Draw) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.messages import Sampling
-from engine.sampling import BadLogits, Draw, choose, logprobs_of, uniform_at
+from engine.sampling import BadLogits, Draw, uniform_at
+from tests.engine.worlds import SAMPLER
 
 
 def draw_of(tokens: list[int] | None = None, num_prompt: int = 0, seed: int = 0, **rules: Any) -> Draw:
@@ -18,7 +19,7 @@ def draw_of(tokens: list[int] | None = None, num_prompt: int = 0, seed: int = 0,
 
 
 def frequencies(logits: Tensor, num_draws: int = 4000, **rules: Any) -> dict[int, float]:
-    counts = Counter(choose(logits, draw_of(seed=seed, **rules)) for seed in range(num_draws))
+    counts = Counter(SAMPLER.choose(logits, draw_of(seed=seed, **rules)) for seed in range(num_draws))
     return {token: count / num_draws for token, count in counts.items()}
 
 
@@ -31,7 +32,7 @@ LOGITS = torch.tensor([0.1, 2.0, 1.0, 3.0, -1.0])
 
 
 def test_greedy_takes_the_largest() -> None:
-    assert choose(LOGITS, draw_of(temperature=0.0)) == 3
+    assert SAMPLER.choose(LOGITS, draw_of(temperature=0.0)) == 3
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -67,53 +68,55 @@ def test_filters_keep_exactly_these(rules: dict[str, Any], kept: set[int]) -> No
 def test_presence_and_frequency_count_the_answer_only() -> None:
     """Bug: penalising the prompt's tokens, which is repetition_penalty's work."""
     history = draw_of([3, 3, 3], num_prompt=3, temperature=0.0, presence_penalty=0.5, frequency_penalty=0.4)
-    assert choose(LOGITS, history) == 3
+    assert SAMPLER.choose(LOGITS, history) == 3
     repeated = draw_of([3, 3, 3, 3], num_prompt=1, temperature=0.0, presence_penalty=0.5, frequency_penalty=0.4)
-    assert choose(LOGITS, repeated) == 1  # 3.0 - 0.5 - 3 * 0.4 = 1.3 < 2.0
+    assert SAMPLER.choose(LOGITS, repeated) == 1  # 3.0 - 0.5 - 3 * 0.4 = 1.3 < 2.0
 
 
 def test_repetition_penalty_counts_prompt_and_answer_and_pushes_negatives_down() -> None:
     logits = torch.tensor([-1.0, -1.5])
-    assert choose(logits, draw_of([0], num_prompt=1, temperature=0.0, repetition_penalty=2.0)) == 1
+    assert SAMPLER.choose(logits, draw_of([0], num_prompt=1, temperature=0.0, repetition_penalty=2.0)) == 1
 
 
 def test_logit_bias_moves_and_bans() -> None:
-    assert choose(LOGITS, draw_of(temperature=0.0, logit_bias={4: 5.0})) == 4
-    assert choose(LOGITS, draw_of(temperature=0.0, logit_bias={3: -100.0})) == 1
+    assert SAMPLER.choose(LOGITS, draw_of(temperature=0.0, logit_bias={4: 5.0})) == 4
+    assert SAMPLER.choose(LOGITS, draw_of(temperature=0.0, logit_bias={3: -100.0})) == 1
 
 
 def test_min_tokens_bans_every_ending_until_then() -> None:
     logits = torch.tensor([9.0, 8.0, 1.0])
     rules: dict[str, Any] = {"temperature": 0.0, "min_tokens": 1, "stop_token_ids": (1,)}
-    assert choose(logits, draw_of([5], num_prompt=1, **rules)) == 2
-    assert choose(logits, draw_of([5, 2], num_prompt=1, **rules)) == 0
-    assert choose(logits, draw_of([5], num_prompt=1, ignore_eos=True, **rules)) == 0
+    assert SAMPLER.choose(logits, draw_of([5], num_prompt=1, **rules)) == 2
+    assert SAMPLER.choose(logits, draw_of([5, 2], num_prompt=1, **rules)) == 0
+    assert SAMPLER.choose(logits, draw_of([5], num_prompt=1, ignore_eos=True, **rules)) == 0
 
 
 @pytest.mark.parametrize("temperature", [1e-310, 1e-30, 1e-3])
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     """Bug: logits divided until they overflow leave NaN, and the last token of the vocabulary is drawn."""
-    assert choose(LOGITS, draw_of(temperature=temperature)) == 3
+    assert SAMPLER.choose(LOGITS, draw_of(temperature=temperature)) == 3
 
 
 def test_every_position_draws_anew() -> None:
     """Bug: one number for the whole answer repeats the same choice at every position."""
     flat = torch.zeros(50)
-    tokens = [choose(flat, draw_of([1] * num_generated, seed=3)) for num_generated in range(20)]
+    tokens = [SAMPLER.choose(flat, draw_of([1] * num_generated, seed=3)) for num_generated in range(20)]
     assert len(set(tokens)) > 10
 
 
 def test_the_input_row_is_left_alone() -> None:
     """Bug: rules applied in place change the log-probabilities reported for the row, and siblings' draws."""
     row = LOGITS.clone()
-    choose(row, draw_of([1], num_prompt=0, temperature=0.5, logit_bias={1: 3.0}, repetition_penalty=2.0, top_k=2))
+    SAMPLER.choose(
+        row, draw_of([1], num_prompt=0, temperature=0.5, logit_bias={1: 3.0}, repetition_penalty=2.0, top_k=2)
+    )
     assert torch.equal(row, LOGITS)
 
 
 @pytest.mark.parametrize("row", [[1.0, math.nan], [math.inf, 0.0], [-math.inf, -math.inf]])
 def test_broken_rows_are_refused(row: list[float]) -> None:
     with pytest.raises(BadLogits):
-        choose(torch.tensor(row), draw_of(temperature=0.0))
+        SAMPLER.choose(torch.tensor(row), draw_of(temperature=0.0))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -121,7 +124,7 @@ def test_rules_that_ban_every_token_are_refused(temperature: float) -> None:
     """Bug: 0 / 0 in the softmax of a row without a finite logit, and some token drawn from it."""
     rules: dict[str, Any] = {"temperature": temperature, "min_tokens": 1, "stop_token_ids": (0, 1)}
     with pytest.raises(BadLogits, match="min_tokens"):
-        choose(torch.zeros(2), draw_of(**rules))
+        SAMPLER.choose(torch.zeros(2), draw_of(**rules))
 
 
 def test_rows_with_banned_tokens_still_draw() -> None:
@@ -140,10 +143,10 @@ def test_uniform_is_fixed_and_spread() -> None:
 
 
 def test_logprobs_are_sorted_and_hold_the_chosen() -> None:
-    entry = logprobs_of(LOGITS, token=0, num_top=2)
+    entry = SAMPLER.logprobs_of(LOGITS, token=0, num_top=2)
     scores = torch.log_softmax(LOGITS.double(), 0).tolist()
     assert entry.token == 0
     assert entry.logprob == pytest.approx(scores[0], rel=1e-12)
     assert [token for token, _ in entry.top] == [3, 1]
     assert [score for _, score in entry.top] == pytest.approx([scores[3], scores[1]], rel=1e-12)
-    assert logprobs_of(LOGITS, token=0, num_top=99).top[-1][0] == 4
+    assert SAMPLER.logprobs_of(LOGITS, token=0, num_top=99).top[-1][0] == 4

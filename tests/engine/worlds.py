@@ -10,11 +10,15 @@ from engine.config import Plan
 from engine.core import EngineCore, Parts
 from engine.messages import Done, Event, Failed, Inbound, PlanSummary, Sampling, Submit, Token
 from engine.runner import Runner
+from engine.sampling import Sampler
+from kernels.contract import RowSpec
+from kernels.sampling import KERNELS
 from kvcache.layout import PageLayout
 from kvcache.manager import KVCacheManager
 from kvcache.policy import read_policy
 from kvcache.storage import PageStorage
 
+SAMPLER = Sampler(next(k for k in KERNELS if k.refuses(RowSpec(1, torch.device("cpu"), torch.float32)) is None))
 VOCAB = 50
 EOS = 0
 
@@ -74,7 +78,7 @@ def make_core(
     )
     manager = KVCacheManager(num_pages, page_size, salt="test")
     runner = Runner(HashModel(), storage.layers)
-    return EngineCore(Parts(plan, runner, storage, manager, VOCAB, eos_token_ids=(EOS,)))
+    return EngineCore(Parts(plan, runner, storage, manager, SAMPLER, VOCAB, eos_token_ids=(EOS,)))
 
 
 def make_summary(core: EngineCore) -> PlanSummary:
