@@ -2,7 +2,9 @@
 
 hub.py       name -> folder
 source.py    folder -> tensors by name, checked and counted
-format.py    config.json -> the reader of its format: dense.py, gptq.py, awq.py, compressed_tensors.py
+format.py    config.json -> the reader of its format, one file each; refused.py: formats that are known but not read
+gptq_layout.py, awq_layout.py, blocks.py
+             tensors that several formats lay out alike
 gguf_choice.py, gguf_file.py, gguf_source.py, gguf_blocks.py, gguf.py
              one file with everything in place of a folder: which one, its header, its tensors, their blocks
 linear.py    what the readers share: shapes, dense layers, biases, which settings are honoured
