@@ -8,6 +8,7 @@ gptq_layout.py, awq_layout.py, blocks.py
 gguf_choice.py, gguf_file.py, gguf_source.py, gguf_blocks.py, gguf.py
              one file with everything in place of a folder: which one, its header, its tensors, their blocks
 linear.py    what the readers share: shapes, dense layers, biases, which settings are honoured
+terms.py     the terms and transforms of Nibble's own container (nibble.py), read and written
 codes.py     words of packed codes -> canonical codes, zero points, input order
 errors.py    why a checkpoint is refused
 """
