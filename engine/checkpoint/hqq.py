@@ -1,17 +1,20 @@
-"""HQQ checkpoints in safetensors, as hqq and transformers write them, with groups along the inputs (axis 1).
+"""HQQ checkpoints in safetensors, as hqq and transformers write them.
 
-    w.flat[i] = scale[i // group_size] * (q[i] - zero[i // group_size])
+    w.flat[i] = scale[i // group_size] * (q[i] - zero[i // group_size])      axis 1, groups along the inputs
+    w.flat[i] = scale[i % num_groups] * (q[i] - zero[i % num_groups])        axis 0, groups along the outputs
 
     W_q        codes of [groups, group_size], packed along the groups: the first half of the groups in the high nibbles
                of 4 bits, quarters and eighths of 2 and 1 bits likewise; 3 bits: ten tenths in 30 bits of an int32;
                5, 6 and 8 bits: a byte each. May be stored as floats of the same bytes (view_as_float).
     scale      [groups, 1]  float16, bfloat16 or float32
     zero       [groups, 1]  likewise: zero points are not integers
+               axis 0: W_q is [group_size, groups], packed along group_size; scale and zero are [1, groups]
     shape      [2]          (out, in)
     nbits, group_size, axis, channel_wise, quant_scale, quant_zero   numbers, as tensors of no dimension
 
 Every layer says how it is stored, so that a checkpoint needs no quantization_config; hqq's own save writes none.
-Groups of axis 0 run along the outputs: each weight of a row has a scale of its own, which no kernel here reads.
+With axis 0 each weight of a row has a scale of its own, which no kernel here reads: those layers are dequantized at
+load and cost the bits of the dtype of their scales.
 """
 
 from collections.abc import Mapping
@@ -29,6 +32,7 @@ from engine.checkpoint.linear import present, read_bias, read_dense, read_settin
 from engine.checkpoint.source import FLOATS, Source
 from kernels.linear.affine.layout import AffineWeights
 from kernels.linear.bitstream import pack_codes
+from kernels.linear.dense.layout import DenseWeights
 from kernels.linear.weights import LinearWeights
 
 WHERE = "HQQ config"
@@ -80,6 +84,9 @@ class Hqq:
             return read_dense(source, name, shape, bias)
         bits, group_size = _read_settings(source, name, shape)
         num_groups = shape[0] * shape[1] // group_size
+        if _number(source, f"{name}.axis") == 0:
+            dense = _dequantize_axis_0(source, name, bits, (group_size, num_groups)).view(shape)
+            return LinearWeights((DenseWeights(dense),), bias=read_bias(source, name, shape[0], bias))
         codes = _codes(source, f"{name}.{MARK}", bits, (num_groups, group_size))
         scale = take_scales(source, f"{name}.scale", (num_groups, 1)).flatten()
         zero = take_scales(source, f"{name}.zero", (num_groups, 1)).flatten()
@@ -105,10 +112,8 @@ def _read_settings(source: Source, name: str, shape: tuple[int, int]) -> tuple[i
     """(bits, group_size) of a layer. Raises FormatRefused for layers of another kind, TensorError for broken ones."""
     for part in present(source, name, INFORMATIONAL_PARTS):
         source.tensor(part)
-    if _number(source, f"{name}.axis") != 1:
-        raise FormatRefused(
-            f"{name} is quantized along axis 0, with a scale for every weight of a row: quantize the model with axis=1"
-        )
+    if _number(source, f"{name}.axis") not in (0, 1):
+        raise TensorError(f"tensor '{name}.axis' is {_number(source, f'{name}.axis')}, expected 0 or 1")
     for part in OFF_PARTS:
         if f"{name}.{part}" in source and _number(source, f"{name}.{part}") != 0:
             raise FormatRefused(f"{name}.{part} is on: quantized scales and zero points of HQQ are not supported")
@@ -136,23 +141,31 @@ def _number(source: Source, key: str) -> float:
     return value
 
 
+def _dequantize_axis_0(source: Source, name: str, bits: int, shape: tuple[int, int]) -> Tensor:
+    """[group_size, groups] in the dtype of the scales, every step rounded as hqq's own dequantization rounds it."""
+    codes = _codes(source, f"{name}.{MARK}", bits, shape)
+    scale = take_scales(source, f"{name}.scale", (1, shape[1]))
+    zero = take_scales(source, f"{name}.zero", (1, shape[1]))
+    return codes.to(scale.dtype).sub_(zero.to(scale.dtype)).mul_(scale)
+
+
 def _codes(source: Source, key: str, bits: int, shape: tuple[int, int]) -> Tensor:
-    """The codes [groups, group_size] uint8."""
-    num_groups, group_size = shape
+    """The codes [rows, columns] uint8: [groups, group_size], or of axis 0 the other way round."""
+    num_rows, num_columns = shape
     slices = SLICES[bits]
-    if bits != 3 and num_groups % slices:
-        raise TensorError(f"tensor {key!r}: {num_groups} groups do not fill bytes of {slices} codes of {bits} bits")
-    rows = -(-num_groups // slices)
+    if bits != 3 and num_rows % slices:
+        raise TensorError(f"tensor {key!r}: {num_rows} rows do not fill bytes of {slices} codes of {bits} bits")
+    rows = -(-num_rows // slices)
     word = torch.int32 if bits == 3 else torch.uint8
     itemsize = source.dtype(key).itemsize
-    columns = group_size * word.itemsize // itemsize
-    if columns * itemsize != group_size * word.itemsize:
-        raise TensorError(f"tensor {key!r} has dtype {source.dtype(key)}, which {group_size} codes do not fill")
-    stored = source.take(key, (rows, columns), (word, *FLOATS)).contiguous().view(word)  # [rows, group_size]
+    columns = num_columns * word.itemsize // itemsize
+    if columns * itemsize != num_columns * word.itemsize:
+        raise TensorError(f"tensor {key!r} has dtype {source.dtype(key)}, which {num_columns} codes do not fill")
+    stored = source.take(key, (rows, columns), (word, *FLOATS)).contiguous().view(word)  # [rows, columns]
     if slices == 1:
         if bits < 8 and bool((stored >> bits).any()):
             raise TensorError(f"tensor {key!r} holds codes beyond {bits} bits")
         return stored
     mask = (1 << bits) - 1
     parts = [((stored >> (bits * (slices - 1 - i))) & mask).to(torch.uint8) for i in range(slices)]  # highest first
-    return torch.cat(parts)[:num_groups]
+    return torch.cat(parts)[:num_rows]

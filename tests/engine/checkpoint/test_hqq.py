@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.checkpoint.errors import CheckpointError, FormatRefused
 from engine.checkpoint.hqq import read_config
 from engine.checkpoint.source import Source
-from tests.engine.checkpoint.worlds import QUERY, changed, reader
+from tests.engine.checkpoint.worlds import FIXTURES, QUERY, changed, reader
 
 PLAIN = "hqq-4bit-ragged"
 OTHERS = "hqq-3bit-others-qwen2"
@@ -23,7 +23,8 @@ def number(value: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("part", "tensor", "message"),
     [
-        ("axis", number(0), "axis 0.*axis=1"),
+        ("axis", number(2), "axis' is 2.0, expected 0 or 1"),
+        ("axis", number(0), r"scale' has shape \[64, 1\], expected \[1, 64\]"),
         ("quant_zero", number(1), "quant_zero is on"),
         ("channel_wise", number(0), "channel_wise is off"),
         ("shape", torch.tensor([64, 32]), r"shape' holds \[64, 32\], expected \[64, 64\]"),
@@ -61,6 +62,17 @@ def test_layers_are_known_without_a_config(tmp_path: Path) -> None:
     """hqq's own save function leaves config.json as it was."""
     form, _ = reader(changed(PLAIN, tmp_path, {}))
     assert form.name == "hqq"
+
+
+def test_axis_0_is_dense_in_the_dtype_of_its_scales() -> None:
+    """Bug: 32 bits of memory for what the tool itself holds in 16, or groups of axis 0 read along the inputs."""
+    layer = "model.layers.0.self_attn.q_proj"  # 4 bits, groups of 64 outputs: one scale for a column
+    source = Source(FIXTURES / "hqq-axis0-others-qwen2")
+    (term,) = read_config({}).linear(source, layer, (64, 64), bias=True).terms
+    assert (term.family, term.bits) == ("dense", 16)
+    scale, weight = source.tensor(f"{layer}.scale").double(), term.dequantize().double()  # [1, 64], [64, 64]
+    assert int((weight / scale).diff(dim=0).round().abs().max()) <= 15
+    assert all(len(column.unique()) <= 16 for column in weight.T)
 
 
 def test_unknown_settings_are_refused() -> None:
