@@ -92,6 +92,8 @@ async def ask(client: httpx.AsyncClient, target: Target, prompt: Prompt, outcome
         outcome.error = "connection refused"
     except httpx.HTTPError as error:
         outcome.error = f"connection lost ({type(error).__name__})"
+    except (AttributeError, TypeError, ValueError):
+        outcome.error = "not OpenAI's events"
     outcome.latency = time.perf_counter() - started
 
 
@@ -110,8 +112,8 @@ async def _read(response: httpx.Response, outcome: Outcome, started: float) -> N
         except ValueError:
             outcome.error = "not JSON"
             return
-        if "error" in event:
-            outcome.error = f"stream error ({(event['error'] or {}).get('code')})"
+        if (error := event.get("error")) is not None:
+            outcome.error = f"stream error ({str(error.get('code') if isinstance(error, dict) else error)[:80]})"
             return
         if _has_text(event):
             now = time.perf_counter()

@@ -1,6 +1,7 @@
 """The load test: when requests go out, what is asked, what is measured of the answers, which rate holds an SLO."""
 
 import asyncio
+import io
 import json
 import math
 import statistics
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from server.bench import datasets, report
+from server.bench import datasets, report, view
 from server.bench.arrivals import Arrivals
 from server.bench.client import Outcome, Target, ask
 from server.bench.datasets import Lengths, Prompt
@@ -175,6 +177,9 @@ def test_a_stream_is_timed_piece_by_piece() -> None:
         (httpx.Response(200, stream=Stream([piece("a")], done=False)), "cut off"),
         (httpx.Response(200, stream=Stream([USAGE])), "no text"),
         (httpx.Response(200, stream=Stream([piece("a"), {"error": {"code": "lost"}}])), "stream error (lost)"),
+        (httpx.Response(200, stream=Stream([{"error": "busy"}])), "stream error (busy)"),
+        (httpx.Response(200, stream=Stream([7])), "not OpenAI's events"),
+        (httpx.Response(200, stream=Stream([{"choices": ["a"]}])), "not OpenAI's events"),
         (httpx.Response(200, content=b"data: {oops\n\n"), "not JSON"),
         (httpx.ConnectError("no"), "connection refused"),
         (httpx.ReadTimeout("slow"), "timeout (ReadTimeout)"),
@@ -251,6 +256,13 @@ def test_percentiles_are_those_of_the_standard_library() -> None:
 def test_limits_that_are_not_understood_are_refused(text: str) -> None:
     with pytest.raises(BenchError, match="--slo"):
         Slo.read(text)
+
+
+def test_what_a_server_calls_its_error_is_no_markup() -> None:
+    """Bug: a code like [/x] ends the report in a MarkupError of the terminal's library."""
+    console = Console(file=io.StringIO())
+    view.print_summary(console, summarize([Outcome(0, 0, error="stream error ([/x])")], None), "")
+    assert "1 x stream error ([/x])" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 # ---- sweep -----------------------------------------------------------------------------------------------------------
