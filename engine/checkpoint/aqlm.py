@@ -18,7 +18,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.checkpoint.errors import CheckpointError, FormatRefused, TensorError
+from engine.checkpoint.errors import FormatRefused, TensorError
 from engine.checkpoint.linear import is_packed, present, read_bias, read_dense, read_settings
 from engine.checkpoint.source import FLOATS, Source
 from kernels.linear.codebook.layout import CodebookWeights
@@ -73,8 +73,6 @@ class Aqlm:
                 )
                 for c in range(num_books)
             )
-        except CheckpointError:
-            raise
         except ValueError as error:
             raise TensorError(f"the tensors of {name!r} make no weights: {error}") from error
         post = () if num_books == 1 else (Diagonal(scales.flatten()),)

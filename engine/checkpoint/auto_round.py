@@ -20,7 +20,7 @@ from engine.checkpoint import gptq_layout
 from engine.checkpoint.awq_layout import read_gemm
 from engine.checkpoint.errors import FormatRefused
 from engine.checkpoint.gptq_layout import GptqLayout
-from engine.checkpoint.linear import is_packed, read_dense, read_settings, rename
+from engine.checkpoint.linear import PATTERN_ERRORS, is_packed, read_dense, read_settings, rename
 from engine.checkpoint.source import Source
 from kernels.linear.weights import LinearWeights
 
@@ -145,7 +145,7 @@ def _rule(name: str, changes: Mapping[str, Any], layer: _LayerSettings) -> _Rule
     settings = _checked(read_settings(merged, _LayerSettings, INFORMATIONAL | UNROUNDED, where), where)
     try:
         return _Rule(name, re.compile(name), settings)
-    except re.error:
+    except PATTERN_ERRORS:
         return _Rule(name, None, settings)
 
 

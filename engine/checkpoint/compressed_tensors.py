@@ -3,6 +3,7 @@
 How the tensors of a layer are laid out is in compressed_layouts.py, rotations in compressed_transforms.py.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -196,7 +197,7 @@ def _scheme(weights: _Values, layout: str, where: str) -> Scheme:
 def _block(structure: list[int] | str | None, where: str) -> tuple[int, int]:
     """[128, 128], or "128x128" as old releases wrote it."""
     sides = structure.split("x") if isinstance(structure, str) else structure or []
-    if len(sides) != 2 or not all(str(side).isdigit() and int(side) > 0 for side in sides):
+    if len(sides) != 2 or not all(re.fullmatch("[1-9][0-9]{0,8}", str(side)) for side in sides):
         raise FormatRefused(f"{where}: block_structure must be two positive numbers, found {structure!r}")
     return int(sides[0]), int(sides[1])
 

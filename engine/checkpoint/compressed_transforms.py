@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.errors import FormatRefused, TensorError
-from engine.checkpoint.linear import read_settings
+from engine.checkpoint.linear import PATTERN_ERRORS, read_settings
 from engine.checkpoint.source import FLOATS, Source
 from kernels.linear.transforms import BlockRotation, Hadamard, Transform
 from kernels.linear.weights import LinearWeights
@@ -158,8 +158,8 @@ def check_pattern(target: str, where: str) -> None:
     """Raises FormatRefused for a target that is no regular expression."""
     try:
         re.compile(target.removeprefix("re:"))
-    except re.error as error:
-        raise FormatRefused(f"{where}: {target!r} is not a regular expression: {error}") from error
+    except PATTERN_ERRORS as error:
+        raise FormatRefused(f"{where}: {target[:80]!r} is not a regular expression: {error}") from error
 
 
 def hadamard(size: int) -> Tensor:

@@ -22,7 +22,7 @@ import msgspec
 from engine.checkpoint import gptq_layout
 from engine.checkpoint.errors import FormatRefused
 from engine.checkpoint.gptq_layout import GptqLayout
-from engine.checkpoint.linear import is_packed, read_dense, read_settings, rename
+from engine.checkpoint.linear import PATTERN_ERRORS, is_packed, read_dense, read_settings, rename
 from engine.checkpoint.source import Source
 from kernels.linear.weights import LinearWeights
 
@@ -154,7 +154,7 @@ def _rule(pattern: str, changes: Mapping[str, Any], layer: _LayerSettings) -> _R
     where = f"{WHERE}: dynamic {pattern!r}"
     try:
         compiled = re.compile(pattern.removeprefix("-:").removeprefix("+:"))
-    except re.error as error:
+    except PATTERN_ERRORS as error:
         raise FormatRefused(f"{where} is not a regular expression: {error}") from error
     if pattern.startswith("-:"):
         return _Rule(compiled, None)

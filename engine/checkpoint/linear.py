@@ -1,5 +1,6 @@
 """What the readers share: dense layers, biases, and settings that are honoured or refused by name."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +14,11 @@ from kernels.linear.dense.layout import DenseWeights
 from kernels.linear.weights import LinearWeights
 
 Settings = TypeVar("Settings", bound=msgspec.Struct)
+PATTERN_ERRORS = (
+    re.error,
+    OverflowError,
+    RecursionError,
+)  # of re.compile; the last two: numbers and brackets without end
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {})  # values by which a setting says that it is off
 
 

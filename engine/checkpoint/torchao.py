@@ -113,10 +113,8 @@ def _description(source: Source, name: str) -> tuple[str, _Attributes]:
         if subclass.kind not in _READERS:
             return subclass.kind, _Attributes((1, 1))
         attributes = msgspec.convert(subclass.attributes, _Attributes)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:  # DecodeError is also the base of ValidationError
         raise TensorError(f"{source.folder}: the header of {name}.weight is not torchao's: {error}") from error
-    except msgspec.ValidationError as error:
-        raise TensorError(f"{source.folder}: the header of {name}.weight: {error}") from error
     for part in subclass.parts:
         if f"{name}.{PREFIX}{part}" not in source:
             raise TensorError(

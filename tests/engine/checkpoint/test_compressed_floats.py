@@ -71,6 +71,7 @@ def test_a_block_may_be_written_as_text() -> None:
         (INT8, "input_activations", {"strategy": "group"}, "positive group_size"),
         (BLOCKS, "input_activations", {"symmetric": False}, "symmetric"),
         (BLOCKS, "weights", {"block_structure": [32]}, "block_structure"),
+        (BLOCKS, "weights", {"block_structure": "32x\u00b2"}, "block_structure"),
         (BLOCKS, "weights", {"symmetric": False}, "symmetric"),
         (NVFP4, "weights", {"num_bits": 8}, "nvfp4-pack-quantized weights of 8 bits"),
         (NVFP4, "weights", {"strategy": "channel"}, "strategy 'channel'"),

@@ -145,6 +145,8 @@ def test_tensors_that_do_not_fit_are_named(
         (config(transform_config={"version": 2}), "version"),
         (config(sparsity_config={"format": "sparse-24-bitmask"}), "sparse-24-bitmask"),
         (config(targets=["re:("]), "regular expression"),
+        (config(targets=["re:a{99999999999999999999}"]), "regular expression"),
+        (config(targets=["re:" + "(" * 5000]), "regular expression"),
         (config() | {"config_groups": {"W4A16": ["Linear"]}}, "config_groups"),
     ],
 )

@@ -95,6 +95,8 @@ def test_tensors_that_do_not_fit_are_named(
         ({"rotation": "hadamard"}, "rotation"),
         ({"adapter": {"name": "lora"}}, "adapter"),
         ({"dynamic": {"-:(": {}}}, "regular expression"),
+        ({"dynamic": {"a{99999999999999999999}": {}}}, "regular expression"),
+        ({"dynamic": {"(" * 5000: {}}}, "regular expression"),
         ({"dynamic": {"lm_head": {"bits": 7}}}, "7 bits.*'gptq_p'"),
         ({"dynamic": {"lm_head": {"adapter": {"rank": 8}}}}, "adapter"),
         ({"dynamic": {"lm_head": {"group_size": 0}}}, "group_size"),

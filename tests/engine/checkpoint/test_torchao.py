@@ -62,6 +62,15 @@ def test_a_file_without_a_description_is_refused(tmp_path: Path) -> None:
         read_config({}).linear(Source(tmp_path), QUERY, (64, 64), bias=False)
 
 
+def test_a_description_of_brackets_without_end_is_refused(tmp_path: Path) -> None:
+    """Bug: a RecursionError of the JSON decoder, which nobody catches."""
+    name = f"{QUERY}._weight_qdata"
+    nested = '{"_type": "Int4Tensor", "_data": {"deep": ' + "[" * 100_000
+    save_file({name: torch.zeros(1)}, tmp_path / "model.safetensors", {f"{QUERY}.weight": nested})
+    with pytest.raises(CheckpointError, match="header"):
+        read_config({}).linear(Source(tmp_path), QUERY, (64, 64), bias=False)
+
+
 def test_int4_tensors_have_minima(tmp_path: Path) -> None:
     """w = q * scale + zero_point with signed codes, low nibble first, scales and zero points [groups, out].
 
