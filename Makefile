@@ -1,6 +1,7 @@
 # make serve    install into .venv and serve the bundled demo model on http://localhost:8000
 # make test     install into .venv and run the whole gate
 # make check    the gate alone: format, lint, types, imports, tests
+# make demo-monitoring    the demo model under load, watched by a Prometheus of this machine: do all panels show data?
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ ARGS ?=
 NATIVE := $(wildcard kernels/native/*.cpp kernels/native/*.hpp kernels/native/simd/*.hpp kernels/native/CMakeLists.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check format clean again
+.PHONY: help install serve test check demo-monitoring format clean again
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +42,9 @@ check:
 	$(BIN)/mypy
 	$(BIN)/lint-imports --config pyproject.toml
 	$(BIN)/pytest
+
+demo-monitoring: install
+	$(BIN)/python -m benchmarks.monitoring
 
 format: install
 	$(BIN)/ruff format .

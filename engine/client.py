@@ -53,6 +53,11 @@ class EngineClient(Protocol):
         """The newest figures the engine sent."""
         ...
 
+    @property
+    def process_id(self) -> int | None:
+        """Of the engine while it runs in a process of its own."""
+        ...
+
     async def start(self) -> None:
         """Begin loading; returns at once. Progress and the outcome show in `state`."""
         ...
@@ -143,7 +148,7 @@ def calibrate_model(
 def convert_model(
     model: Path, destination: Path, settings: ConversionSettings, on_progress: Callable[[Loading], None] | None = None
 ) -> Conversion:
-    """Write the checkpoint in Nibble's container. Raises ValueError naming the layer or setting that cannot be served."""
+    """Write the checkpoint in Nibble's container. Raises ValueError naming what cannot be served."""
     from engine.conversion.convert import convert
 
     return convert(model, destination, settings, on_progress)

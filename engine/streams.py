@@ -75,6 +75,10 @@ class StreamingClient:
         self._streams = Streams()
 
     @property
+    def process_id(self) -> int | None:
+        return None
+
+    @property
     def state(self) -> EngineState:
         return self._state
 

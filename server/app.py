@@ -41,7 +41,12 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers, expose_headers=exposed
         )
-    app.add_middleware(AccessLog, enabled=config.access_log, with_prompts=config.log_prompts)
+    app.add_middleware(
+        AccessLog,
+        enabled=config.access_log,
+        with_prompts=config.log_prompts,
+        answered=service.metrics.answered,
+    )
     add = partial(_add, app)
     add("/v1/chat/completions", chat.create_chat_completion, methods=["POST"], tags=["OpenAI"])
     add("/v1/completions", completions.create_completion, methods=["POST"], tags=["OpenAI"])

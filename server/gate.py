@@ -30,13 +30,14 @@ Refused = Callable[[str], None]
 
 
 class AccessLog:
-    """Gives every request an id, sends it back, and writes one JSON line when the answer has ended.
+    """Gives every request an id, sends it back, and counts it and writes one JSON line when the answer has ended.
 
     Never a prompt, unless `with_prompts`; never a key, only its name.
     """
 
-    def __init__(self, app: ASGIApp, enabled: bool, with_prompts: bool) -> None:
+    def __init__(self, app: ASGIApp, enabled: bool, with_prompts: bool, answered: Callable[[int], None]) -> None:
         self._app = app
+        self._answered = answered
         self._enabled = enabled
         self._with_prompts = with_prompts
 
@@ -71,10 +72,15 @@ class AccessLog:
             entry["status"] = 500  # what the caller is told, further out
             raise
         finally:
-            if self._enabled:
-                if self._with_prompts:
-                    entry["body"] = body[:PROMPT_CHARACTERS].decode("utf-8", "replace")
-                _write(scope, entry, request_id, time.perf_counter() - started)
+            if self._with_prompts:
+                entry["body"] = body[:PROMPT_CHARACTERS].decode("utf-8", "replace")
+            self._ended(scope, entry, request_id, time.perf_counter() - started)
+
+    def _ended(self, scope: Scope, entry: dict[str, Any], request_id: str, seconds: float) -> None:
+        if entry["status"] is not None and scope["path"].startswith(GUARDED):
+            self._answered(entry["status"])
+        if self._enabled:
+            _write(scope, entry, request_id, seconds)
 
 
 class Gate:

@@ -4,9 +4,10 @@ The server measures what a client feels (time to first token, between tokens, en
 measured of itself from its newest Stats when /metrics is read.
 """
 
+import asyncio
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
@@ -27,6 +28,11 @@ EFFECTIVE_BITS = (
 PREFIX_CUT = (
     "Prompt tokens on cached pages that had to be computed: their window was gone (a hit computes nothing again)"
 )
+REASONS = ("stop", "length")
+FAILURES = (
+    *("invalid", "capacity", "engine"),  # the engine's Failed
+    *("disconnected", "queue_full", "unavailable", "unauthorized", "rate_limited"),
+)
 CHOICES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -36,6 +42,8 @@ class Metrics:
     def __init__(self, engine: EngineClient) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(engine))
+        ProcessCollector(registry=self.registry)
+        ProcessCollector("nibble_engine", lambda: engine.process_id or "none", registry=self.registry)
         self.first_token = self._histogram("time_to_first_token_seconds", "From arrival to first token", FIRST_TOKEN_S)
         self.between_tokens = self._histogram("inter_token_latency_seconds", "Between two tokens", BETWEEN_TOKENS_S)
         self.end_to_end = self._histogram("e2e_request_latency_seconds", "From arrival to last token", REQUEST_S)
@@ -54,6 +62,13 @@ class Metrics:
         self.failure = Counter(
             "nibble_request_failure", "Requests that ended without an answer", ["kind"], registry=self.registry
         )
+        self.responses = Counter(
+            "nibble_http_responses",
+            "Answers of the API that ended, by HTTP status",
+            ["status"],
+            registry=self.registry,
+        )
+        self._begin()
 
     def submitted(self, submit: Submit) -> None:
         self.prompt_tokens.inc(len(submit.prompt))
@@ -74,12 +89,24 @@ class Metrics:
         self.decode_time.observe(done.decode_s)
 
     def refused(self, kind: str) -> None:
-        """kind: invalid, capacity, engine (the engine's Failed) · disconnected · queue_full · unavailable."""
+        """kind: one of FAILURES."""
         self.failure.labels(kind).inc()
+
+    def answered(self, status: int) -> None:
+        """The answer to a request of the API began with this status."""
+        self.responses.labels(status).inc()
 
     def exposition(self) -> bytes:
         """The text Prometheus scrapes."""
         return generate_latest(self.registry)
+
+    def _begin(self) -> None:
+        """Every label that alerts look at counts from 0: Prometheus sees no increase in what begins at 1."""
+        for reason in REASONS:
+            self.success.labels(reason)
+        for kind in FAILURES:
+            self.failure.labels(kind)
+        self.responses.labels(200)
 
     def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"nibble_{name}", help, buckets=buckets, registry=self.registry)
@@ -107,6 +134,7 @@ class EngineCollector(Collector):
         yield GaugeMetricFamily(
             "nibble_swap_bytes_used", "Host memory of sequences that are swapped out", stats.swap_bytes_used
         )
+        yield GaugeMetricFamily("nibble_asyncio_tasks", "Tasks of the server's event loop", _num_tasks())
         yield from self._tiers()
         yield from self._counters()
         if self._engine.ready is not None:
@@ -149,6 +177,13 @@ class EngineCollector(Collector):
             ("engine_step_seconds", "Time spent in steps", stats.step_seconds_total),
         ):
             yield CounterMetricFamily(f"nibble_{name}", help, value)
+
+
+def _num_tasks() -> int:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # read where no loop runs
+        return 0
 
 
 def _cache_info(plan: PlanSummary) -> InfoMetricFamily:

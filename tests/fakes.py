@@ -1,6 +1,7 @@
 """Stand-ins for what the server stands on: an engine that says what it is told to, and a tokenizer of bytes."""
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,6 +138,10 @@ class FakeEngine:
     stopped: bool = False
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     streams: dict[str, FakeStream] = field(default_factory=dict)
+
+    @property
+    def process_id(self) -> int | None:
+        return os.getpid()
 
     @property
     def ready(self) -> Ready | None:

@@ -1,15 +1,18 @@
 """Dockerfile and docker-compose.yml against the real command line, routes and packages."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from server.app import create_app
-from server.config import ServerConfig
+from server.app import create_app, create_ops_app
+from server.config import ServerConfig, load
 from tests.fakes import ByteTokenizer, FakeEngine
 
 ROOT = Path(__file__).parent.parent
@@ -21,15 +24,29 @@ def dockerfile() -> str:
 
 
 @pytest.fixture(scope="module")
-def service() -> dict[str, Any]:
-    compose: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-    server: dict[str, Any] = compose["services"]["server"]
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def services(compose: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = compose["services"]
+    return found
+
+
+@pytest.fixture(scope="module", params=["server", "server-gpu"])
+def service(request: pytest.FixtureRequest, services: dict[str, Any]) -> dict[str, Any]:
+    server: dict[str, Any] = services[request.param]
     return server
 
 
-def routes() -> set[str]:
-    app = create_app(FakeEngine(), ByteTokenizer(), ServerConfig(), "demo")
+def paths(app: FastAPI) -> set[str]:
     return {route.path for route in app.routes if isinstance(route, APIRoute)}
+
+
+def routes(ops_port: int | None = None) -> set[str]:
+    return paths(create_app(FakeEngine(), ByteTokenizer(), ServerConfig(ops_port=ops_port), "demo"))
 
 
 def settings_named(names: set[str]) -> set[str]:
@@ -53,7 +70,7 @@ def test_ports_agree(dockerfile: str, service: dict[str, Any]) -> None:
 def test_health_checks_ask_a_real_route(dockerfile: str, service: dict[str, Any]) -> None:
     asked = re.findall(r"http://127\.0\.0\.1:8000(/\w+)", dockerfile + " ".join(service["healthcheck"]["test"]))
     assert len(asked) == 2
-    assert set(asked) <= routes()
+    assert set(asked) <= routes(int(service["environment"]["NIBBLE_OPS_PORT"]))
 
 
 def test_what_the_image_copies_exists_and_is_not_ignored(dockerfile: str) -> None:
@@ -76,3 +93,93 @@ def test_the_container_is_not_root_and_keeps_nothing_but_models(dockerfile: str,
 def test_grace_outlasts_the_drain(service: dict[str, Any]) -> None:
     """Bug: a container killed while its streams still drain."""
     assert int(service["stop_grace_period"].removesuffix("s")) > ServerConfig().drain_seconds
+
+
+def test_the_settings_of_the_environment_are_read(
+    service: dict[str, Any], monkeypatch: pytest.MonkeyPatch, services: dict[str, Any]
+) -> None:
+    """Bug: a value in the compose file that the server refuses, so that the container starts and dies for ever."""
+    for name, value in service["environment"].items():
+        monkeypatch.setenv(name, re.sub(r"\$\{\w+:-(.*)\}", r"\1", value))
+    settings = load({})
+    assert (settings.host, settings.port, settings.ops_port) == ("0.0.0.0", 8000, 8001)
+    assert (settings.model, settings.api_key) == (None, None)
+    assert settings.device == ("cpu" if service is services["server"] else "cuda")
+
+
+def test_variables_for_the_compose_file_are_no_settings(
+    compose: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a name that the compose file reads and that stops a server on the same machine as an unknown setting."""
+    for name in re.findall(r"\$\{(\w+)", yaml.safe_dump(compose)):
+        if f"{name}".removeprefix("NIBBLE_").lower() not in ServerConfig.model_fields:
+            monkeypatch.setenv(name, "1")
+    load({})
+
+
+def test_prometheus_asks_where_the_metrics_are(services: dict[str, Any]) -> None:
+    """Bug: a scrape of a port or a host that there is not: every panel empty, and NibbleDown for ever."""
+    config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    (job,) = config["scrape_configs"]
+    ((target,),) = [entry["targets"] for entry in job["static_configs"]]
+    host, port = target.split(":")
+    for name in ("server", "server-gpu"):
+        aliases = services[name].get("networks", {}).get("default", {}).get("aliases", [])
+        assert host in (name, *aliases)
+        assert services[name]["environment"]["NIBBLE_OPS_PORT"] == port
+    app = create_app(FakeEngine(), ByteTokenizer(), ServerConfig(ops_port=int(port)))
+    assert "/metrics" in paths(create_ops_app(app.state.service))
+    assert "metrics_path" not in job
+    assert all((ROOT / "deploy/prometheus" / name).is_file() for name in config["rule_files"])
+
+
+def test_grafana_finds_its_files_and_prometheus(services: dict[str, Any]) -> None:
+    """Bug: a dashboard that is mounted where the provider does not look, or a data source that is another service."""
+    grafana, prometheus = services["grafana"], services["prometheus"]
+    mounts = dict(mount.split(":")[:2] for mount in grafana["volumes"])
+    provisioning = ROOT / "deploy/grafana/provisioning"
+    assert mounts["./deploy/grafana/provisioning"] == "/etc/grafana/provisioning"  # where Grafana looks
+    (provider,) = yaml.safe_load((provisioning / "dashboards/nibble.yml").read_text())["providers"]
+    assert provider["options"]["path"] == mounts["./deploy/grafana/dashboards"]
+    home = Path(grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert (ROOT / "deploy/grafana/dashboards" / home.relative_to(provider["options"]["path"])).is_file()
+    (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())["datasources"]
+    assert source["url"] == f"http://prometheus:{prometheus['expose'][0]}"
+    scrapes = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["global"]["scrape_interval"]
+    assert source["jsonData"]["timeInterval"] == scrapes
+
+
+def test_every_service_is_confined(services: dict[str, Any]) -> None:
+    """Bug: a service added later that runs as root, writes its image, or takes all memory."""
+    for name, service in services.items():
+        assert service["read_only"] is True, name
+        assert service["user"] not in ("", "0", "root"), name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["restart"] == "unless-stopped", name
+        assert service["healthcheck"]["test"], name
+        assert {"memory", "cpus"} <= service["deploy"]["resources"]["limits"].keys(), name
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), name
+        assert set(service["profiles"]) <= {"cpu", "gpu"}, name
+
+
+def test_volumes_and_mounted_folders_exist(compose: dict[str, Any], services: dict[str, Any]) -> None:
+    for service in services.values():
+        for mount in service["volumes"]:
+            source = mount.split(":")[0]
+            assert (ROOT / source).is_dir() if source.startswith(".") else source in compose["volumes"]
+
+
+def test_the_compose_file_holds_no_secret(services: dict[str, Any]) -> None:
+    """Bug: a password that somebody put in to try something."""
+    for service in services.values():
+        for name, value in service.get("environment", {}).items():
+            if re.search(r"KEY|PASSWORD|SECRET|TOKEN", name):
+                assert re.fullmatch(r"\$\{\w+:-\}", value), name
+
+
+@pytest.mark.skipif(shutil.which("docker-compose") is None, reason="docker-compose is not installed")
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_docker_compose_takes_the_file(profile: str) -> None:
+    words = ["docker-compose", "--profile", profile, "config", "--services"]
+    done = subprocess.run(words, check=False, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

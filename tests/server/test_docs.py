@@ -1,21 +1,27 @@
-"""docs/api.md says what the schemas say."""
+"""docs/api.md says what the schemas say, docs/operations.md what the metrics and the command line do."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from prometheus_client import Metric
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from server.app import create_app
+from server.bench.options import Asked, Output, Pace, Steps
 from server.config import ServerConfig
 from server.schemas.chat import ChatRequest, Message
 from server.schemas.common import SamplingFields
 from server.schemas.completions import CompletionRequest
 from server.schemas.models import DetokenizeRequest, TokenizeRequest
+from server.service import Service
 from tests.fakes import ByteTokenizer, FakeEngine
 
-TEXT = (Path(__file__).parents[2] / "docs/api.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "api.md").read_text(encoding="utf-8")
+OPERATIONS = (DOCS / "operations.md").read_text(encoding="utf-8")
 COMMON = set(SamplingFields.model_fields)
 TABLES: list[tuple[str, type[BaseModel], set[str]]] = [
     ("Fields of both", SamplingFields, set()),
@@ -54,6 +60,32 @@ def test_every_route_is_in_the_documentation() -> None:
             assert f"`{method.upper()} {path}`" in TEXT
 
 
-def test_every_metric_is_in_the_documentation() -> None:
-    for metric in create_app(FakeEngine(), ByteTokenizer(), ServerConfig()).state.service.metrics.registry.collect():
-        assert f"`{metric.name}`" in TEXT or f"`{metric.name}_total`" in TEXT or f"`{metric.name}_info`" in TEXT
+def metric_row(metric: Metric) -> str:
+    suffix = {"counter": "_total", "info": "_info"}.get(metric.type, "")
+    labels = {label: None for sample in metric.samples for label in sample.labels if label != "le"}
+    shown = ", ".join(f"`{label}`" for label in labels)
+    return f"| `{metric.name}{suffix}` | {metric.type} | {shown} | {metric.documentation.rstrip('.')} |"
+
+
+def test_the_metrics_table_equals_the_metrics() -> None:
+    """Bug: a metric that was renamed, or got a label, since it was written down."""
+    section = OPERATIONS.split("# Metrics\n", 1)[1].split("\n## ", 1)[0]
+    written = [line for line in section.splitlines() if line.startswith("| `")]
+    service: Service = create_app(FakeEngine(), ByteTokenizer(), ServerConfig()).state.service
+    rows = [metric_row(metric) for metric in service.metrics.registry.collect()]
+    if not Path("/proc/self/stat").exists():  # where the client library has nothing to say of processes
+        written = [line for line in written if "process_" not in line]
+    assert written == rows
+
+
+def test_flags_in_the_operations_guide_exist() -> None:
+    """Bug: advice to use an option that was renamed."""
+    settings = {"--" + name.replace("_", "-") for name in ServerConfig.model_fields}
+    options = {
+        "--" + ("json" if field.name == "as_json" else field.name.replace("_", "-"))
+        for part in (Asked, Pace, Steps, Output)
+        for field in fields(part)
+    }
+    others = {"--help", "--config", "--profile", "--build", "--cacert", "--minutes", "--rate"}  # of other programs too
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", OPERATIONS))
+    assert named <= settings | options | others

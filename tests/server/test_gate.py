@@ -156,3 +156,14 @@ async def test_other_origins_are_refused_unless_named() -> None:
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://b.example")
     other = await world.text(SECRET | {"origin": "https://c.example"})
     assert "access-control-allow-origin" not in other.headers
+
+
+async def test_answers_are_counted_by_status_and_probes_are_not() -> None:
+    """Bug: health checks and scrapes drown the traffic; refusals that no route ever saw are missing."""
+    world = Guarded(KeyRing("secret"))
+    for path in ("/health", "/metrics", "/v1/models"):
+        await world.http.get(path)
+    await world.http.post("/v1/completions", json=TEXT, headers=SECRET)
+    text = (await world.http.get("/metrics")).text
+    assert 'nibble_http_responses_total{status="200"} 1.0' in text
+    assert 'nibble_http_responses_total{status="401"} 1.0' in text
