@@ -14,11 +14,8 @@ from kernels.linear.dense.layout import DenseWeights
 from kernels.linear.weights import LinearWeights
 
 Settings = TypeVar("Settings", bound=msgspec.Struct)
-PATTERN_ERRORS = (
-    re.error,
-    OverflowError,
-    RecursionError,
-)  # of re.compile; the last two: numbers and brackets without end
+# Of re.compile; the last two come of numbers and brackets without end.
+PATTERN_ERRORS = (re.error, OverflowError, RecursionError)
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {})  # values by which a setting says that it is off
 
 
