@@ -51,6 +51,7 @@ from kernels.contract import (
 )
 from kernels.linear.affine.quantize import quantize_symmetric
 from kernels.linear.dense.layout import DenseWeights
+from kernels.linear.joined import RoundingKernel
 from kernels.linear.rounding import Rounding
 from kernels.linear.weights import LinearWeights, Term
 from kvcache.calibration import FILE_NAME, CalibrationError, read_calibration
@@ -309,7 +310,7 @@ class CheckpointParts:
             prepared = choice.kernel.prepare(self._place(term))
         except ValueError as error:
             raise TensorError(f"the weights of {name!r} cannot be served: {error}") from error
-        if choice.kernel.name == "native" and term.family not in ("dense", "int8") and ROUNDED not in self.notes:
+        if isinstance(choice.kernel, RoundingKernel) and ROUNDED not in self.notes:
             self.notes.append(ROUNDED)
         return BoundTerm(self._note(f"{term.family} {term.describe()}", choice, prepared.num_bytes), prepared)
 

@@ -92,6 +92,13 @@ def test_a_head_in_16_bits_is_rounded_to_8_and_says_so() -> None:
     assert "kept in 16 bits: native: not the requested 'reference'" in load(folder, kernel="reference").notes[0]
 
 
+@pytest.mark.parametrize("name", ["hf-fp8-block", "ct-int8-token"])
+def test_only_kernels_that_round_activations_are_said_to(name: str) -> None:
+    """Bug: of a model whose format rounds its activations the start screen says that they are rounded to 8 bits, and
+    names a flag that would change nothing."""
+    assert not load(FIXTURES / name, head_bits=16).notes
+
+
 @pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
 def test_a_head_that_cannot_be_rounded_is_named(folder: Path) -> None:
     """Bug: a traceback of the quantizer in place of the tensor that is damaged."""
