@@ -6,7 +6,7 @@ kernels have repacked it, so the model never exists twice.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -27,6 +27,7 @@ from engine.checkpoint.gguf import Gguf
 from engine.checkpoint.gguf_choice import SUFFIX
 from engine.checkpoint.gguf_file import read_headers
 from engine.checkpoint.gguf_source import GgufSource
+from engine.checkpoint.quip import Quip
 from engine.checkpoint.source import Progress, Source
 from engine.config import EngineConfig, ModelFacts, Plan
 from engine.machine import free_memory, has_cuda, num_cores
@@ -35,7 +36,7 @@ from engine.models import llama
 from engine.models.config import ModelConfig, read_json
 from engine.models.decoder import Decoder
 from engine.models.gguf import describe as describe_gguf
-from engine.models.layers import BoundTerm, Embedding, Linear, RMSNorm, Rope
+from engine.models.layers import BoundTerm, Embedding, FusedProjections, Linear, Projections, RMSNorm, Rope
 from engine.models.registry import ModelDescription, describe
 from engine.sampling import Sampler
 from kernels.attention.quantized.cache import QuantizedKernel, QuantizedSpec
@@ -211,6 +212,13 @@ class CheckpointParts:
     def linear(self, name: str, shape: tuple[int, int], bias: bool) -> Linear:
         """Raises TensorError when the layer's shape or bias is not what the model expects."""
         return self._bind(name, self._format.linear(self._source, name, shape, bias))
+
+    def projections(self, layers: Sequence[tuple[str, tuple[int, int]]], bias: bool) -> Projections | FusedProjections:
+        """Raises TensorError likewise."""
+        fused = self._format.fused(self._source, layers, bias) if isinstance(self._format, Quip) else None
+        if fused is not None:
+            return FusedProjections(self._bind(fused.name, fused.weights), fused.outputs)
+        return Projections([self.linear(name, shape, bias) for name, shape in layers])
 
     def norm(self, name: str, width: int, eps: float) -> RMSNorm:
         weight = self._source.take(f"{name}.weight", (width,))

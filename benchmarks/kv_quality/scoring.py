@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -73,8 +73,8 @@ class Engine:
         for index, codec in enumerate(subject.codecs or ()):
             self.storage.layers[index] = replace(self.storage.layers[index], codec=codec)
         self.model = _wrapped(load_model(open_checkpoint(subject.model), parts.plan).model, subject.wrap)
-        self._recorder: Any = Recorder(Runner(self.model, self.storage.layers))
-        self._core = EngineCore(replace(parts, runner=self._recorder))
+        self._recorder = Recorder(Runner(self.model, self.storage.layers))
+        self._core = EngineCore(replace(parts, runner=cast(Runner, self._recorder)))
         self._ids = itertools.count()
 
     def score(self, ids: list[int]) -> Tensor:

@@ -1,10 +1,11 @@
 """Which matrices of a checkpoint are linear layers: those that the model itself asks for."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.models.config import ModelConfig
-from engine.models.layers import Linear
+from engine.models.layers import Linear, Projections
 from engine.models.registry import describe
 
 
@@ -17,6 +18,9 @@ class _Recorder:
     def linear(self, name: str, shape: tuple[int, int], bias: bool) -> Linear:
         self.shapes[name] = shape
         return Linear((), (), None)
+
+    def projections(self, layers: Sequence[tuple[str, tuple[int, int]]], bias: bool) -> Projections:
+        return Projections([self.linear(name, shape, bias) for name, shape in layers])
 
     def norm(self, name: str, width: int, eps: float) -> Any:
         return None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.models.config import ModelConfig
-from engine.models.layers import MLP, Attention, Embedding, Linear, Parts, Projections, RMSNorm, Rope
+from engine.models.layers import MLP, Attention, Embedding, Linear, Parts, RMSNorm, Rope
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,13 @@ def _attention(config: ModelConfig, parts: Parts, rope: Rope, index: int) -> Att
     hidden, head_dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
     q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
     return Attention(
-        qkv_proj=Projections(
+        qkv_proj=parts.projections(
             [
-                parts.linear(f"{name}.q_proj", (q_size, hidden), config.qkv_bias),
-                parts.linear(f"{name}.k_proj", (kv_size, hidden), config.qkv_bias),
-                parts.linear(f"{name}.v_proj", (kv_size, hidden), config.qkv_bias),
-            ]
+                (f"{name}.q_proj", (q_size, hidden)),
+                (f"{name}.k_proj", (kv_size, hidden)),
+                (f"{name}.v_proj", (kv_size, hidden)),
+            ],
+            config.qkv_bias,
         ),
         o_proj=parts.linear(f"{name}.o_proj", (hidden, q_size), config.output_bias),
         q_norm=parts.norm(f"{name}.q_norm", head_dim, eps) if config.qk_norm else None,
@@ -102,11 +103,8 @@ def _attention(config: ModelConfig, parts: Parts, rope: Rope, index: int) -> Att
 def _mlp(config: ModelConfig, parts: Parts, name: str) -> MLP:
     hidden, inner = config.hidden_size, config.intermediate_size
     return MLP(
-        gate_up_proj=Projections(
-            [
-                parts.linear(f"{name}.gate_proj", (inner, hidden), config.mlp_bias),
-                parts.linear(f"{name}.up_proj", (inner, hidden), config.mlp_bias),
-            ]
+        gate_up_proj=parts.projections(
+            [(f"{name}.gate_proj", (inner, hidden)), (f"{name}.up_proj", (inner, hidden))], config.mlp_bias
         ),
         down_proj=parts.linear(f"{name}.down_proj", (hidden, inner), config.mlp_bias),
         kernel=parts.activation_kernel(config),

@@ -88,6 +88,19 @@ def _join(linears: Sequence[Linear]) -> Any | None:
     return first.terms[0].kernel.join([linear.terms[0].prepared for linear in linears])
 
 
+class FusedProjections:
+    """Layers that the checkpoint holds as one, whose outputs stand one after the other (QuIP#)."""
+
+    def __init__(self, linear: Linear, outputs: Sequence[slice]) -> None:
+        self._linear = linear
+        self._outputs = tuple(outputs)  # of each layer
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x: [num_tokens, in_features] -> [num_tokens, out_features] of each layer, x's dtype."""
+        y = self._linear(x)
+        return tuple(y[:, columns].contiguous() for columns in self._outputs)
+
+
 class Embedding:
     """Row lookup in a [vocab_size, hidden_size] matrix, kept as it was stored.
 
@@ -150,7 +163,7 @@ class Rope:
 class Attention:
     """Grouped-query attention over the paged cache; queries and keys may be normalized head by head."""
 
-    qkv_proj: Projections
+    qkv_proj: Projections | FusedProjections
     o_proj: Linear
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
@@ -176,7 +189,7 @@ class Attention:
 class MLP:
     """down(silu(gate(x)) * up(x))."""
 
-    gate_up_proj: Projections
+    gate_up_proj: Projections | FusedProjections
     down_proj: Linear
     kernel: ActivationKernel
 
@@ -190,6 +203,10 @@ class Parts(Protocol):
 
     def linear(self, name: str, shape: tuple[int, int], bias: bool) -> Linear:
         """The layer called `name`; shape is (out_features, in_features)."""
+        ...
+
+    def projections(self, layers: Sequence[tuple[str, tuple[int, int]]], bias: bool) -> Projections | FusedProjections:
+        """Layers that read the same input, by name and shape."""
         ...
 
     def norm(self, name: str, width: int, eps: float) -> RMSNorm: ...
