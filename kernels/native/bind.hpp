@@ -2,8 +2,28 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <vector>
 
 namespace nibble {
+
+// Matrices that share activations: run(x, num_tokens, outs) takes the addresses of x and of one output for each matrix.
+template <class Group, class Matrix>
+void bind_group(nanobind::module_& m, const char* name) {
+  using namespace nanobind::literals;
+  nanobind::class_<Group>(m, name)
+      .def(nanobind::init<std::vector<const Matrix*>>(), "members"_a, nanobind::keep_alive<1, 2>())
+      .def(
+          "run",
+          [](const Group& group, uintptr_t x, int64_t num_tokens, const std::vector<uintptr_t>& outs) {
+            std::vector<float*> pointers;
+            for (uintptr_t out : outs) pointers.push_back((float*)out);
+            group.run((const float*)x, num_tokens, pointers);
+          },
+          "x"_a, "num_tokens"_a, "outs"_a, nanobind::call_guard<nanobind::gil_scoped_release>());
+}
 
 void bind_linear(nanobind::module_& m);
 void bind_dense(nanobind::module_& m);

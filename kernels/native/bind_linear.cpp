@@ -11,6 +11,7 @@
 #include "bind.hpp"
 #include "group.hpp"
 #include "packed.hpp"
+#include "refuse.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -19,10 +20,6 @@ namespace nibble {
 namespace {
 
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 bool is_contiguous(const Array& a) {
   int64_t expected = 1;
@@ -60,18 +57,24 @@ void set_codes(Canonical& from, const Array& codes) {
   require(from.bits >= 1 && from.bits <= 8, "bits must be 1..8");
   require(codes.ndim() == 2 && is<uint8_t>(codes) && is_contiguous(codes), "codes must be a contiguous uint8 matrix");
   int64_t expected = (from.num_channels * from.bits + 7) / 8;
-  require((int64_t)codes.shape(1) == expected, "codes have " + std::to_string(codes.shape(1)) +
-                                                   " bytes a row, expected " + std::to_string(expected));
+  if ((int64_t)codes.shape(1) != expected)
+    refuse("codes have " + std::to_string(codes.shape(1)) + " bytes a row, expected " + std::to_string(expected));
   from.num_rows = (int64_t)codes.shape(0);
   from.codes = (const uint8_t*)codes.data();
   from.codes_stride = expected;
 }
 
+int64_t num_groups_of(const Canonical& from) { return (from.num_channels - 1) / from.group_size + 1; }
+
+bool is_matrix(const Array& a, int64_t num_rows) {
+  return a.ndim() == 2 && (int64_t)a.shape(0) == num_rows && is_contiguous(a);
+}
+
 void check_groups(const Canonical& from, const Array& a, const char* name) {
-  int64_t num_groups = (from.num_channels - 1) / from.group_size + 1;
-  require(a.ndim() == 2 && (int64_t)a.shape(0) == from.num_rows && (int64_t)a.shape(1) == num_groups && is_contiguous(a),
-          std::string(name) + " must be a contiguous matrix of " + std::to_string(from.num_rows) + " x " +
-              std::to_string(num_groups));
+  int64_t num_groups = num_groups_of(from);
+  if (!is_matrix(a, from.num_rows) || (int64_t)a.shape(1) != num_groups)
+    refuse(std::string(name) + " must be a contiguous matrix of " + std::to_string(from.num_rows) + " x " +
+           std::to_string(num_groups));
 }
 
 void set_zeros(Canonical& from, const std::optional<Array>& zeros) {
@@ -87,7 +90,7 @@ void set_zeros(Canonical& from, const std::optional<Array>& zeros) {
 void set_offsets(Canonical& from, const std::optional<Array>& offsets, bool nested) {
   if (!offsets) return;
   check_groups(from, *offsets, "offsets");
-  require(is_float(*offsets, 32) != (nested && is<int8_t>(*offsets)), "offsets must be float32, or int8 with steps");
+  require(nested ? is<int8_t>(*offsets) : is_float(*offsets, 32), "offsets must be float32, or int8 with steps");
   require(from.table.empty() && !from.zeros && from.zero == 0, "weights with offsets have no table and no zero points");
   from.zero_type = ZeroType::offset;
   from.zeros = offsets->data();
@@ -95,12 +98,12 @@ void set_offsets(Canonical& from, const std::optional<Array>& offsets, bool nest
 
 // Of nested scales: bytes, and for so many groups each a float16 step.
 const uint16_t* steps_of(Canonical& from, const Array& steps, const char* name) {
-  int64_t num_groups = (from.num_channels - 1) / from.group_size + 1, per_row = (int64_t)(steps.ndim() == 2 ? steps.shape(1) : 0);
-  require(per_row >= 1 && (int64_t)steps.shape(0) == from.num_rows && num_groups % per_row == 0 && is_float(steps, 16) &&
-              is_contiguous(steps),
-          std::string(name) + " must be a contiguous matrix of float16, one for some groups of each row");
-  require(from.groups_per_step == 0 || from.groups_per_step == num_groups / per_row, "steps must be for as many groups");
-  from.groups_per_step = num_groups / per_row;
+  int64_t num_groups = num_groups_of(from), per_row = is_matrix(steps, from.num_rows) ? (int64_t)steps.shape(1) : 0;
+  if (per_row < 1 || num_groups % per_row != 0 || !is_float(steps, 16))
+    refuse(std::string(name) + " must be a contiguous matrix of float16, one for some groups of each row");
+  int64_t each = num_groups / per_row;
+  require(from.groups_per_step == 0 || from.groups_per_step == each, "steps must be for as many groups");
+  from.groups_per_step = each;
   return (const uint16_t*)steps.data();
 }
 
@@ -139,9 +142,9 @@ Packed pack_arrays(int bits, int64_t num_channels, int64_t group_size, const Arr
   set_offsets(from, offsets, offset_steps.has_value());
   set_nested(from, scales, offsets, scale_steps, offset_steps);
   if (factors) {
-    require(factors->ndim() == 1 && (int64_t)factors->shape(0) == from.num_rows && is_float(*factors, 32) &&
-                is_contiguous(*factors),
-            "factors must be " + std::to_string(from.num_rows) + " contiguous float32");
+    if (factors->ndim() != 1 || (int64_t)factors->shape(0) != from.num_rows || !is_float(*factors, 32) ||
+        !is_contiguous(*factors))
+      refuse("factors must be " + std::to_string(from.num_rows) + " contiguous float32");
     from.factors = (const float*)factors->data();
   }
   return pack(from);
@@ -160,16 +163,7 @@ void bind_linear(nb::module_& m) {
         "factors"_a.none() = nb::none(), "ternary"_a = false, "offsets"_a.none() = nb::none(),
         "scale_steps"_a.none() = nb::none(), "offset_steps"_a.none() = nb::none(),
         nb::call_guard<nb::gil_scoped_release>());
-  nb::class_<Group>(m, "Group")
-      .def(nb::init<std::vector<const Packed*>>(), "members"_a, nb::keep_alive<1, 2>())
-      .def(
-          "run",
-          [](const Group& group, uintptr_t x, int64_t num_tokens, const std::vector<uintptr_t>& outs) {
-            std::vector<float*> pointers;
-            for (uintptr_t out : outs) pointers.push_back((float*)out);
-            group.run((const float*)x, num_tokens, pointers);
-          },
-          "x"_a, "num_tokens"_a, "outs"_a, nb::call_guard<nb::gil_scoped_release>());
+  bind_group<Group, Packed>(m, "Group");
 }
 
 }  // namespace nibble

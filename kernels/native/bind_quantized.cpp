@@ -64,7 +64,8 @@ void bind_quantized(nb::module_& m) {
           [](QuantizedAttention* self, std::array<int64_t, 4> shape, std::pair<Format, Format> formats,
              std::pair<std::vector<int64_t>, int> high, std::pair<bool, int64_t> recent_pages,
              std::vector<int64_t> query_starts, std::vector<int64_t> context_lens,
-             std::tuple<uintptr_t, int64_t, int64_t> block_tables, std::pair<uintptr_t, int64_t> slots, std::tuple<uintptr_t, int64_t, uintptr_t> recent) {
+             std::tuple<uintptr_t, int64_t, int64_t> block_tables, std::pair<uintptr_t, int64_t> slots,
+             std::tuple<uintptr_t, int64_t, uintptr_t> recent) {
             QuantizedShape own = shape_of(shape, formats, high.second);
             own.heads.cell = recent_pages.first ? Cell::f16 : Cell::f32;
             auto [tables, num_tables, max_pages] = block_tables;

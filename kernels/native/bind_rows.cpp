@@ -60,7 +60,9 @@ void bind_rows(nb::module_& m) {
       release);
   m.def(
       "swiglu",
-      [](Address gate, Address up, int64_t count, Address out) { swiglu(floats(gate), floats(up), count, floats(out)); },
+      [](Address gate, Address up, int64_t count, Address out) {
+        swiglu(floats(gate), floats(up), count, floats(out));
+      },
       release);
   m.def("argmax", [](Address logits, int64_t size) { return argmax(floats(logits), size); }, release);
   m.def("draw", &draw_id, release);

@@ -13,7 +13,7 @@ constexpr int kFewTokens = kRegisters ? 4 : 0;  // take their weights from regis
 constexpr int kTogether = kRegisters >= 32 ? kBlocks : 1;  // row blocks that they pass over at once
 constexpr int kCodesAhead = 1024;                         // bytes
 
-// ---- units to floats: how codes of channel k of a unit come to the low bits of their lane ----------------------------
+// ---- units to floats: how codes of channel k of a unit come to the low bits of their lane --------------------------
 
 // Codes of up to 4 bits choose one of 16 floats, by bits that need not be cut out of their word.
 struct Fours {
@@ -105,7 +105,8 @@ struct Place {
   // Returns the scales of the block's 64 rows, or nullptr where all are 1 or are in the weights.
   const float* scales(const Packed& w, int block, float* to) const {
     if (w.scale_type == ScaleType::none || adds_offsets(w)) return nullptr;
-    for (int r = 0; r < kBlocks; r++) store(to + 16 * r, load_scales(w.scale_type, parameters[r], block % kParameterBlocks));
+    int slot = block % kParameterBlocks;
+    for (int r = 0; r < kBlocks; r++) store(to + 16 * r, load_scales(w.scale_type, parameters[r], slot));
     return to;
   }
 };

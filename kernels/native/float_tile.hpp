@@ -65,7 +65,8 @@ inline void tile(const typename W::Element* w, int channels, const float* x, int
 #pragma GCC unroll kUnroll
     for (int r = 0; r < kRows; r++) weights[r] = W::load(w + k * kPanelRows + 16 * r);
 #pragma GCC unroll kUnroll
-    for (int line = 0; line < W::lines; line++) prefetch((const char*)(w + k * kPanelRows) + kPrefetchBytes + 64 * line);
+    for (int line = 0; line < W::lines; line++)
+      prefetch((const char*)(w + k * kPanelRows) + kPrefetchBytes + 64 * line);
 #pragma GCC unroll kUnroll
     for (int t = 0; t < kTokens; t++) {
       Floats value = set1(x[t * x_stride + k]);

@@ -11,12 +11,10 @@
 namespace nibble {
 namespace {
 
-// Activations that stay in a core's second cache while the row blocks of a chunk pass by. With all 512 tokens of a prompt
-// at once, 8,192 channels each, they came from the third for every row block, and products were a third slower.
+// Activations that stay in a core's second cache while the row blocks of a chunk pass by. With all 512 tokens of a
+// prompt at once, 8,192 channels each, they came from the third for every row block, and products were a third slower.
 constexpr int64_t kCachedBytes = 384 << 10;
 constexpr int64_t kFewTokens = 8;  // rounded by the caller alone
-
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // Activations of a call. They belong to the calling thread, for all its groups: groups may be shared by threads, and
 // scratch of each group of a model would add up to several hundred megabytes after a long prompt.

@@ -3,9 +3,9 @@
 //   y[t, n] = f[n] sum_j s[n, j] x[t, j] ( sum_{k in j} u[n, k] a[t, k]  -  z[n, j] sum_{k in j} a[t, k] )
 //   y[t, n] = f[n] sum_j x[t, j] ( s[n, j] sum_{k in j} u[n, k] a[t, k]  +  o[n, j] sum_{k in j} a[t, k] )
 //
-// The inner sums are integers and exact. The outer sum runs over the blocks j in order, one fused multiply-add each, for
-// every output element alike: the result does not depend on how many tokens share the call, on the number of threads or
-// on the instruction set.
+// The inner sums are integers and exact. The outer sum runs over the blocks j in order, one fused multiply-add each,
+// for every output element alike: the result does not depend on how many tokens share the call, on the number of
+// threads or on the instruction set.
 #pragma once
 
 #include <cstdint>

@@ -25,8 +25,8 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// One round: every thread calls pass() of its worker until the time is over. The sum of the threads' rates, each timed by
-// itself, so that one that starts late does not count as slow.
+// One round: every thread calls pass() of its worker until the time is over. The sum of the threads' rates, each timed
+// by itself, so that one that starts late does not count as slow.
 template <class Worker>
 double round_rate(std::vector<Worker>& workers, double seconds) {
   std::vector<double> rates(workers.size());

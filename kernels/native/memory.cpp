@@ -14,8 +14,6 @@ constexpr size_t kSlab = 64u << 20;
 constexpr size_t kLine = 64;
 constexpr size_t kSlack = 4096;  // readable bytes past the end: kernels load and prefetch whole vectors
 
-size_t round_up(size_t size, size_t multiple) { return (size + multiple - 1) / multiple * multiple; }
-
 // Zeroed memory, taken from the system as it is touched.
 class Mapping {
  public:

@@ -4,8 +4,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 
 namespace nibble {
+
+template <class Int>
+static constexpr Int round_up(Int x, std::type_identity_t<Int> multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
 
 // Owns `size` bytes. Throws std::bad_alloc.
 class Buffer {

@@ -4,20 +4,16 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 
 #include "pool.hpp"
+#include "refuse.hpp"
 
 namespace nibble {
 namespace {
 
 constexpr int kMaxSteps = (kTernaryBlockChannels + 4) / 4;  // of a block, its last unit whole
 constexpr int kStepBytes = 4 * kRows;
-
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
-[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
 int64_t scale_size(ScaleType type) {
   switch (type) {

@@ -3,11 +3,12 @@
 //   w[n, k] = factor[n] scale[n, j] (u[n, k] - zero[n, j]),   j the block of channels that k lies in
 //   w[n, k] = factor[n] (scale[n, j] u[n, k] + zero[n, j])    when zeros are offsets
 //
-// u is an unsigned integer: the code itself, or what a table makes of it (128 planes[0][code] + planes[1][code] when the
-// table needs two planes). Rows go in blocks of 16, one lane of a vector each. A row block is one stream in the order the
-// kernels read it:
+// u is an unsigned integer: the code itself, or what a table makes of it (128 planes[0][code] + planes[1][code] when
+// the table needs two planes). Rows go in blocks of 16, one lane of a vector each. A row block is one stream in the
+// order the kernels read it:
 //
-//   [factors: 16 float32] then for every 4 blocks [scales: 4 x 16][zeros: 4 x 16][codes of block 0] .. [codes of block 3]
+//   [factors: 16 float32] then for every 4 blocks
+//   [scales: 4 x 16][zeros: 4 x 16][codes of block 0] .. [codes of block 3]
 //
 // Nested scales and offsets are 4 x 16 bytes followed by 16 steps.
 //
@@ -23,9 +24,9 @@
 //   5      4 x 128, 1 x 32
 //   6      4 x 128, 2 x 64
 //
-// Ternary codes can lie five to a byte; a unit is then 5 steps, 20 channels, of 64 bytes: byte = ceil(256 v / 243) where
-// v is the number whose digits in base 3 are the codes, that of step 0 the highest. The digits come out by multiplying
-// by 3: what passes 8 bits is the next digit.
+// Ternary codes can lie five to a byte; a unit is then 5 steps, 20 channels, of 64 bytes: byte = ceil(256 v / 243)
+// where v is the number whose digits in base 3 are the codes, that of step 0 the highest. The digits come out by
+// multiplying by 3: what passes 8 bits is the next digit.
 //
 // Rows past N have factor 0; channels past the end of the last block multiply activations of 0.
 #pragma once

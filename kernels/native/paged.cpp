@@ -2,22 +2,18 @@
 
 #include <algorithm>
 #include <atomic>
-#include <stdexcept>
 #include <string>
 
 #include "isa.hpp"
 #include "memory.hpp"
 #include "pool.hpp"
+#include "refuse.hpp"
 
 namespace nibble {
 namespace {
 
 constexpr int kUnitRows = 48;            // query rows that share one reading of a context
 constexpr int64_t kItemsPerThread = 8;   // enough that a thread held up by others costs little
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 void check_shape(const PagedInputs& in) {
   const CacheShape& s = in.shape;
@@ -30,8 +26,8 @@ void check_rows(const PagedInputs& in) {
   size_t num_seqs = in.context_lens.size();
   require(in.query_starts.size() == num_seqs + 1 && in.query_starts[0] == 0,
           "query_starts must be num_seqs + 1 rows from 0");
-  require(in.num_tables == (int64_t)num_seqs, std::to_string(in.num_tables) + " block tables for " +
-                                                  std::to_string(num_seqs) + " sequences");
+  if (in.num_tables != (int64_t)num_seqs)
+    refuse(std::to_string(in.num_tables) + " block tables for " + std::to_string(num_seqs) + " sequences");
   require(in.query_starts.back() == in.num_slots, "there must be one slot for each row");
   for (size_t i = 0; i < num_seqs; i++) {
     int64_t rows = in.query_starts[i + 1] - in.query_starts[i], length = in.context_lens[i];
@@ -40,12 +36,12 @@ void check_rows(const PagedInputs& in) {
     require(pages <= in.max_pages, "a block table is shorter than its context");
     for (int64_t p = 0; p < pages; p++) {
       int64_t page = in.block_tables[(int64_t)i * in.max_pages + p];
-      require(page >= 0 && page < in.num_pages, "page " + std::to_string(page) + " does not exist");
+      if (page < 0 || page >= in.num_pages) refuse("page " + std::to_string(page) + " does not exist");
     }
   }
   for (int64_t i = 0; i < in.num_slots; i++)
-    require(in.slots[i] >= 0 && in.slots[i] < in.num_pages * in.shape.page_size,
-            "slot " + std::to_string(in.slots[i]) + " does not exist");
+    if (in.slots[i] < 0 || in.slots[i] >= in.num_pages * in.shape.page_size)
+      refuse("slot " + std::to_string(in.slots[i]) + " does not exist");
 }
 
 float* scratch(size_t floats) {
@@ -111,8 +107,9 @@ void PagedWork::cut(int64_t num_splits, int num_threads) {
 }
 
 int PagedWork::group_of(int num_heads) const {
-  require(num_heads >= 1 && num_heads % shape_.num_kv_heads == 0,
-          std::to_string(num_heads) + " heads are no multiple of " + std::to_string(shape_.num_kv_heads) + " kv heads");
+  if (num_heads < 1 || num_heads % shape_.num_kv_heads != 0)
+    refuse(std::to_string(num_heads) + " heads are no multiple of " + std::to_string(shape_.num_kv_heads) +
+           " kv heads");
   return num_heads / shape_.num_kv_heads;
 }
 

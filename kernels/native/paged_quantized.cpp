@@ -1,19 +1,15 @@
 #include "paged_quantized.hpp"
 
 #include <algorithm>
-#include <stdexcept>
 #include <string>
 
 #include "isa.hpp"
 #include "memory.hpp"
 #include "pool.hpp"
+#include "refuse.hpp"
 
 namespace nibble {
 namespace {
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 void check_format(const RowFormat& format, int head_dim) {
   if (format.width == 16) return;
@@ -33,11 +29,12 @@ void check_recent(const PagedInputs& in, const QuantizedShape& shape, const Rece
       if (j == std::min<int64_t>(shape.num_sinks, stop)) j = std::max(j, window ? first - window + 1 : stop);
       if (j >= stop) break;
       int64_t at = j / kRecentTokens, page = at < recent.max_pages ? recent.tables[i * recent.max_pages + at] : -1;
-      require(page < recent.num_pages, "recent page " + std::to_string(page) + " does not exist");
+      if (page >= recent.num_pages) refuse("recent page " + std::to_string(page) + " does not exist");
       if (page < 0) missing += (missing.empty() ? "" : ", ") + std::to_string(j);
     }
-    require(missing.empty(), "positions [" + missing + "] are read in high precision and " +
-                                 (recent.max_pages ? "have no recent page" : "the step has no recent pages"));
+    if (!missing.empty())
+      refuse("positions [" + missing + "] are read in high precision and " +
+             (recent.max_pages ? "have no recent page" : "the step has no recent pages"));
   }
 }
 
@@ -79,7 +76,7 @@ QuantizedAttention::QuantizedAttention(const PagedInputs& inputs, const Quantize
   if (!recent.slots) return;
   recent_slots_.assign(recent.slots, recent.slots + inputs.num_slots);
   for (int64_t slot : recent_slots_)
-    require(slot < recent.num_pages * kRecentTokens, "recent slot " + std::to_string(slot) + " does not exist");
+    if (slot >= recent.num_pages * kRecentTokens) refuse("recent slot " + std::to_string(slot) + " does not exist");
 }
 
 void QuantizedAttention::store(const float* k, const float* v, const QuantizedLayer& layer) const {

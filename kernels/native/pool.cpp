@@ -17,8 +17,8 @@
 namespace nibble {
 namespace {
 
-// How long a worker looks for the next job before it sleeps: the gaps inside a step are 10 to 50 us, and being woken takes
-// as long. (A pause is 11 ns on one processor and 60 on another, so spins cannot be counted.)
+// How long a worker looks for the next job before it sleeps: the gaps inside a step are 10 to 50 us, and being woken
+// takes as long. (A pause is 11 ns on one processor and 60 on another, so spins cannot be counted.)
 constexpr std::chrono::microseconds kPatience{200};
 constexpr int kPausesPerLook = 32;
 constexpr int kClosed = -1;

@@ -21,7 +21,8 @@ class Pool {
   // left out, and the first exception is thrown again once no thread is inside the job.
   template <class Work>
   void run(int64_t num_chunks, const Work& work) {
-    run_erased(num_chunks, [](const void* context, int64_t chunk) { (*static_cast<const Work*>(context))(chunk); }, &work);
+    auto call = [](const void* context, int64_t chunk) { (*static_cast<const Work*>(context))(chunk); };
+    run_erased(num_chunks, call, &work);
   }
 
   ~Pool();

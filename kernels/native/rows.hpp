@@ -17,8 +17,8 @@ struct RowOps {
   void (*swiglu)(const float* gate, const float* up, int64_t count, float* out);
   // The largest of count > 0 numbers, NaN when one of them is.
   float (*highest)(const float* x, int64_t count);
-  // weights[i] = e^((logits[i] - highest) / temperature) for logits of at most `highest`; returns their sum. An exponent
-  // below -700 gives 0. Without `weights` only the sum is taken.
+  // weights[i] = e^((logits[i] - highest) / temperature) for logits of at most `highest`; returns their sum. An
+  // exponent below -700 gives 0. Without `weights` only the sum is taken.
   double (*exponentials)(const float* logits, int64_t count, float highest, double temperature, double* weights);
 };
 

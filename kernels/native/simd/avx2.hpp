@@ -223,10 +223,11 @@ inline Bytes take_trit(Bytes& x) {
 }
 template <int distance>
 inline Floats swap_lanes(Floats x) {
-  if constexpr (distance == 1) NIBBLE_PAIR(Floats, _mm256_permute_ps(x.a, 0b10110001), _mm256_permute_ps(x.b, 0b10110001));
-  if constexpr (distance == 2) NIBBLE_PAIR(Floats, _mm256_permute_ps(x.a, 0b01001110), _mm256_permute_ps(x.b, 0b01001110));
-  if constexpr (distance == 4) NIBBLE_PAIR(Floats, _mm256_permute2f128_ps(x.a, x.a, 1), _mm256_permute2f128_ps(x.b, x.b, 1));
-  NIBBLE_PAIR(Floats, x.b, x.a);
+  __m256 a = x.a, b = x.b;
+  if constexpr (distance == 1) NIBBLE_PAIR(Floats, _mm256_permute_ps(a, 0b10110001), _mm256_permute_ps(b, 0b10110001));
+  if constexpr (distance == 2) NIBBLE_PAIR(Floats, _mm256_permute_ps(a, 0b01001110), _mm256_permute_ps(b, 0b01001110));
+  if constexpr (distance == 4) NIBBLE_PAIR(Floats, _mm256_permute2f128_ps(a, a, 1), _mm256_permute2f128_ps(b, b, 1));
+  NIBBLE_PAIR(Floats, b, a);
 }
 inline __m256 choose_half(Floats table, __m256i index) {
   __m256 low = _mm256_permutevar8x32_ps(table.a, index), high = _mm256_permutevar8x32_ps(table.b, index);

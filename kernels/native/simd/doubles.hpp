@@ -1,6 +1,6 @@
 // Vectors of double, as wide as the instruction set has them, through the compiler's own vector types: + - * / and
-// comparisons act lane by lane, each rounded by itself, so a lane's bits are the same in every instruction set. How many
-// lanes there are is not: sums over lanes must be arranged by the caller.
+// comparisons act lane by lane, each rounded by itself, so a lane's bits are the same in every instruction set. How
+// many lanes there are is not: sums over lanes must be arranged by the caller.
 #pragma once
 
 #include <cstdint>
