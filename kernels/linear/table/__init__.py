@@ -1,7 +1,13 @@
 """The table family: w = scale * table[code] with at most 16 entries."""
 
 from kernels.contract import LinearKernel
+from kernels.linear.table.gpu import TableTriton
 from kernels.linear.table.native import TableNative, TableNativeFloat
 from kernels.linear.table.reference import TableReference
 
-KERNELS: tuple[LinearKernel, ...] = (TableNative(), TableNativeFloat(), TableReference())  # fastest first
+KERNELS: tuple[LinearKernel, ...] = (
+    TableNative(),
+    TableNativeFloat(),
+    TableTriton(),
+    TableReference(),
+)  # fastest first

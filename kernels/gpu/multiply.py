@@ -1,0 +1,101 @@
+"""Activations times packed matrices: which kernel runs, on which grid."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.gpu.configs import Config, grid_for
+from kernels.gpu.packing import Packed
+from kernels.linear.blocks import check_width
+
+SUM_BLOCK = 1024  # elements that one program of sum_splits adds up
+SHARED_BYTES = 96 << 10  # of the 99 KiB that a program gets with compute capability 8.6 and 8.9
+
+
+class TritonKernel:
+    """What the families share once their codes are packed."""
+
+    name = "triton"
+
+    def join(self, prepared: Sequence[Packed]) -> tuple[Packed, ...]:
+        """Matrices run one after the other: a CUDA graph makes a launch cheap, and a copy would take their memory."""
+        return tuple(prepared)
+
+    def linear(self, x: Tensor, joined: tuple[Packed, ...]) -> tuple[Tensor, ...]:
+        """x: [num_tokens, K] bfloat16 -> [num_tokens, N] bfloat16 for each matrix. Raises ValueError for another K."""
+        for packed in joined:
+            check_width(x, packed.in_features)
+        if x.dtype != torch.bfloat16:
+            raise ValueError(f"activations must be bfloat16, found {x.dtype}")
+        x = x.contiguous()
+        outs = tuple(x.new_empty(x.shape[0], packed.out_features) for packed in joined)
+        for packed, out in zip(joined, outs, strict=True):
+            multiply(x, packed, out)
+        return outs
+
+
+def constants(packed: Packed, config: Config) -> dict[str, int]:
+    """What a kernel is compiled for."""
+    shift = 1 if packed.zeros is not None else 0
+    if packed.offsets is not None:
+        shift = 2
+    return {
+        "GROUP": packed.group_size,
+        "BITS": packed.bits,
+        "PLANES": packed.planes,
+        "PLANE": packed.plane,
+        "RUN": packed.run,
+        "CENTER": packed.center,
+        "MEANING": packed.meaning,
+        "SHIFT": shift,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+
+
+def num_stages(packed: Packed, config: Config) -> int:
+    """Loads under way ahead of the products: no more than the smallest GPU has shared memory for.
+
+    The compiler keeps the tiles of all planes for each stage but the last.
+    """
+    stage = packed.plane * (2 * packed.planes * config.block_m + 4 * config.block_n)  # bytes
+    return min(config.num_stages, 1 + SHARED_BYTES // stage)
+
+
+def multiply(x: Tensor, packed: Packed, y: Tensor) -> None:
+    """x: [num_tokens, K] bfloat16; mutates y: [num_tokens, N] floating, rounded to once. Both contiguous."""
+    from kernels.gpu import linear
+
+    num_tokens, n = x.shape[0], packed.out_features
+    if not num_tokens or not n:
+        return
+    grid = grid_for(num_tokens, n, packed.num_blocks)
+    is_split = grid.num_splits > 1
+    out = x.new_empty(grid.num_splits, num_tokens, n, dtype=torch.float32) if is_split else y
+    absent = packed.scales  # stands for a tensor that the kernel does not read
+    kernel: Any = getattr(linear, grid.config.kernel)
+    kernel[grid.tiles_n, grid.tiles_m, grid.num_splits](
+        x,
+        packed.words,
+        packed.scales,
+        absent if packed.zeros is None else packed.zeros,
+        absent if packed.offsets is None else packed.offsets,
+        absent if packed.table is None else packed.table,
+        out,
+        num_tokens,
+        packed.in_features,
+        n,
+        packed.num_blocks,
+        packed.scales.shape[0],
+        grid.blocks_per_split,
+        packed.factor,
+        **constants(packed, grid.config),
+        num_warps=grid.config.num_warps,
+        num_stages=num_stages(packed, grid.config),
+        enable_fp_fusion=True,
+    )
+    if is_split:
+        count = y.numel()
+        linear.sum_splits[(-(-count // SUM_BLOCK),)](out, y, grid.num_splits, count, BLOCK=SUM_BLOCK)

@@ -1,0 +1,176 @@
+"""What the Triton kernels cost once compiled: registers, stack and shared memory, without a GPU.
+
+python -m tests.kernels.gpu_compile     compiles every case anew and writes gpu_budget.json
+"""
+
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.activation import gpu as activation_gpu
+from kernels.gpu.configs import CONFIGS, Config
+from kernels.gpu.multiply import SUM_BLOCK, constants, num_stages
+from kernels.gpu.packing import E2M1, LINEAR, LOOKUP, WORD_BITS, Packed, plane_of
+from kernels.norm import gpu as norm_gpu
+from kernels.rope import gpu as rope_gpu
+
+BUDGET = Path(__file__).parent / "gpu_budget.json"
+ARCHITECTURES = (80, 90, 100)
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
+K, N = 4096, 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialization for one architecture."""
+
+    name: str
+    architecture: int
+    module: str  # under kernels.gpu
+    kernel: str
+    types: dict[str, str]  # of parameters that are not i32
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int = 1
+    is_fused: bool = True  # whether a product and a sum may become one operation
+
+    def __str__(self) -> str:
+        return f"{self.name}, sm_{self.architecture}"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one program, but for registers: of one thread."""
+
+    registers: int
+    stack: int  # bytes; where registers are spilled to
+    shared: int  # bytes
+
+
+def matrix(bits: int, group_size: int, zeros: torch.dtype | None = None, meaning: int = LINEAR) -> Packed:
+    """A matrix without data."""
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    plane, groups = plane_of(bits, K, group_size), K // group_size
+    return Packed(
+        bits=bits,
+        in_features=K,
+        out_features=N,
+        group_size=group_size,
+        plane=plane,
+        words=empty(N, K // (WORD_BITS // bits), dtype=torch.int32),
+        scales=empty(groups, N, dtype=torch.float16),
+        zeros=None if zeros is None else empty(groups, N, dtype=zeros),
+        center=1 << (bits - 1),
+        meaning=meaning,
+        table=empty(1 << bits, dtype=torch.bfloat16) if meaning == LOOKUP else None,
+    )
+
+
+MATRICES = {
+    "4-bit g128": matrix(4, 128, torch.uint8),
+    "2-bit g64": matrix(2, 64, torch.float16),
+    "3-bit g128": matrix(3, 128, torch.uint8),
+    "8-bit row": matrix(8, K),
+    "E2M1 g16": matrix(4, 16, meaning=E2M1),
+    "NF4 g64": matrix(4, 64, meaning=LOOKUP),
+}
+
+
+def linear_case(name: str, packed: Packed, config: Config, architecture: int) -> Case:
+    """Parts are written in float32, what is not split in bfloat16."""
+    tensors = {
+        "x": torch.bfloat16,
+        "words": torch.int32,
+        "scales": packed.scales.dtype,
+        "zeros": torch.float16 if packed.zeros is None else packed.zeros.dtype,
+        "offsets": torch.float16,
+        "table": torch.bfloat16,
+        "out": torch.bfloat16 if config.kernel == "tile" else torch.float32,
+    }
+    types = {tensor: f"*{TYPES[dtype]}" for tensor, dtype in tensors.items()} | {"factor": "fp32"}
+    fixed, label = constants(packed, config), f"{config.kernel} of {config.block_m}, {name}"
+    stages = num_stages(packed, config)
+    return Case(label, architecture, "linear", config.kernel, types, fixed, config.num_warps, stages)
+
+
+def row_cases(architecture: int) -> Iterator[Case]:
+    """Rows of 4,096 and heads of 128 channels."""
+    bf16 = ("x", "delta", "weight", "total", "out", "gate", "up", "q", "k", "q_out", "k_out")
+    types = dict.fromkeys(bf16, "*bf16") | {"eps": "fp32", "cos": "*fp32", "sin": "*fp32"}
+    block, warps = norm_gpu.block_for(K)
+    for add in (0, 1):
+        fixed = {"ADD": add, "BLOCK": block}
+        yield Case(f"rms_norm{' of a sum' * add}", architecture, "rows", "rms_norm", types, fixed, warps)
+    fixed = {"BLOCK": rope_gpu.block_for(64)}
+    yield Case("rotate_pair", architecture, "rows", "rotate_pair", types, fixed, rope_gpu.NUM_WARPS)
+    fixed = {"BLOCK": activation_gpu.BLOCK}
+    yield Case("swiglu", architecture, "rows", "swiglu", types, fixed, activation_gpu.NUM_WARPS)
+    types = {"parts": "*fp32", "out": "*bf16"}
+    yield Case("sum_splits", architecture, "linear", "sum_splits", types, {"BLOCK": SUM_BLOCK}, 4)
+
+
+def cases() -> Iterator[Case]:
+    """The whole table with 4-bit codes on every architecture, the other codes with one entry a kernel on one, and what
+    takes most shared memory where there is least."""
+    for architecture in ARCHITECTURES:
+        for config in CONFIGS:
+            yield linear_case("4-bit g128", MATRICES["4-bit g128"], config, architecture)
+        yield from row_cases(architecture)
+    first = {config.kernel: config for config in reversed(CONFIGS)}
+    for name, packed in MATRICES.items():
+        for config in first.values() if name != "4-bit g128" else ():
+            yield linear_case(name, packed, config, 90)
+    for name in ("2-bit g64", "3-bit g128"):
+        for config in CONFIGS[-2:]:
+            yield linear_case(name, MATRICES[name], config, 89)
+
+
+def compiled(case: Case) -> Resources:
+    """Compile one case, with the pointers and sizes that torch gives: multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel: Any = getattr(importlib.import_module(f"kernels.gpu.{case.module}"), case.kernel)
+    names: list[str] = kernel.arg_names
+    signature = {name: "constexpr" if name in case.constants else case.types.get(name, "i32") for name in names}
+    even = [n for n in names if signature[n].startswith("*") or n in ("in_features", "out_features", "width", "half")]
+    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.is_fused}
+    source = ASTSource(kernel, signature, case.constants, divisible)
+    built = triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return Resources(int(found[1]), int(found[2]), built.metadata.shared)
+
+
+def record(budget: Path, every: Iterable[Case]) -> None:
+    import triton
+
+    found: dict[str, Any] = {"triton": triton.__version__.rpartition(".")[0], "cases": {}}
+    for case in every:
+        used = compiled(case)
+        found["cases"][str(case)] = [-(-used.registers // 8) * 8, used.stack, used.shared]  # handed out by eights
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(sizes)}" for name, sizes in found["cases"].items())
+    budget.write_text(f'{{\n  "triton": "{found["triton"]}",\n  "cases": {{\n{lines}\n  }}\n}}\n')
+
+
+if __name__ == "__main__":
+    record(BUDGET, cases())

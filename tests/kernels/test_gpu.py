@@ -1,0 +1,123 @@
+"""The Triton kernels without a GPU: under the interpreter against their references, and compiled within a budget."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import activation, gpu, norm, rope
+from kernels.contract import LinearSpec, RowSpec
+from kernels.gpu.configs import CONFIGS, MAX_SPLITS, grid_for
+from kernels.gpu.packing import pack_words, packed_refusal, plane_of
+from kernels.linear.affine.gpu import AffineTriton
+from kernels.linear.bitstream import pack_codes
+from kernels.linear.table.gpu import TableTriton
+from tests.kernels.gpu_compile import BUDGET, Case, cases, compiled
+from tests.kernels.weights import random_affine
+
+ROOT = Path(__file__).parents[2]
+SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes that one program can have
+needs_triton = pytest.mark.skipif(gpu.MISSING is not None, reason=str(gpu.MISSING))
+
+
+@needs_triton
+def test_kernels_agree_with_their_references_under_the_interpreter() -> None:
+    """Triton reads TRITON_INTERPRET when it is imported: the tests of interpreted.py need a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+@needs_triton
+@pytest.mark.parametrize("case", list(cases()), ids=str)
+def test_kernels_compile_within_their_budget(
+    case: Case, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a change that makes a kernel spill registers, or ask for more shared memory than there is. What did not
+    change since the last run is taken from the compiler's own cache."""
+    import triton
+
+    assert request.config.cache is not None
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(request.config.cache.mkdir("triton")))
+    budget = json.loads(BUDGET.read_text())
+    used = compiled(case)
+    assert used.shared <= SHARED_MEMORY[case.architecture]
+    if not triton.__version__.startswith(budget["triton"] + "."):
+        pytest.skip(f"the budget is that of Triton {budget['triton']}, found {triton.__version__}")
+    registers, stack, shared = budget["cases"][str(case)]
+    assert used.stack <= stack == 0
+    assert used.registers <= registers
+    assert used.shared <= shared
+
+
+def test_the_budget_is_of_the_cases_that_exist() -> None:
+    assert list(json.loads(BUDGET.read_text())["cases"]) == [str(case) for case in cases()]
+
+
+def test_a_word_holds_one_code_of_each_plane() -> None:
+    """The layout by its definition; the last block is short. Bug: the top code's sign bit smeared over the others."""
+    codes = torch.randint(0, 16, (3, 200), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    words = pack_words(pack_codes(codes, 4), 4, 200, 16)  # two blocks of 8 planes of 16
+    assert words.shape == (3, 32)
+    for n in range(3):
+        for k in range(200):
+            block, plane, i = k // 128, k // 16 % 8, k % 16
+            assert int(words[n, block * 16 + i]) >> (4 * plane) & 15 == int(codes[n, k])
+
+
+@pytest.mark.parametrize(
+    ("bits", "in_features", "group_size", "plane"),
+    [(4, 4096, 128, 32), (4, 896, 128, 16), (4, 4096, 16, 16), (4, 4096, 48, 16), (3, 4096, 128, 32), (8, 45, 45, 16)],
+)
+def test_planes_stay_inside_groups_and_rows(bits: int, in_features: int, group_size: int, plane: int) -> None:
+    """896 channels are 7 blocks of 8 planes of 16, or 4 of 32 with an eighth of them empty."""
+    assert plane_of(bits, in_features, group_size) == plane
+
+
+def test_groups_that_no_plane_divides_are_refused() -> None:
+    with pytest.raises(ValueError, match="groups of 24 channels have no packed form"):
+        AffineTriton().prepare(random_affine(4, 96, 5, 24, torch.float16, seed=1))
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 9, 16, 56])
+@pytest.mark.parametrize("out_features", [1, 1024, 4096, 128256])
+def test_splits_cover_all_blocks_and_do_not_depend_on_the_batch(out_features: int, num_blocks: int) -> None:
+    """Bug: channels lost by rounding, empty splits, or a row whose bits depend on how many others share its step."""
+    splits: dict[int, set[tuple[int, int]]] = {}
+    for num_tokens in (1, 2, 3, 4, 5, 16, 17, 64, 65, 1000):
+        grid = grid_for(num_tokens, out_features, num_blocks)
+        assert (grid.num_splits - 1) * grid.blocks_per_split < num_blocks <= grid.num_splits * grid.blocks_per_split
+        assert grid.tiles_m * grid.config.block_m >= num_tokens
+        assert grid.num_splits <= MAX_SPLITS
+        splits.setdefault(CONFIGS.index(grid.config), set()).add((grid.num_splits, grid.blocks_per_split))
+    assert all(len(found) == 1 for found in splits.values())
+
+
+def test_refusals_say_why() -> None:
+    """On a CPU every Triton kernel steps back, whatever is installed."""
+    spec = LinearSpec(64, 64, torch.device("cpu"), torch.bfloat16, "4-bit", 4, 32)
+    reason = "triton kernels run on CUDA devices, not on cpu"
+    assert AffineTriton().refuses(spec) == TableTriton().refuses(spec) == packed_refusal(spec) == reason
+    for kernels in (norm.KERNELS, rope.KERNELS, activation.KERNELS):
+        (kernel,) = (kernel for kernel in kernels if kernel.name == "triton")
+        assert kernel.refuses(RowSpec(64, torch.device("cpu"), torch.bfloat16)) == reason
+
+
+def test_refusals_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a kernel chosen that fails at the first step."""
+    monkeypatch.setattr(gpu, "MISSING", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    device = torch.device("cuda")
+    assert packed_refusal(LinearSpec(96, 64, device, torch.bfloat16, "4-bit", 4, 32)) is None
+    assert "24 channels" in str(packed_refusal(LinearSpec(96, 64, device, torch.bfloat16, "4-bit", 4, 24)))
+    assert "not torch.float16" in str(gpu.refusal(device, torch.float16))
+    assert "32768 elements" in str(norm.KERNELS[1].refuses(RowSpec(32768, device, torch.bfloat16)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0 or newer" in str(gpu.refusal(device, torch.bfloat16))
+    monkeypatch.setattr(gpu, "MISSING", "triton is not installed")
+    assert gpu.refusal(device, torch.bfloat16) == "triton is not installed"
