@@ -14,7 +14,7 @@ COPY engine engine
 COPY kvcache kvcache
 COPY kernels kernels
 COPY demo demo
-RUN python -m venv /opt/nibble && /opt/nibble/bin/pip install --constraint constraints.txt .
+RUN python -m venv /opt/nibble && /opt/nibble/bin/pip install --constraint constraints.txt '.[tracing]'
 
 FROM python:3.12-slim
 RUN useradd --system --uid 10001 --create-home nibble && mkdir /models && chown nibble /models

@@ -17,6 +17,7 @@ from server.keys import KeyRing
 from server.routes import chat, completions, health, models, tokens
 from server.service import Service
 from server.tokenizer import Tokenizer
+from server.tracing import Tracing
 
 DESCRIPTION = "Inference for language models that are already quantized. The routes under /v1 follow OpenAI's API."
 
@@ -27,10 +28,11 @@ def create_app(
     config: ServerConfig,
     served_name: str = "demo",
     keys: KeyRing | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The HTTP face of `engine`, which the caller starts and stops. keys: who may ask; None: anybody."""
     app = FastAPI(title="Nibble", description=DESCRIPTION, redoc_url=None)
-    service = app.state.service = Service(engine, tokenizer, config, served_name)
+    service = app.state.service = Service(engine, tokenizer, config, served_name, tracing)
     errors.install(app)
     app.router.route_class = StrictRoute
     app.add_middleware(Gate, keys=keys or KeyRing(), refused=service.metrics.refused)

@@ -26,6 +26,7 @@ from server.bench.cli import bench
 from server.calibration import CalibrationBar, print_calibration
 from server.keys import KeyRing
 from server.tokenizer import GGUF, load_tokenizer
+from server.tracing import Tracing
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 
@@ -56,7 +57,8 @@ def serve(config_file: Path | None, **flags: Any) -> None:
         folder = model_folder(settings)
         tokenizer = load_tokenizer(folder, settings.chat_template)
         keys = KeyRing(settings.api_key, settings.api_keys)
-    except ValueError as error:  # SettingsError, TokenizerError, KeyFileError, and what locate_model raises
+        tracing = None if settings.otlp_endpoint is None else Tracing.to(settings.otlp_endpoint)
+    except ValueError as error:  # SettingsError, TokenizerError, KeyFileError, TracingUnavailable, and locate_model's
         fail(str(error), 2)
     name = settings.served_name or served_name(settings.model)
     sock = listen(settings.host, settings.port, "--port")
@@ -64,7 +66,7 @@ def serve(config_file: Path | None, **flags: Any) -> None:
     console = Console(highlight=False)
     bar = screen.LoadingBar(Console(stderr=True), name)
     engine = start_engine(settings.engine(folder), bar.update)
-    app = create_app(engine, tokenizer, settings, name, keys)
+    app = create_app(engine, tokenizer, settings, name, keys, tracing)
 
     def on_ready(ready: Ready) -> None:
         bar.stop()
@@ -80,6 +82,8 @@ def serve(config_file: Path | None, **flags: Any) -> None:
         fail(str(error), 1)
     finally:
         bar.stop()
+        if tracing is not None:
+            tracing.close()
 
 
 def inspect_command(config_file: Path | None, as_json: bool | None, **flags: Any) -> None:

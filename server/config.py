@@ -92,6 +92,9 @@ class ServerConfig(BaseSettings):
         ge=0,
         le=65535,
     )
+    otlp_endpoint: Text | None = setting(
+        None, "Server", "OpenTelemetry collector that gets a trace of each request, like http://localhost:4318."
+    )
     api_key: Text | None = setting(
         None, "Access", "Key that clients must send; better set as NIBBLE_API_KEY.", repr=False
     )
@@ -183,6 +186,8 @@ def check_access(settings: ServerConfig) -> None:
             raise SettingsError(f"{flag_name(name)}: {path} is not a file")
     if settings.log_prompts and not settings.access_log:
         raise SettingsError("--log-prompts adds to the access log: give --access-log too")
+    if settings.otlp_endpoint is not None and not settings.otlp_endpoint.startswith(("http://", "https://")):
+        raise SettingsError(f"--otlp-endpoint must begin with http:// or https:// (found '{settings.otlp_endpoint}')")
 
 
 def load(flags: Mapping[str, Any], file: Path | None = None) -> ServerConfig:

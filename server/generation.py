@@ -19,10 +19,11 @@ from typing import Literal
 from engine.client import EngineUnavailable, EventStream
 from engine.messages import Accepted, Done, Event, Failed, Logprobs, PromptLogprobs, Token
 from server.admission import Job
-from server.errors import ApiError, EngineFailure, from_failed
+from server.errors import ApiError, EngineFailure, from_exception, from_failed
 from server.service import Service
 from server.stops import StopScanner
 from server.tokenizer import Detokenizer, Tokenizer
+from server.tracing import Caller, Fault, Trace
 
 Reason = Literal["stop", "length"]
 
@@ -125,21 +126,24 @@ class Choice:
 class Generation:
     """The answers to one request. Enter it once; iterate it once."""
 
-    def __init__(self, service: Service, jobs: Sequence[Job]) -> None:
+    def __init__(self, service: Service, jobs: Sequence[Job], caller: Caller | None = None) -> None:
+        """caller: for the trace, if traces are made."""
         self._service = service
         self._jobs = jobs
+        self._caller = caller
         self._runs: list[_Run] = []
         self._waiting: dict[asyncio.Future[list[Event]], _Run] = {}
         self._admission = ExitStack()
+        self._failure: BaseException | None = None  # which a stream has told its reader, and raised no further
 
     async def __aenter__(self) -> "Generation":
         """Raises Unavailable, EngineUnavailable, or InvalidRequest for a precision that the engine does not give.
 
         Nothing is left running then.
         """
-        self._admission.enter_context(self._service.admitted(len(self._jobs)))
         first_index = 0
         try:
+            self._admission.enter_context(self._service.admitted(len(self._jobs)))
             for job in self._jobs:
                 self._runs.append(_Run(self._service, job, first_index))
                 first_index += job.submit.n
@@ -149,15 +153,18 @@ class Generation:
             if isinstance(error, EngineUnavailable):
                 self._service.metrics.refused("unavailable")
             self._leave()
+            self._record(error, left=False)
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(error, ApiError) and any(not run.ended for run in self._runs):
+        left = not isinstance(error, ApiError) and any(not run.ended for run in self._runs)
+        if left:
             self._service.metrics.refused("disconnected")
         self._leave()
+        self._record(error or self._failure, left)
 
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
         """Raises ApiError when the engine gives up on the request."""
@@ -167,7 +174,12 @@ class Generation:
             ready, _ = await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in ready:
                 run = self._waiting.pop(task)
-                if deltas := run.advance(task.result()):
+                try:
+                    deltas = run.advance(task.result())
+                except BaseException as error:
+                    self._failure = error
+                    raise
+                if deltas:
                     yield deltas
                 if not run.ended:
                     self._wait_for(run)
@@ -190,6 +202,21 @@ class Generation:
         """Of the prompt with this number, from its second token on; known before its first delta."""
         return self._runs[prompt].prompt_logprobs
 
+    def _record(self, error: BaseException | None, left: bool) -> None:
+        """Leave a trace, where traces are made. left: the caller did, before the end."""
+        if self._service.tracing is None or self._caller is None:
+            return
+        first = [run.first_token_at for run in self._runs if run.first_token_at is not None]
+        trace = Trace(
+            self._caller,
+            [job.submit for job in self._jobs],
+            [done for run in self._runs for done in run.dones],
+            min(first, default=None),
+            self.num_completion_tokens,
+            _fault(error, left),
+        )
+        self._service.tracing.ended(trace)
+
     def _wait_for(self, run: "_Run") -> None:
         self._waiting[asyncio.ensure_future(run.next())] = run
 
@@ -199,6 +226,13 @@ class Generation:
         for run in self._runs:
             run.cancel()
         self._admission.close()
+
+
+def _fault(error: BaseException | None, left: bool) -> Fault | None:
+    if isinstance(error, Exception):
+        shown = from_exception(error)
+        return Fault(shown.code or shown.type, shown.message)
+    return Fault("disconnected", "The caller left before the end") if left or error is not None else None
 
 
 class _Run:
@@ -212,6 +246,8 @@ class _Run:
         self._open = set(range(job.submit.n))  # choices the engine may still work on
         self.num_cached_tokens: int | None = None
         self.prompt_logprobs: list[Logprobs] = []
+        self.dones: list[Done] = []
+        self.first_token_at: float | None = None
         self.ended = False
         self._early: list[Event] = []  # came while the engine's consent was awaited
         self._stream: EventStream = service.engine.submit(job.submit)
@@ -269,6 +305,7 @@ class _Run:
             if event.index == 0:  # the others find the prompt that this one has just computed
                 self.num_cached_tokens = event.num_cached_tokens
             self._service.metrics.stages(event)
+            self.dones.append(event)
             self._open.discard(event.index)
             self.choices[event.index].done(event)
         elif isinstance(event, Failed):
@@ -280,6 +317,7 @@ class _Run:
         now, before = time.monotonic(), self._last_token_at[index]
         metrics = self._service.metrics
         metrics.generation_tokens.inc()
+        self.first_token_at = self.first_token_at or now
         if before is None:
             metrics.first_token.observe(now - self._job.submit.arrival)
         else:

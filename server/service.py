@@ -10,6 +10,7 @@ from server.config import ServerConfig
 from server.errors import InvalidRequest, ModelNotFound, Unavailable
 from server.metrics import Metrics
 from server.tokenizer import Tokenizer
+from server.tracing import Tracing
 
 RETRY_AFTER_S = 1.0  # when the queue is full
 RETRY_WHILE_DRAINING_S = 5.0  # time for another server to take over
@@ -18,12 +19,20 @@ RETRY_WHILE_DRAINING_S = 5.0  # time for another server to take over
 class Service:
     """The one object behind the routes. Belongs to one asyncio loop."""
 
-    def __init__(self, engine: EngineClient, tokenizer: Tokenizer, config: ServerConfig, served_name: str) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        config: ServerConfig,
+        served_name: str,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.config = config
         self.served_name = served_name
         self.metrics = Metrics(engine)
+        self.tracing = tracing
         self.started = int(time.time())
         self.draining = False
         self.in_flight = 0  # prompts between admission and the last byte of their answers

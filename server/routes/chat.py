@@ -10,7 +10,7 @@ from engine.messages import Logprobs, PlanSummary
 from server.admission import Limits, check_length, jobs
 from server.chat import chat_prompt
 from server.generation import Delta, Generation, ScoredToken
-from server.routes.common import ServiceDep, off_loop, unless_disconnected, usage
+from server.routes.common import ServiceDep, caller, off_loop, unless_disconnected, usage
 from server.schemas import chat as wire
 from server.schemas.common import Usage
 from server.service import Service
@@ -32,7 +32,7 @@ async def create_chat_completion(body: wire.ChatRequest, request: Request, servi
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_field="messages",
     )
-    generation = Generation(service, jobs(body, [prompt], limits, plan))
+    generation = Generation(service, jobs(body, [prompt], limits, plan), caller(request, body.model))
     writer = _Writer(body, service)
     if body.stream:
         last = (lambda: [writer.usage_chunk(generation)]) if body.include_usage else list

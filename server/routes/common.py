@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect
 from server.generation import Generation
 from server.schemas.common import PromptTokensDetails, Usage
 from server.service import Service
+from server.tracing import Caller
 
 Result = TypeVar("Result")
 SHORT_BODY = 4096  # bytes; longer ones are tokenized in a thread, so that other answers keep streaming
@@ -29,6 +30,11 @@ async def off_loop(request: Request, work: Callable[[], Result]) -> Result:
     The size of the body decides: a thousand empty messages are as much work as one long text.
     """
     return work() if len(await request.body()) <= SHORT_BODY else await asyncio.to_thread(work)
+
+
+def caller(request: Request, model: str) -> Caller:
+    """What a trace says of who asked."""
+    return Caller(request.url.path, model, request.state.request_id, request.headers)
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

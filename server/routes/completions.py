@@ -10,7 +10,7 @@ from engine.messages import Logprobs, PlanSummary
 from server.admission import Limits, check_length, jobs
 from server.generation import Delta, Generation, ScoredToken
 from server.routes.chat import finite
-from server.routes.common import ServiceDep, off_loop, unless_disconnected, usage
+from server.routes.common import ServiceDep, caller, off_loop, unless_disconnected, usage
 from server.schemas import completions as wire
 from server.schemas.common import Usage
 from server.service import Service
@@ -34,7 +34,7 @@ async def create_completion(body: wire.CompletionRequest, request: Request, serv
         num_logprobs=body.logprobs,
         num_prompt_logprobs=body.logprobs if body.echo else None,
     )
-    generation = Generation(service, jobs(body, prompts, limits, plan))
+    generation = Generation(service, jobs(body, prompts, limits, plan), caller(request, body.model))
     writer = _Writer(body, prompts, service, generation)
     if body.stream:
         last = (lambda: [writer.usage_chunk()]) if body.include_usage else list

@@ -12,6 +12,7 @@ from server.app import create_app
 from server.config import ServerConfig
 from server.service import Service
 from server.tokenizer import Tokenizer
+from server.tracing import Tracing
 from tests.fakes import ByteTokenizer, FakeEngine
 
 CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
@@ -26,9 +27,11 @@ def anyio_backend() -> str:
 class World:
     """One app, its engine, and ways to talk to it."""
 
-    def __init__(self, engine: FakeEngine, tokenizer: Tokenizer | None = None, **settings: Any) -> None:
+    def __init__(
+        self, engine: FakeEngine, tokenizer: Tokenizer | None = None, tracing: Tracing | None = None, **settings: Any
+    ) -> None:
         self.engine = engine
-        self.app = create_app(engine, tokenizer or ByteTokenizer(), ServerConfig(**settings))
+        self.app = create_app(engine, tokenizer or ByteTokenizer(), ServerConfig(**settings), tracing=tracing)
         self.service: Service = self.app.state.service
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://test")

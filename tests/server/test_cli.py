@@ -53,6 +53,7 @@ def test_version() -> None:
         (["--tls-cert", "x.pem", "--tls-key", "y.pem"], "--tls-cert: x.pem is not a file"),
         (["--api-keys", "keys.toml"], "--api-keys keys.toml: No such file"),
         (["--log-prompts"], "--access-log"),
+        (["--otlp-endpoint", "localhost:4318"], "--otlp-endpoint must begin with http:// or https://"),
     ],
 )
 def test_mistakes_end_with_a_sentence_and_code_2(arguments: list[str], sentence: str) -> None:
