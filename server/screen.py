@@ -94,9 +94,10 @@ def print_conversion(console: Console, conversion: Conversion) -> None:
     num_weights = sum(layer.num_weights for layer in conversion.layers)
     bits = 8 * sum(layer.num_bytes for layer in conversion.layers) / max(1, num_weights)
     resumed = f", {conversion.num_resumed} of {conversion.num_shards} shards from an earlier run"
+    sizes = f"{size(conversion.source_bytes)} -> {size(conversion.num_bytes)}"
     console.print(
-        f"\n{len(conversion.layers)} linear layers, {bits:.2f} bits a weight; all tensors {size(conversion.source_bytes)} "
-        f"-> {size(conversion.num_bytes)}{resumed if conversion.num_resumed else ''}\n",
+        f"\n{len(conversion.layers)} linear layers, {bits:.2f} bits a weight; all tensors {sizes}"
+        f"{resumed if conversion.num_resumed else ''}\n",
         soft_wrap=True,
     )
     console.print(f"nibble serve {shlex.quote(conversion.destination)}", soft_wrap=True, markup=False, highlight=False)
