@@ -150,6 +150,7 @@ def _summary(checkpoint: Checkpoint, plan: Plan, loaded: LoadedModel, timing: tu
         bytes_per_recent_page=layout.bytes_per_recent_page,
         num_recent_pages=plan.num_recent_pages,
         kv_request_window=plan.kv_request_window,
+        kv_prefill=plan.kv_prefill,
         weight_bytes=loaded.weight_bytes,
         max_model_len=plan.max_model_len,
         max_num_seqs=plan.max_num_seqs,
@@ -200,8 +201,9 @@ def _recent_note(layout: PageLayout, plan: Plan) -> tuple[str, ...]:
         return ()
     policy, limit = layout.policy, plan.kv_request_window
     asked = f"; up to {limit:,} of a request that asks for it" if limit else ""
+    prompts = "; prompts read all of their tokens so (--kv-prefill exact)" if plan.kv_prefill == "exact" else ""
     num_bytes = plan.num_recent_pages * layout.bytes_per_recent_page
     return (
-        f"the last {policy.window} tokens and the first {policy.num_sinks} of a sequence are read in float16{asked}: "
-        f"{num_bytes:,} bytes beside the pages",
+        f"the last {policy.window} tokens and the first {policy.num_sinks} of a sequence are read in float16{asked}"
+        f"{prompts}: {num_bytes:,} bytes beside the pages",
     )

@@ -11,6 +11,7 @@ import msgspec
 Device = Literal["auto", "cpu", "cuda"]
 Activations = Literal["int8", "float"]
 HeadBits = Literal[8, 16]
+Prefill = Literal["windowed", "exact"]
 PAGE_SIZES = (16, 32, 64, 128)
 KV_SHARE_OF_FREE_MEMORY = 0.5  # of what is free once weights are counted, when --kv-memory is not given
 SMALL_MODEL_BYTES = 16 << 20  # below this one thread decodes faster: waiting for the others costs more than their help
@@ -33,6 +34,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     kv_calibration: str | None = None  # a file; None: the one beside the checkpoint, if the policy uses one
     kv_memory: int | None = None  # bytes
     kv_request_window: int = 0  # most tokens that a request may have in high precision by asking; 0: it may not ask
+    kv_prefill: Prefill = "windowed"  # how prompts read a quantized cache: as answers do, or in float16 throughout
     page_size: int = 64
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -78,6 +80,7 @@ class Plan(msgspec.Struct, frozen=True):
     kv_calibration: str | None = None
     num_recent_pages: int = 0  # RECENT_TOKENS tokens each, in high precision
     kv_request_window: int = 0  # tokens, as in EngineConfig
+    kv_prefill: Prefill = "windowed"
     swap_bytes: int = 0
 
     @property
@@ -95,7 +98,7 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Plan:
         needed = _cache_bytes(math.ceil(config.max_model_len / config.page_size), config, facts)
         raise ConfigError(
             f"max_model_len {config.max_model_len} needs {needed:,} bytes of KV cache, but it holds {capacity} tokens: "
-            "raise --kv-memory or lower --max-model-len"
+            f"raise --kv-memory or lower --max-model-len{', or use --kv-prefill windowed' if _is_exact(config) else ''}"
         )
     return Plan(
         device="cpu" if config.device == "auto" else config.device,
@@ -113,6 +116,7 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Plan:
         head_bits=config.head_bits,
         num_recent_pages=num_recent_pages,
         kv_request_window=config.kv_request_window,
+        kv_prefill=config.kv_prefill,
         swap_bytes=config.swap_memory,
     )
 
@@ -134,6 +138,8 @@ def _check(config: EngineConfig, facts: ModelFacts) -> None:
             f"max_model_len {config.max_model_len} exceeds the {facts.max_position} positions of the checkpoint"
         )
     _check_request_window(config.kv_request_window, facts)
+    if _is_exact(config) and facts.window is None:
+        raise ConfigError("kv_prefill exact is for quantized caches: this one reads every token in full precision")
     if config.swap_memory < 0:
         raise ConfigError(f"swap_memory must be at least 0, found {config.swap_memory}")
     if facts.free_host_memory is not None and config.swap_memory > facts.free_host_memory:
@@ -195,12 +201,19 @@ def _num_pages(config: EngineConfig, facts: ModelFacts, max_model_len: int) -> t
 def _recent_pages(num_pages: int, config: EngineConfig, facts: ModelFacts) -> int:
     """The windows and sinks of as many sequences of TYPICAL_TOKENS tokens as the pages hold, at least one and no more
     than may run, but not fewer than one request of kv_request_window takes; and the rows of one step, which all lie in
-    recent pages until it ends."""
-    if facts.recent_pages_per_sequence == facts.recent_pages_per_request == 0:
+    recent pages until it ends, or of the longest prompt that the pages hold, when it lies there as a whole."""
+    rows = config.max_batch_tokens
+    if _is_exact(config):
+        rows = max(rows, min(config.max_model_len or facts.max_position, num_pages * config.page_size))
+    elif facts.recent_pages_per_sequence == facts.recent_pages_per_request == 0:
         return 0
     num_seqs = min(config.max_num_seqs, math.ceil(num_pages * config.page_size / TYPICAL_TOKENS))
     windows = max(num_seqs * facts.recent_pages_per_sequence, facts.recent_pages_per_request)
-    return windows + math.ceil(config.max_batch_tokens / RECENT_TOKENS)
+    return windows + math.ceil(rows / RECENT_TOKENS)
+
+
+def _is_exact(config: EngineConfig) -> bool:
+    return config.kv_prefill == "exact"
 
 
 def _cache_bytes(num_pages: int, config: EngineConfig, facts: ModelFacts) -> int:

@@ -33,6 +33,7 @@ from engine.runner import Runner
 from engine.sampling import BadLogits, Draw, Sampler, fault_in
 from engine.scheduler import Scheduler, Slice
 from kvcache.manager import KVCacheManager
+from kvcache.recent import ReadRule
 from kvcache.storage import PageStorage
 from kvcache.swap import SwapSpace
 
@@ -142,13 +143,20 @@ class EngineCore:
         seed = submit.sampling.seed
         if seed is None:
             seed = int.from_bytes(os.urandom(8), "little")
-        request = Request(submit, next(self._orders), seed, window)
+        request = Request(submit, next(self._orders), seed, self._rule(window, len(submit.prompt)))
         if submit.kv_policy is not None:
             self._events.append(Accepted(submit.id))
         leader = self._new_sequence(request, 0)
         leader.num_waiting_forks = submit.n - 1
         self._live[submit.id] = [leader]
         self._scheduler.add(leader)
+
+    def _rule(self, window: int | None, num_prompt: int) -> ReadRule | None:
+        """What a request reads in high precision; None: what the cache's policy says."""
+        is_exact = self.parts.plan.kv_prefill == "exact"
+        if window is None and not is_exact:
+            return None
+        return self.parts.storage.layout.rule_of(window, num_prompt if is_exact else 0)
 
     def _cancel(self, cancel: Cancel) -> None:
         for sequence in list(self._live.get(cancel.id, ())):
@@ -198,8 +206,7 @@ class EngineCore:
         tokens = sequence.tokens[item.start : item.start + item.num_tokens]
         num_logits = item.num_tokens if sequence.wants_prompt_logprobs else int(item.completes)
         page_size = self.parts.plan.page_size
-        window = sequence.request.window
-        return BatchRow(tokens, item.start, item.block_table, page_size, num_logits, item.recent_table, window)
+        return BatchRow(tokens, item.start, item.block_table, page_size, num_logits, item.recent_table, sequence.window)
 
     def _advance(self, slices: Items[Slice], rows: Items[BatchRow], logits: Tensor) -> None:
         """Account for what the step stored, and sample for every sequence that is caught up."""

@@ -184,6 +184,7 @@ class PlanSummary(msgspec.Struct, frozen=True):
     bytes_per_recent_page: int = 0  # likewise
     num_recent_pages: int = 0  # of 16 tokens, beside the others: the window and sinks of a quantized cache
     kv_request_window: int = 0  # most tokens that a request may have in high precision by asking; 0: it may not ask
+    kv_prefill: str = "windowed"  # or "exact": prompts attend in high precision throughout
     swap_bytes: int = 0  # of host memory, at most, for preempted sequences
     notes: tuple[str, ...] = ()  # what a user should know: limits that came from the model or from memory
 

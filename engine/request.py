@@ -7,6 +7,7 @@ waiting -> prefilling -> decoding -> finished
 from dataclasses import dataclass, field
 
 from engine.messages import FinishReason, Logprobs, Submit
+from kvcache.recent import ReadRule
 
 
 @dataclass(eq=False)
@@ -16,7 +17,7 @@ class Request:
     submit: Submit
     order: int  # of arrival; ties in priority are served first come, first served
     seed: int  # the caller's, or drawn when the request came in
-    window: int | None = None  # tokens read in high precision; None: as many as the cache's policy says
+    rule: ReadRule | None = None  # what is read in high precision; None: what the cache's policy says
     prompt_logprobs: list[Logprobs] = field(default_factory=list)  # filled while the first choice prefills
 
 
@@ -48,6 +49,19 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens to run before the next one can be sampled: 1 while decoding, more while prefilling."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def num_alike(self) -> int:
+        """Those of them that one step may take: a prompt that attends in high precision ends with its step."""
+        rule = self.request.rule
+        if rule is None or self.num_computed >= rule.num_exact:
+            return self.num_uncomputed
+        return min(self.num_uncomputed, rule.num_exact - self.num_computed)
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that the next one to run reads in high precision; None: as many as the cache's policy says."""
+        return None if self.request.rule is None else self.request.rule.window_at(self.num_computed)
 
     @property
     def is_decoding(self) -> bool:

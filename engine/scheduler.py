@@ -155,8 +155,8 @@ class Scheduler:
     def _find_prefix(self, sequence: Sequence) -> Match:
         """Prompt log-probabilities need every prompt row computed, so those requests take nothing from the cache."""
         if sequence.wants_prompt_logprobs:
-            return Match(window=sequence.request.window)
-        return self._manager.match(sequence.tokens, sequence.request.window)
+            return Match(rule=sequence.request.rule)
+        return self._manager.match(sequence.tokens, sequence.request.rule)
 
     def _slice(self, sequence: Sequence, num_tokens: int, block_table: list[int]) -> Slice:
         recent_table = self._manager.recent_table(sequence.id)
@@ -178,7 +178,7 @@ class Scheduler:
 def _share(sequence: Sequence, budget: int) -> int:
     """Tokens of the sequence to run: what is left of the budget, less where every row's logits are wanted."""
     limit = MAX_SCORED_ROWS if sequence.wants_prompt_logprobs else budget
-    return min(budget, limit, sequence.num_uncomputed)
+    return min(budget, limit, sequence.num_alike)
 
 
 def _rank(sequence: Sequence) -> tuple[int, int, int]:

@@ -97,9 +97,10 @@ class PageLayout:
         rule = ReadRule(self.policy.window, self.policy.num_sinks)
         return rule if rule.max_pages and any(layer.is_quantized for layer in self.layers) else None
 
-    def rule_of(self, window: int) -> ReadRule:
-        """Of a sequence that reads `window` tokens in high precision."""
-        return ReadRule(window, self.policy.num_sinks)
+    def rule_of(self, window: int | None, num_exact: int = 0) -> ReadRule:
+        """Of a sequence that reads `window` tokens in high precision, None: as many as the policy says; and whose first
+        `num_exact` tokens read everything so."""
+        return ReadRule(self.policy.window if window is None else window, self.policy.num_sinks, num_exact)
 
     @property
     def bytes_per_recent_page(self) -> int:

@@ -25,7 +25,7 @@ class Match:
     pages: tuple[int, ...] = ()
     keys: tuple[bytes, ...] = ()
     num_tokens: int = 0  # = len(pages) * page_size
-    window: int | None = None  # that the sequence asks for; None: the cache's own
+    rule: ReadRule | None = None  # that the sequence asks for; None: the cache's own
     recent: Found = NOTHING  # what the next token reads of them in high precision
 
 
@@ -52,8 +52,14 @@ class _Held:
 
     root: bytes  # what its first page's key follows
     block_table: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)  # one for each full page, published or met in the index
+    keys: list[bytes] = field(default_factory=list)  # one for each full page that can be shared
     num_stored: int = 0
+    num_exact: int = 0  # tokens of a prompt that attends in high precision; what follows depends on where it ends
+
+    @property
+    def num_shareable(self) -> int:
+        """Tokens stored whose keys and values are the same in every sequence that begins with them under this root."""
+        return min(self.num_stored, self.num_exact) if self.num_exact else self.num_stored
 
 
 @dataclass(frozen=True)
@@ -142,16 +148,17 @@ class KVCacheManager:
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def match(self, tokens: Sequence[int], window: int | None = None) -> Match:
+    def match(self, tokens: Sequence[int], rule: ReadRule | None = None) -> Match:
         """Find the longest published prefix, leaving at least the last token to compute. Changes nothing.
 
-        What the next token reads in high precision must be there too; otherwise a shorter prefix is taken. window: what
+        What the next token reads in high precision must be there too; otherwise a shorter prefix is taken. rule: what
         the sequence asks for, None for the cache's own; only prefixes computed with the same one are found.
         """
         pages: list[int] = []
         keys: list[bytes] = []
-        key = self._root(window)
-        limit = (len(tokens) - 1) // self.page_size if self._sharing else 0
+        key = self._root(rule)
+        most = len(tokens) if rule is None or not rule.num_exact else min(len(tokens), rule.num_exact)
+        limit = (most - 1) // self.page_size if self._sharing else 0
         for i in range(limit):
             key = next_key(key, tokens[i * self.page_size : (i + 1) * self.page_size])
             page = self._tier.index.find(key)
@@ -160,10 +167,10 @@ class KVCacheManager:
             pages.append(page)
             keys.append(key)
         if self._recent is None:
-            return Match(tuple(pages), tuple(keys), len(pages) * self.page_size, window)
-        found = self._recent.find(keys, self._rule_of(window))
+            return Match(tuple(pages), tuple(keys), len(pages) * self.page_size, rule)
+        found = self._recent.find(keys, rule or self._rule)
         num_pages = found.num_tokens // self.page_size
-        return Match(tuple(pages[:num_pages]), tuple(keys[:num_pages]), found.num_tokens, window, found)
+        return Match(tuple(pages[:num_pages]), tuple(keys[:num_pages]), found.num_tokens, rule, found)
 
     def missing(self, match: Match, num_tokens: int) -> int:
         """How many available pages a new sequence of `num_tokens` takes, given what `match` found: pages to fill,
@@ -176,8 +183,8 @@ class KVCacheManager:
             return False
         if self._recent is None:
             return True
-        rule = self._rule_of(match.window)
-        return self._recent.missing(match.recent, rule, num_tokens) + spare <= self._recent.num_available
+        missing = self._recent.missing(match.recent, match.rule or self._rule, num_tokens)
+        return missing + spare + self._recent.num_promised <= self._recent.num_available
 
     def open(self, sequence: int, match: Match, num_queried: int) -> None:
         """Start a sequence on what `match` found. Of `num_queried` tokens looked up the metrics count the hits; 0
@@ -187,8 +194,10 @@ class KVCacheManager:
         for page in match.pages:
             self._tier.hold(page)
         if self._recent is not None:
-            self._recent.open(sequence, match.recent, self._rule_of(match.window))
-        self._held[sequence] = _Held(self._root(match.window), list(match.pages), list(match.keys), match.num_tokens)
+            self._recent.open(sequence, match.recent, match.rule or self._rule)
+        num_exact = 0 if match.rule is None else match.rule.num_exact
+        root = self._root(match.rule)
+        self._held[sequence] = _Held(root, list(match.pages), list(match.keys), match.num_tokens, num_exact)
         self.num_queried_tokens += num_queried
         if num_queried:
             self.num_hit_tokens += match.num_tokens
@@ -213,7 +222,7 @@ class KVCacheManager:
         """Keys and values of the first `num_stored` of `tokens` are in the cache now: publish full pages."""
         held = self._held[sequence]
         held.num_stored = num_stored
-        for i in range(len(held.keys), num_stored // self.page_size):
+        for i in range(len(held.keys), held.num_shareable // self.page_size):
             key = next_key(
                 held.keys[-1] if held.keys else held.root,
                 tokens[i * self.page_size : (i + 1) * self.page_size],
@@ -238,7 +247,7 @@ class KVCacheManager:
         shared = source.block_table[:num_full]
         for page in shared:
             self._tier.hold(page)
-        held = _Held(source.root, list(shared), list(source.keys[:num_full]), source.num_stored)
+        held = _Held(source.root, list(shared), list(source.keys[:num_full]), source.num_stored, source.num_exact)
         self._held[child] = held
         copies: list[PageCopy] = []
         if num_copied:
@@ -262,7 +271,7 @@ class KVCacheManager:
         if self._recent is None or image.recent_held is None:
             return Match(tuple(found))
         recent = self._recent.surviving(image.recent_held, keys)
-        return Match(tuple(found), window=image.recent_held.rule.window, recent=recent)
+        return Match(tuple(found), rule=image.recent_held.rule, recent=recent)
 
     def reopen(self, sequence: int, image: Image) -> list[PageCopy]:
         """Go on from an image; the caller has asked `has_room`. Pages still in the index are shared. The storage must
@@ -291,12 +300,11 @@ class KVCacheManager:
         if self._recent is not None:
             self._recent.release(sequence, self._shared_keys(held))
 
-    def _root(self, window: int | None) -> bytes:
-        """What names the beginning of sequences with this window."""
-        return root_key(self._salt if window is None else f"{self._salt}:window {window}")
-
-    def _rule_of(self, window: int | None) -> ReadRule:
-        return self._rule if window is None else replace(self._rule, window=window)
+    def _root(self, rule: ReadRule | None) -> bytes:
+        """What names the beginning of sequences with this rule."""
+        if rule is None:
+            return root_key(self._salt)
+        return root_key(f"{self._salt}:exact" if rule.num_exact else f"{self._salt}:window {rule.window}")
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless free + held + idle pages are all pages, every count matches its holders, and no

@@ -7,6 +7,8 @@ with the window that its next token reads: a hit then computes what a miss compu
 
 The rule is a sequence's own: one that reads a longer window holds more of these pages, and shares them, and all others,
 with sequences of the same rule only, because what a token's keys are depends on the windows that the layers below read.
+One whose prompt attends in high precision throughout holds all of the prompt until it is computed. Its keys depend on
+tokens alone until then, so that such sequences share prompts, whatever they read later, and nothing that follows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,10 +21,12 @@ from kvcache.tier import PageTier
 
 @dataclass(frozen=True)
 class ReadRule:
-    """A query at position i reads key j in high precision iff j < num_sinks or i - j < window. 0 and 0: nothing is."""
+    """A query at position i reads key j in high precision iff i < num_exact or j < num_sinks or i - j < window. All 0:
+    nothing is."""
 
     window: int = 0  # W tokens
     num_sinks: int = 0  # S tokens
+    num_exact: int = 0  # tokens of a prompt that attends in high precision throughout; no step may cross its end
 
     @cached_property
     def num_sink_pages(self) -> int:
@@ -31,15 +35,30 @@ class ReadRule:
     @property
     def max_pages(self) -> int:
         """What a sequence needs at most to store and read one more token."""
-        return (pages_for(self.window - 1) + 1 if self.window else 0) + self.num_sink_pages
+        windowed = (pages_for(self.window - 1) + 1 if self.window else 0) + self.num_sink_pages
+        return max(windowed, pages_for(self.num_exact))
+
+    def after(self, num_stored: int) -> "ReadRule":
+        """What the rule still asks for once `num_stored` tokens are stored."""
+        return self if num_stored < self.num_exact else replace(self, num_exact=0)
+
+    def window_at(self, position: int) -> int:
+        """W of the query at this position."""
+        return max(self.window, self.num_exact) if position < self.num_exact else self.window
 
     def is_useful(self, r: int, page_size: int) -> bool:
         """Whether the window of some page end, or the sinks, reach to page r: prefixes end at page ends only."""
         page_end = (r * RECENT_TOKENS // page_size + 1) * page_size
-        return r < self.num_sink_pages or r >= self.first_in_window(page_end)
+        return self.num_exact > 0 or r < self.num_sink_pages or r >= self.first_in_window(page_end)
+
+    def of_prefix(self, num_tokens: int) -> list[int]:
+        """The pages without which a prefix is not found: what its next token reads, be it the prompt's or not."""
+        return [*range(pages_for(num_tokens))] if self.num_exact else self.before(num_tokens)
 
     def first_in_window(self, num_stored: int) -> int:
         """The first page that the query at position `num_stored` reads for its window."""
+        if num_stored < self.num_exact:
+            return 0
         return max(0, num_stored - self.window + 1) // RECENT_TOKENS if self.window else pages_for(num_stored)
 
     def before(self, num_stored: int) -> list[int]:
@@ -51,7 +70,8 @@ class ReadRule:
     def written(self, num_stored: int, num_tokens: int) -> range:
         """The pages that a step of `num_tokens` writes."""
         stop = pages_for(num_stored + num_tokens)
-        return range(num_stored // RECENT_TOKENS, stop if self.window else min(stop, self.num_sink_pages))
+        is_kept = self.window > 0 or num_stored < self.num_exact
+        return range(num_stored // RECENT_TOKENS, stop if is_kept else min(stop, self.num_sink_pages))
 
 
 def pages_for(num_tokens: int) -> int:
@@ -115,6 +135,12 @@ class RecentTier:
         return self._tier.num_available
 
     @property
+    def num_promised(self) -> int:
+        """Pages that are not taken yet for the rest of prompts that attend in high precision."""
+        reading = [held for held in self._held.values() if held.num_stored < held.rule.num_exact]
+        return sum(max(0, pages_for(held.rule.num_exact) - len(held.pages)) for held in reading)
+
+    @property
     def occupancy(self) -> Occupancy:
         num_used = self._tier.num_pages - self._tier.num_available
         missing = sum(
@@ -131,9 +157,9 @@ class RecentTier:
 
     def find(self, keys: Sequence[bytes], rule: ReadRule) -> Found:
         """The longest prefix of full pages named `keys` whose window and sinks are still there. Changes nothing."""
-        for num_pages in range(len(keys), 0, -1):
+        for num_pages in range(self._num_unbroken(keys) if rule.num_exact else len(keys), 0, -1):
             pages: dict[int, int] = {}
-            for r in reversed(rule.before(num_pages * self._page_size)):
+            for r in reversed(rule.of_prefix(num_pages * self._page_size)):
                 page = self._tier.index.find(self._key(keys, r))
                 if page is None:
                     break
@@ -142,15 +168,22 @@ class RecentTier:
                 return Found(pages, num_pages * self._page_size, len(keys) * self._page_size)
         return Found(num_wanted=len(keys) * self._page_size)
 
+    def _num_unbroken(self, keys: Sequence[bytes]) -> int:
+        """How many of the full pages named `keys` have all their recent pages, and so have all before them."""
+        for r in range(len(keys) * self._per_page):
+            if self._tier.index.find(self._key(keys, r)) is None:
+                return r // self._per_page
+        return len(keys)
+
     def missing(self, found: Found, rule: ReadRule, num_tokens: int) -> int:
         """How many available pages a new sequence of `num_tokens` takes; a step's own rows can come in small parts."""
-        most = min(rule.max_pages, pages_for(num_tokens))
+        most = min(rule.after(found.num_tokens).max_pages, pages_for(num_tokens))
         return max(0, most - len(found.pages)) + self._tier.num_idle(found.pages.values())
 
     def open(self, sequence: int, found: Found, rule: ReadRule) -> None:
         for page in found.pages.values():
             self._tier.hold(page)
-        valued = frozenset(r for n in (found.num_tokens, found.num_wanted) for r in rule.before(n))
+        valued = frozenset(r for n in (found.num_tokens, found.num_wanted) for r in rule.of_prefix(n))
         self._held[sequence] = Held(rule, dict(found.pages), valued, found.num_tokens)
 
     def fitting(self, sequence: int, num_tokens: int) -> int:
@@ -179,8 +212,9 @@ class RecentTier:
             if r in held.pages and rule.is_useful(r, self._page_size):
                 self._tier.index.insert(self._key(keys, r), held.pages[r])
         kept = rule.before(num_stored)
-        first_warm = rule.first_in_window(num_stored // self._page_size * self._page_size)
-        for r in [*held.pages]:
+        page_end = num_stored // self._page_size * self._page_size
+        first_warm = 0 if rule.num_exact else rule.first_in_window(page_end)
+        for r in reversed([*held.pages]):  # the beginning of a prompt goes last
             if r not in kept:
                 self._tier.drop(held.pages.pop(r), cold=r < first_warm and r not in held.valued)
         for r in self._idle_since(rule, first_key, first_warm, len(keys)):
@@ -212,7 +246,7 @@ class RecentTier:
         for page in held.pages.values():
             self._tier.drop(page)
         if keys:
-            for r in held.rule.before(len(keys) * self._page_size):
+            for r in reversed(held.rule.of_prefix(len(keys) * self._page_size)):
                 self._park(self._key(keys, r), cold=False)
 
     def image(self, sequence: int) -> Held:
@@ -225,7 +259,7 @@ class RecentTier:
         """Those of an image that are still in the index; `keys` name the sequence's full pages. Changes nothing."""
         named = self._names(image, keys)
         found = {r: self._tier.index.find(key) for r, key in named.items() if key is not None}
-        return Found({r: page for r, page in found.items() if page is not None})
+        return Found({r: page for r, page in found.items() if page is not None}, image.num_stored)
 
     def reopen(self, sequence: int, image: Held, keys: Sequence[bytes]) -> list[tuple[int, int]]:
         """Go on from an image: (place in image.pages, page) of what must be written before the next step."""

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from engine.config import PAGE_SIZES, Activations, Device, EngineConfig, HeadBits
+from engine.config import PAGE_SIZES, Activations, Device, EngineConfig, HeadBits, Prefill
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 PREFIX = "NIBBLE_"
@@ -138,6 +138,11 @@ class ServerConfig(BaseSettings):
         "Most tokens that a request may read in float16 by its kv_policy, a longer window or f16. Default: none.",
         ge=0,
     )
+    kv_prefill: Prefill = setting(
+        "windowed",
+        "KV cache",
+        "How prompts read a quantized cache: windowed, as answers do, or exact, in float16 throughout.",
+    )
     swap_memory: Size = setting(
         0,
         "KV cache",
@@ -157,6 +162,7 @@ class ServerConfig(BaseSettings):
             kv_calibration=None if self.kv_calibration is None else str(self.kv_calibration),
             kv_memory=self.kv_memory,
             kv_request_window=self.kv_request_window,
+            kv_prefill=self.kv_prefill,
             swap_memory=self.swap_memory,
             page_size=self.page_size,
             max_model_len=self.max_model_len,
@@ -172,7 +178,8 @@ class ServerConfig(BaseSettings):
 # The settings that `nibble inspect` takes: which model, and how it would run.
 ENGINE_SETTINGS = (
     *("model", "revision", "offline", "max_model_len", "device", "kernel", "threads", "activations", "head_bits"),
-    *("max_num_seqs", "max_batch_tokens", "kv", "kv_calibration", "kv_memory", "swap_memory", "page_size"),
+    *("max_num_seqs", "max_batch_tokens", "kv", "kv_calibration", "kv_memory", "kv_prefill", "swap_memory"),
+    "page_size",
 )
 
 

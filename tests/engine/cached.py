@@ -6,6 +6,7 @@ import msgspec
 import torch
 
 from engine.assembly import make_manager
+from engine.config import RECENT_TOKENS
 from engine.core import EngineCore, Parts
 from engine.messages import Event, Logprobs, PromptLogprobs, Submit, Token
 from kvcache.layout import PageLayout
@@ -38,7 +39,10 @@ class World:
         poison(self.parts)
         rule, plan = self.layout.read_rule, self.parts.plan
         least = 0 if rule is None else rule.max_pages
-        swapped_bytes = MAX_LEN // plan.page_size * self.layout.bytes_per_page + self.layout.recent_bytes_per_sequence
+        if plan.kv_prefill == "exact":
+            least = max(least, MAX_LEN // RECENT_TOKENS)
+        page_bytes, recent_bytes = self.layout.bytes_per_page, self.layout.bytes_per_recent_page
+        swapped_bytes = MAX_LEN // plan.page_size * page_bytes + least * recent_bytes
         plan = msgspec.structs.replace(
             plan,
             num_pages=min(plan.num_pages, num_sequences * MAX_LEN // plan.page_size),

@@ -72,6 +72,18 @@ def test_one_request_of_the_longest_window_always_fits() -> None:
             plan_for(facts, kv_request_window=num_tokens)
 
 
+def test_the_longest_prompt_always_fits_in_high_precision() -> None:
+    """Bug: recent pages for the rows of one step where a whole prompt must stay."""
+    facts = msgspec.structs.replace(WINDOWED, window=128)
+    assert plan_for(facts, max_num_seqs=2, kv_prefill="exact").num_recent_pages == 2 * 10 + 4096 // 16
+    assert plan_for(facts, max_num_seqs=2, kv_prefill="exact", max_model_len=900).num_recent_pages == 2 * 10 + 57
+    assert plan_for(facts, max_num_seqs=2, kv_prefill="exact", max_model_len=300).num_recent_pages == 10 + 512 // 16
+    none_of_its_own = msgspec.structs.replace(facts, recent_pages_per_sequence=0, window=0)
+    assert plan_for(none_of_its_own, kv_prefill="exact").num_recent_pages == 4096 // 16
+    with pytest.raises(ConfigError, match="kv_prefill exact is for quantized caches"):
+        plan_for(kv_prefill="exact")
+
+
 def test_swap_space_is_no_memory_of_the_cache() -> None:
     """Bug: memory of a CPU promised to the cache and to the swap space; a GPU with less cache for the host's."""
     wishes: dict[str, Any] = {"swap_memory": 3_000_000_000, "max_num_seqs": 512, "max_model_len": 4096}

@@ -1,5 +1,7 @@
 """The book-keeping of recent pages: what a sequence holds, what a hit needs, who may write, what goes first."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -210,7 +212,8 @@ def test_a_sequence_holds_the_window_that_it_asked_for() -> None:
     """Bugs: a long window that is cut to the cache's own, that is not counted as taken, or that others find."""
     manager = manager_of(num_recent=10)
     tokens = prompt(97)
-    match = manager.match(tokens, window=80)
+    longer = replace(RULE, window=80)
+    match = manager.match(tokens, longer)
     assert not manager.has_room(match, 97, spare=4)  # positions above 17, the sinks and the row itself: 7 pages
     assert manager.has_room(match, 97, spare=3)
     manager.open(0, match, 97)
@@ -218,8 +221,8 @@ def test_a_sequence_holds_the_window_that_it_asked_for() -> None:
         step(manager, 0, tokens[:length])
     assert set(manager.recent_table(0)) == {0, 1, 2, 3, 4, 5, 6}
     manager.release(0)
-    assert manager.match(tokens, window=80).num_tokens == 96
-    assert manager.match(tokens).num_tokens == manager.match(tokens, window=81).num_tokens == 0
+    assert manager.match(tokens, longer).num_tokens == 96
+    assert manager.match(tokens).num_tokens == manager.match(tokens, replace(RULE, window=81)).num_tokens == 0
 
 
 def test_tokens_are_counted_once() -> None:
@@ -264,29 +267,33 @@ def test_check_integrity_sees_recent_pages(damage: str) -> None:
 def test_any_history_keeps_the_invariants(data: st.DataObject) -> None:
     """Random opens, chunks, forks and releases: pages of both kinds are accounted for, and none has two writers."""
     rule = ReadRule(data.draw(st.sampled_from([0, 1, 16, 40])), data.draw(st.sampled_from([0, 4, 20])))
-    longer = data.draw(st.sampled_from([None, 64, 90]))  # what some sequences ask for
-    most = ReadRule(longer or rule.window, rule.num_sinks).max_pages
-    num_recent = max(most, rule.max_pages) + data.draw(st.integers(0, 12))
+    longer = data.draw(st.sampled_from([64, 90]))  # what some sequences ask for
+    wishes = [None, replace(rule, window=longer), *(replace(rule, num_exact=n) for n in (17, 32, 70))]
+    num_recent = max((wish or rule).max_pages for wish in wishes) + data.draw(st.integers(0, 12))
     manager = manager_of(num_recent, rule, data.draw(st.integers(3, 12)), data.draw(st.booleans()))
     tokens: dict[int, list[int]] = {}
+    num_exact: dict[int, int] = {}
     for new_id in range(data.draw(st.integers(1, 25))):
         verb = data.draw(st.sampled_from(["open", "chunk", "chunk", "fork", "release"]))
         chosen = data.draw(st.sampled_from(sorted(tokens))) if tokens else None
         if verb == "open":
             wanted = prompt(data.draw(st.integers(1, 90)), data.draw(st.integers(0, 1)))
-            match = manager.match(wanted, data.draw(st.sampled_from([None, longer])))
+            match = manager.match(wanted, wish := data.draw(st.sampled_from(wishes)))
             if manager.has_room(match, len(wanted), 0):
+                num_exact[new_id] = 0 if wish is None else wish.num_exact
                 manager.open(new_id, match, len(wanted))
                 tokens[new_id] = wanted[: match.num_tokens]
         elif chosen is not None and verb == "chunk":
-            more = manager.fitting(chosen, data.draw(st.integers(1, 40)))
+            left = num_exact[chosen] - len(tokens[chosen])  # of the prompt, which no step crosses
+            drawn = data.draw(st.integers(1, 40))
+            more = manager.fitting(chosen, min(drawn, left) if left > 0 else drawn)
             if manager.extend(chosen, more) is not None:
                 tokens[chosen] += prompt(len(tokens[chosen]) + more, data.draw(st.integers(0, 1)))[-more:]
                 manager.check_integrity()
                 manager.commit(chosen, tokens[chosen], len(tokens[chosen]))
         elif chosen is not None and verb == "fork":
             if manager.fork(chosen, new_id) is not None:
-                tokens[new_id] = list(tokens[chosen])
+                tokens[new_id], num_exact[new_id] = list(tokens[chosen]), num_exact[chosen]
         elif chosen is not None:
             manager.release(chosen)
             del tokens[chosen]

@@ -65,6 +65,7 @@ def test_engine_gets_every_wish(tmp_path: Path) -> None:
         "device": "cpu",
         "kernel": "native",
         "kv_memory": 1 << 20,
+        "kv_prefill": "exact",
         "page_size": 32,
         "max_model_len": 99,
         "max_num_seqs": 3,
