@@ -11,6 +11,7 @@ from kernels.attention.quantized.codec import LIMIT, RowCodec
 from kernels.attention.quantized.layout import RowLayout
 from kernels.attention.quantized.transforms import Hadamard, HeadTransform, Identity
 from kernels.contract import AttentionInputs
+from kernels.native.checks import INT64, check_memory
 
 if native.MISSING is None or TYPE_CHECKING:
     from kernels.native import _native
@@ -50,8 +51,8 @@ class QuantizedNative:
         expected = (inputs.query_starts[-1], cache.num_kv_heads, cache.layout.head_dim)
         if k.shape != expected or v.shape != expected:
             raise ValueError(f"keys {list(k.shape)} and values {list(v.shape)} must be rows of {list(expected)}")
-        _check_dtype(k)
-        _check_dtype(v)
+        check_memory("keys", k)
+        check_memory("values", v)
         codec = cache.codec
         k = k if codec.key_shift is None else codec.prepare_keys(k.clamp(-LIMIT, LIMIT))
         k, v = _turned(k, codec.key_transform), _turned(v, codec.value_transform)
@@ -63,7 +64,7 @@ class QuantizedNative:
             raise ValueError(
                 f"queries {list(q.shape)} must be {inputs.query_starts[-1]} rows of {cache.layout.head_dim} channels"
             )
-        _check_dtype(q)
+        check_memory("queries", q)
         codec = cache.codec
         q = codec.prepare_queries(q)
         q = q.contiguous() if _is_native(codec.key_transform) else codec.key_transform.apply(q).contiguous()
@@ -85,11 +86,6 @@ def weight_levels(bits: float) -> int:
 
 def _is_native(transform: HeadTransform) -> bool:
     return isinstance(transform, Identity | Hadamard)
-
-
-def _check_dtype(x: Tensor) -> None:
-    if x.dtype != torch.float32:
-        raise ValueError(f"native kernels take float32 activations, not {x.dtype}")
 
 
 def _turned(x: Tensor, transform: HeadTransform) -> Tensor:
@@ -120,9 +116,13 @@ def _step(inputs: AttentionInputs, cache: QuantizedCache) -> "_native.QuantizedA
     key = ("quantized", cache.pages.shape, cache.recent.shape, cache.recent.dtype, formats, high)
     step: _native.QuantizedAttention | None = inputs.prepared.get(key)
     if step is None:
+        check_memory("block_tables", inputs.block_tables, INT64)
+        check_memory("slots", inputs.slots, INT64)
         tables, slots = inputs.block_tables.contiguous(), inputs.slots.contiguous()
         recent = (0, 0, 0)
         if inputs.recent is not None:
+            check_memory("recent tables", inputs.recent.tables, INT64)
+            check_memory("recent slots", inputs.recent.slots, INT64)
             recent_tables, recent_slots = inputs.recent.tables.contiguous(), inputs.recent.slots.contiguous()
             recent = (recent_tables.data_ptr(), recent_tables.shape[1], recent_slots.data_ptr())
         step = inputs.prepared[key] = _native.QuantizedAttention(
