@@ -18,6 +18,7 @@ from engine.checkpoint import (
     modelopt,
     mxfp4,
     nibble,
+    quip,
     torchao,
 )
 from engine.checkpoint.dense import Dense
@@ -84,12 +85,13 @@ def detect(config: Mapping[str, Any], source: Source) -> Format:
                 f"{source.folder}: tensor {packed!r} is quantized, but config.json has no quantization_config and "
                 "there is no quantize_config.json: fetch the missing file"
             )
-        refuse(config, None)
+        if quip.PARAMS in config:
+            return quip.read_config(config[quip.PARAMS])
         if asvd.RANKS in config:
             return asvd.read_config(config)
         return hqq.Hqq() if any(name.endswith(f".{hqq.MARK}") for name in source.names()) else Dense()
     method = found.get("quant_method", found.get("method"))
-    refuse(config, method)
+    refuse(method)
     if not isinstance(method, str) or method not in READERS:
         raise FormatRefused(
             f"{source.folder}: quant_method {method!r} is not supported; supported are {', '.join(sorted(READERS))} "

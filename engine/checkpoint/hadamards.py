@@ -2,11 +2,13 @@
 
     H_n = (H_m kron Sylvester(n / m)) / sqrt(n),   m the largest order listed below that divides n, n / m a power of two
 
-The matrices of order m are those of Sloane's table: Paley's constructions and, for 172, Williamson's. Only the exact
+The matrices of order m are those of Sloane's table: Paley's and Williamson's constructions. Only the exact
 matrix undoes what was done to the weights; another one of the same order gives noise.
 """
 
 import math
+from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,15 +17,19 @@ from kernels.linear.transforms import BlockRotation, Hadamard, Permutation, Tran
 
 PALEY_1 = (140, 108, 60, 20, 12)  # order q + 1, q a prime of 3 modulo 4
 PALEY_2 = (36, 28)  # order 2 (q + 1), q a prime of 1 modulo 4
-WILLIAMSON = 172
-UNKNOWN = (156, 52)  # Williamson's too, from LLaMA 1 of 13B and 30B: their rows are not known here
 ORDERS = (172, 156, 140, 108, 60, 52, 36, 28, 20, 12)  # in the order in which they are tried
-# The first 22 of 43 entries of the first rows of four symmetric circulant matrices.
-WILLIAMSON_ROWS = (
-    "+---++--++++-+-+++-++-",
-    "++-++++++----+-+--++-+",
-    "+++-+-++--+-+-++++-+--",
-    "++---++++-+--+--++----",
+# By order: four symmetric circulant matrices, by the first (order / 4 + 1) / 2 entries of their first rows.
+WILLIAMSON = MappingProxyType(
+    {
+        52: ("+-+--++", "+---+++", "++-+--+", "+----+-"),
+        156: ("+++--+-+-----+--++--", "++++---+--++----+-+-", "+++--++-+---+-+--+--", "+---++-+-+-----+++-+"),
+        172: (
+            "+---++--++++-+-+++-++-",
+            "++-++++++----+-+--++-+",
+            "+++-+-++--+-+-++++-+--",
+            "++---++++-+--+--++----",
+        ),
+    }
 )
 
 
@@ -36,8 +42,6 @@ def hadamard_of(width: int, transposed: bool = False) -> tuple[Transform, ...]:
     run = width // order
     if run < 1 or run & (run - 1):
         raise ValueError(f"{width} channels are not a power of two times 1 or one of {', '.join(map(str, ORDERS))}")
-    if order in UNKNOWN:
-        raise ValueError(f"{width} channels need the Hadamard matrix of order {order}, which is not known here")
     if order == 1:
         return (Hadamard(width),)
     matrix = matrix_of(order) / math.sqrt(order)  # [order, order]
@@ -54,8 +58,8 @@ def matrix_of(order: int) -> Tensor:
         return _paley_1(order - 1)
     if order in PALEY_2:
         return _paley_2(order // 2 - 1)
-    if order == WILLIAMSON:
-        return _williamson(WILLIAMSON_ROWS)
+    if order in WILLIAMSON:
+        return _williamson(WILLIAMSON[order])
     raise ValueError(f"no Hadamard matrix of order {order} is known here")
 
 
@@ -83,7 +87,7 @@ def _paley_2(q: int) -> Tensor:
     return torch.cat((torch.cat((plus, minus), dim=1), torch.cat((minus, -plus), dim=1)))
 
 
-def _williamson(rows: tuple[str, ...]) -> Tensor:
+def _williamson(rows: Sequence[str]) -> Tensor:
     a, b, c, d = (_circulant(torch.tensor([1.0 if sign == "+" else -1.0 for sign in row])) for row in rows)
     blocks = ((a, b, c, d), (-b, a, -d, c), (-c, d, a, -b), (-d, -c, b, a))
     return torch.cat([torch.cat(row, dim=1) for row in blocks])

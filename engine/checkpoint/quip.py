@@ -15,6 +15,7 @@ them. The definition is quip-sharp's own: r is 1, and the residual scale for the
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from engine.checkpoint.quip_codes import (
 )
 from engine.checkpoint.source import Source
 from kernels.linear.codebook.layout import CodebookWeights
+from kernels.linear.dense.layout import DenseWeights
 from kernels.linear.transforms import Diagonal
 from kernels.linear.weights import LinearWeights
 
@@ -43,7 +45,10 @@ PARAMS = "quip_params"  # of config.json
 WHERE = "quip_params"
 MARK = "Qidxs"
 PARTS = (MARK, "SU", "SV", "Wscale", "codebook_id", "fuse_scales", "bias", "weight")
-INFORMATIONAL = frozenset({"codesz", "packsz", "idx_dtype", "model_version", "ocs_down_size"})  # the tensors tell
+# The tensors tell; train_mode is of the tool's own finetuning.
+INFORMATIONAL = frozenset(
+    {"codesz", "packsz", "idx_dtype", "model_version", "ocs_down_size", "fused", "skip_list", "train_mode"}
+)
 FUSED = MappingProxyType(  # name of the layer in the checkpoint -> those that it is, in order
     {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "upgate_proj": ("up_proj", "gate_proj")}
 )
@@ -102,8 +107,9 @@ class Quip:
         return present(source, name if fused is None else fused, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
-        if (fused := self._fused_name(source, name)) is not None:
-            raise FormatRefused(f"{name} is a part of {fused}, which can be read as a whole only")
+        """A part of a fused layer alone comes back dense, in float32: its rows exist only behind the transform."""
+        if self._fused_name(source, name) is not None:
+            return self._part(source, name, shape, bias)
         if f"{name}.{MARK}" not in source:
             return read_dense(source, name, shape, bias)
         return self._layer(source, name, shape, bias, None)
@@ -125,6 +131,25 @@ class Quip:
         stops = dict(zip(order, accumulate(sizes), strict=True))
         outputs = tuple(slice(stops[part] - shapes[part][0], stops[part]) for part in shapes)
         return FusedLayer(name, weights, outputs)
+
+    def _part(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
+        fused, (rows, in_features) = self._fused_name(source, name), shape
+        assert fused is not None
+        prefix, _, part = name.rpartition(".")
+        order = FUSED[fused.rpartition(".")[2]]
+        total = prod(source.shape(f"{fused}.SV"))
+        others = (total - rows) // (len(order) - 1) if part == order[0] else rows  # only q may have rows of its own
+        sizes = (total - others * (len(order) - 1), *[others] * (len(order) - 1))
+        if min(sizes) < 1 or sizes[order.index(part)] != rows:
+            raise TensorError(
+                f"{fused} has {total} rows, which are not those of {', '.join(order)} with {rows} of {part}"
+            )
+        layers = [(f"{prefix}.{other}", (size, in_features)) for other, size in zip(order, sizes, strict=True)]
+        layer = self.fused(source, layers, bias)
+        assert layer is not None
+        columns = layer.outputs[order.index(part)]
+        own_bias = None if layer.weights.bias is None else layer.weights.bias[columns]
+        return LinearWeights((DenseWeights(layer.weights.dequantize()[columns]),), bias=own_bias)
 
     def _fused_name(self, source: Source, name: str) -> str | None:
         prefix, _, last = name.rpartition(".")
@@ -152,7 +177,10 @@ class Quip:
             raise
         except ValueError as error:
             raise FormatRefused(f"{name}: {error}") from error
-        return LinearWeights(terms, pre, read_bias(source, name, out_features, bias), post)
+        offsets = read_bias(source, name, out_features, bias)
+        if offsets is not None and out_scales is not None:
+            offsets = offsets.float() * out_scales  # the tool adds before it scales
+        return LinearWeights(terms, pre, offsets, post)
 
     def _terms(self, source: Source, name: str, shape: tuple[int, int]) -> tuple[CodebookWeights, ...]:
         out_features, in_features = shape

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 from engine.checkpoint.errors import FormatRefused
 
@@ -35,20 +34,15 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "qtip": TRELLIS,
         "quanto": "its files are state of optimum-quanto's own tensors: " + REQUANTIZE,
         "quark": "fetch the model as AWQ, GPTQ or compressed-tensors, which AMD Quark can export as well",
-        "quip#": CODEBOOK,
         "sinq": "its dual scales have no reader here: " + REQUANTIZE,
         "spqr": "its sparse outliers lie in the order of one GPU kernel: " + REQUANTIZE,
         "squeezellm": "its tables for every row and sparse outliers come as a pickle: " + REQUANTIZE,
         "vptq": "its vector codebooks with residuals have no reader here: " + REQUANTIZE,
     }
 )
-SETTINGS: Mapping[str, str] = MappingProxyType({"quip_params": "quip#"})  # of config.json -> the method it belongs to
 
 
-def refuse(config: Mapping[str, Any], method: object) -> None:
-    """Raise FormatRefused, with what to do, when `method` or a setting of config.json names a format not read."""
-    for setting, owner in SETTINGS.items():
-        if config.get(setting) is not None:
-            raise FormatRefused(f"config.json has {setting}: {owner} checkpoints are not supported; {METHODS[owner]}")
+def refuse(method: object) -> None:
+    """Raise FormatRefused, with what to do, when `method` names a format not read."""
     if isinstance(method, str) and method.lower() in METHODS:
         raise FormatRefused(f"{method} checkpoints are not supported; {METHODS[method.lower()]}")

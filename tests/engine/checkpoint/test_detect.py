@@ -96,8 +96,8 @@ def test_formats_that_are_known_but_not_read_say_what_to_do(method: str, tmp_pat
 
 def test_quip_sharp_is_known_by_its_setting(tmp_path: Path) -> None:
     """Its config.json has no quantization_config, so that its weights would be taken for missing ones."""
-    with pytest.raises(FormatRefused, match=r"quip_params: quip# checkpoints are not supported"):
-        detect({"quip_params": {"codebook": "E8P12"}}, folder_of(tmp_path))
+    read = detect({"quip_params": {"codebook": "E8P12", "codebook_version": 1}}, folder_of(tmp_path))
+    assert read.describe() == "QuIP# 2-bit"
 
 
 def test_no_format_is_both_read_and_refused() -> None:
