@@ -258,37 +258,43 @@ inline void spread(int8_t* to, int width, Ints q) {
   for (int i = 0; i < 4; i++) __builtin_memcpy(to + 4 * i * width, bytes + 4 * i, 4);
 }
 
-void quantize(const float* x, int64_t num_channels, Activations& to, int64_t token) {
-  Tile tile = tile_of(token, to.num_tokens);
-  int width = tile.width, lane = (int)(token - tile.first);
-  int8_t* values = to.values + tile.first * to.stride + 4 * lane;
-  float* scales = to.scales + tile.first * to.num_blocks + lane;
-  int32_t* sums = to.sums + tile.first * to.num_blocks + lane;
-  for (int block = 0; block < to.num_blocks; block++) {
-    int64_t first_channel = (int64_t)block * to.block_channels;
-    int64_t left = num_channels - first_channel;
-    int channels = (int)(left < to.block_channels ? left : to.block_channels);
-    const float* in = x + first_channel;
-    Ints highest = izero();  // magnitudes compare as integers, and NaN as the largest of them
-    for (int i = 0; i < channels; i += 16)
-      highest = imax_unsigned(highest, iand(bits(load_some(in + i, channels - i)), iset1(0x7fffffff)));
-    uint32_t magnitude = ireduce_max_unsigned(highest);
-    float peak;
-    __builtin_memcpy(&peak, &magnitude, 4);
-    bool finite = magnitude < 0x7f800000;
-    float scale = finite ? peak / 127.0f : __builtin_nanf("");
-    // Below 2^-120 the quotient would overflow; such a block is zero beside anything it is added to.
-    float inverse = finite && peak > 0x1p-120f ? 127.0f / peak : 0.0f;
-    Ints sum = izero();
-    for (int i = 0; i < channels; i += 16) {
-      Ints q = finite ? to_int(mul(load_some(in + i, channels - i), set1(inverse))) : izero();
-      spread(values + (first_channel + i) * width, width, q);
-      sum = iadd(sum, q);
-    }
-    scales[(int64_t)block * width] = scale;
-    sums[(int64_t)block * width] = ireduce_add(sum);
+// One block of one token: `values` and `sum` are its place among the `width` tokens of a tile.
+inline void quantize_block(const float* in, int channels, int width, int8_t* values, float* to_scale, int32_t* to_sum) {
+  Ints highest = izero();  // magnitudes compare as integers, and NaN as the largest of them
+  for (int i = 0; i < channels; i += 16)
+    highest = imax_unsigned(highest, iand(bits(load_some(in + i, channels - i)), iset1(0x7fffffff)));
+  uint32_t magnitude = ireduce_max_unsigned(highest);
+  float peak;
+  __builtin_memcpy(&peak, &magnitude, 4);
+  bool finite = magnitude < 0x7f800000;
+  *to_scale = finite ? peak / 127.0f : __builtin_nanf("");
+  // Below 2^-120 the quotient would overflow; such a block is zero beside anything it is added to.
+  float inverse = finite && peak > 0x1p-120f ? 127.0f / peak : 0.0f;
+  Ints sum = izero();
+  for (int i = 0; i < channels; i += 16) {
+    Ints q = finite ? to_int(mul(load_some(in + i, channels - i), set1(inverse))) : izero();
+    spread(values + i * width, width, q);
+    sum = iadd(sum, q);
   }
-  for (int64_t i = (num_channels + 15) / 16 * 16; i < to.stride; i += 16) spread(values + i * width, width, izero());
+  *to_sum = ireduce_add(sum);
+}
+
+void quantize(const float* x, int64_t num_channels, const Activations& to, Tile tile, int first, int last) {
+  int width = tile.width;
+  int8_t* values = to.values + tile.first * to.stride;
+  float* scales = to.scales + tile.first * to.num_blocks;
+  int32_t* sums = to.sums + tile.first * to.num_blocks;
+  for (int block = first; block < last; block++) {
+    int64_t channel = (int64_t)block * to.block_channels, left = num_channels - channel;
+    int channels = (int)(left < to.block_channels ? left : to.block_channels);
+    for (int lane = 0; lane < width; lane++)
+      quantize_block(x + (tile.first + lane) * num_channels + channel, channels, width,
+                     values + channel * width + 4 * lane, scales + (int64_t)block * width + lane,
+                     sums + (int64_t)block * width + lane);
+  }
+  if (last < to.num_blocks) return;
+  for (int64_t i = (num_channels + 15) / 16 * 16; i < to.stride; i += 16)
+    for (int lane = 0; lane < width; lane++) spread(values + i * width + 4 * lane, width, izero());
 }
 
 }  // namespace

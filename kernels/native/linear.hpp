@@ -46,8 +46,9 @@ struct Activations {
 };
 
 struct LinearOps {
-  // Rounds one token: a = round(x * 127 / max|x|), scale = max|x| / 127; NaN when the block holds no finite maximum.
-  void (*quantize)(const float* x, int64_t num_channels, Activations& to, int64_t token);
+  // Rounds blocks first to last - 1 of a tile: a = round(x * 127 / max|x|), scale = max|x| / 127; NaN when the block
+  // holds no finite maximum. x: [num_tokens, num_channels].
+  void (*quantize)(const float* x, int64_t num_channels, const Activations& to, Tile tile, int first, int last);
   // Row blocks first to last - 1 for all tokens. out: [num_tokens, num_rows].
   void (*row_blocks)(const Packed& weights, int64_t first, int64_t last, const Activations& x, float* out);
 };

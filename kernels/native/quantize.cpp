@@ -47,7 +47,7 @@ void quantize_rows(const void* weights, FloatType type, int64_t num_rows, int64_
       row.values = (int8_t*)rounded.data();
       row.scales = scales + n * num_groups;
       row.sums = (int32_t*)sums.data();
-      ops.quantize((const float*)wide.data(), num_channels, row, 0);
+      ops.quantize((const float*)wide.data(), num_channels, row, Tile{0, 1}, 0, row.num_blocks);
       for (int64_t k = 0; k < num_channels; k++) codes[n * num_channels + k] = (uint8_t)(row.values[k] + 128);
     }
   });
