@@ -1,4 +1,5 @@
 # The CPU server.  docker build -t nibble .  &&  docker run -p 8000:8000 nibble
+# On a GPU:        docker build -t nibble:gpu --target gpu --build-arg EXTRAS=tracing,gpu .
 #
 # On x86 the default torch wheel carries CUDA. For an image a third of the size, point pip at PyTorch's CPU wheels:
 #   docker build --build-arg PIP_EXTRA_INDEX_URL=<PyTorch's CPU wheel index> -t nibble .
@@ -14,9 +15,10 @@ COPY engine engine
 COPY kvcache kvcache
 COPY kernels kernels
 COPY demo demo
-RUN python -m venv /opt/nibble && /opt/nibble/bin/pip install --constraint constraints.txt '.[tracing]'
+ARG EXTRAS=tracing
+RUN python -m venv /opt/nibble && /opt/nibble/bin/pip install --constraint constraints.txt ".[${EXTRAS}]"
 
-FROM python:3.12-slim
+FROM python:3.12-slim AS cpu
 RUN useradd --system --uid 10001 --create-home nibble && mkdir /models && chown nibble /models
 COPY --from=build /opt/nibble /opt/nibble
 ENV PATH=/opt/nibble/bin:$PATH PYTHONUNBUFFERED=1 HF_HOME=/models NIBBLE_HOST=0.0.0.0 NIBBLE_PORT=8000
@@ -28,3 +30,12 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 \
   CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/ready', timeout=2)"]
 ENTRYPOINT ["nibble", "serve"]
+
+# Triton compiles kernels when they first run. What it makes are programs, which /tmp of a confined container refuses.
+FROM cpu AS gpu
+USER root
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+ENV TRITON_CACHE_DIR=/models/.triton
+USER nibble
+
+FROM cpu

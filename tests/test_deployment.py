@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,29 @@ def test_what_the_image_copies_exists_and_is_not_ignored(dockerfile: str) -> Non
     assert copied == allowed
     assert all((ROOT / name).exists() for name in copied)
     assert {"server", "engine", "kvcache", "kernels", "demo"} <= copied
+
+
+def test_images_have_extras_and_stages_that_exist(dockerfile: str, services: dict[str, Any]) -> None:
+    """Bug: an image without what the service switches on, or the image of another service."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    stages = re.findall(r"^FROM .* AS (\w+)$", dockerfile, re.M)
+    gpu = services["server-gpu"]["build"]
+    assert services["server"]["build"] == gpu["context"] == "."
+    assert services["server"]["image"] != services["server-gpu"]["image"]
+    assert gpu["target"] in stages
+    assert "ARG EXTRAS=tracing" in dockerfile  # for NIBBLE_OTLP_ENDPOINT
+    assert set(gpu["args"]) == {"EXTRAS"}
+    assert {"tracing", "gpu"} == set(gpu["args"]["EXTRAS"].split(",")) <= set(extras)
+    assert dockerfile.rstrip().endswith("FROM cpu")  # what `docker build .` makes
+
+
+def test_triton_can_compile_and_keep_what_it_compiled(dockerfile: str, services: dict[str, Any]) -> None:
+    """Bug: no compiler, a home folder that is read-only, or a /tmp that runs no programs: the first kernel fails."""
+    stage = dockerfile.split(" AS gpu\n")[1].split("\nFROM ", maxsplit=1)[0]
+    assert re.search(r"apt-get install .*\bgcc\b", stage)
+    folder = re.findall(r"TRITON_CACHE_DIR=(\S+)", stage)
+    assert [Path(path).parent for path in folder] == [Path(services["server-gpu"]["volumes"][0].split(":")[1])]
+    assert stage.split("USER ")[-1].strip() == "nibble"
 
 
 def test_the_container_is_not_root_and_keeps_nothing_but_models(dockerfile: str, service: dict[str, Any]) -> None:
