@@ -50,6 +50,12 @@ struct Unit {
   NIBBLE_INLINE int num_splits() const { return (int)((context_len() + kSplit - 1) / kSplit); }
 };
 
+// One split of a unit.
+struct Place {
+  const Unit* unit;
+  int split;
+};
+
 // One call for one layer.
 struct Attend {
   CacheShape shape;

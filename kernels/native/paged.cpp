@@ -120,31 +120,40 @@ void PagedWork::run(const SplitKernel& kernel) {
   kept.reserve((size_t)parts_floats_ * sizeof(float));
   float* parts = (float*)kept.data();
   try {
-    Pool::instance().run((int64_t)items_.size(), [&](int64_t i) { run_item(kernel, items_[(size_t)i], parts); });
+    Pool::instance().run((int64_t)items_.size(), [&](int64_t i) { run_item(kernel, (size_t)i, parts); });
   } catch (...) {
     num_threads_ = 0;  // the next call cuts anew: items of some units are counted already
     throw;
   }
 }
 
-void PagedWork::run_whole(const SplitKernel& kernel, const Unit& unit) const {
+void PagedWork::run_whole(const SplitKernel& kernel, const Unit& unit, const Place& next) const {
   const Attend& call = kernel.call();
   int64_t part = call.rows_of(unit) * call.part_stride();
   float* merged = scratch((size_t)(2 * part + kernel.scratch_floats(unit)));
-  for (int split = 0; split < unit.num_splits(); split++) {
-    kernel.split(unit, split, merged + 2 * part, split ? merged + part : merged);
+  for (int split = 0, stop = unit.num_splits(); split < stop; split++) {
+    Place following = split + 1 < stop ? Place{&unit, split + 1} : next;
+    kernel.split({&unit, split}, following, merged + 2 * part, split ? merged + part : merged);
     if (split) active_isa().attention->merge(call, unit, split, merged, merged + part);
   }
   kernel.finish(unit, merged);
 }
 
-void PagedWork::run_item(const SplitKernel& kernel, const Item& item, float* parts) {
+void PagedWork::run_item(const SplitKernel& kernel, size_t index, float* parts) {
+  const Item& item = items_[index];
   const Unit& unit = units_[(size_t)item.unit];
-  if (item.num_items == 1) return run_whole(kernel, unit);
+  // Threads take turns: this one will take the item that is as many further on as there are threads.
+  size_t later = index + (size_t)num_threads_;
+  Place next{&unit, item.stop - 1};
+  if (later < items_.size()) next = {&units_[(size_t)items_[later].unit], items_[later].first};
+  if (item.num_items == 1) return run_whole(kernel, unit, next);
   const Attend& call = kernel.call();
   int64_t part = call.rows_of(unit) * call.part_stride();
   float *first = parts + item.parts, *own = scratch((size_t)kernel.scratch_floats(unit));
-  for (int split = item.first; split < item.stop; split++) kernel.split(unit, split, own, first + split * part);
+  for (int split = item.first; split < item.stop; split++) {
+    Place following = split + 1 < item.stop ? Place{&unit, split + 1} : next;
+    kernel.split({&unit, split}, following, own, first + split * part);
+  }
   std::atomic<int>& num_done = progress_[item.unit].num_done;
   if (num_done.fetch_add(1, std::memory_order_acq_rel) + 1 < item.num_items) return;
   num_done.store(0, std::memory_order_relaxed);  // for the next layer
@@ -160,8 +169,8 @@ class FloatKernel final : public SplitKernel {
   explicit FloatKernel(const Attend& call) : call_(call) {}
   const Attend& call() const override { return call_; }
   int64_t scratch_floats(const Unit& unit) const override { return call_.scratch_floats(unit); }
-  void split(const Unit& unit, int split, float* scratch, float* part) const override {
-    active_isa().attention->split(call_, unit, split, scratch, part);
+  void split(const Place& at, const Place&, float* scratch, float* part) const override {
+    active_isa().attention->split(call_, *at.unit, at.split, scratch, part);
   }
   void finish(const Unit& unit, const float* merged) const override {
     active_isa().attention->finish(call_, unit, merged);

@@ -26,7 +26,8 @@ class SplitKernel {
   virtual ~SplitKernel() = default;
   virtual const Attend& call() const = 0;
   virtual int64_t scratch_floats(const Unit& unit) const = 0;
-  virtual void split(const Unit& unit, int split, float* scratch, float* part) const = 0;
+  // next: what the thread is likely to read after it, to fetch ahead; `at` itself where nothing follows.
+  virtual void split(const Place& at, const Place& next, float* scratch, float* part) const = 0;
   virtual void finish(const Unit& unit, const float* merged) const = 0;
 };
 
@@ -50,8 +51,8 @@ class PagedWork {
   struct Progress;
   void share_out(int group, int num_threads);
   void cut(int64_t num_splits, int num_threads);
-  void run_item(const SplitKernel& kernel, const Item& item, float* parts);
-  void run_whole(const SplitKernel& kernel, const Unit& unit) const;
+  void run_item(const SplitKernel& kernel, size_t index, float* parts);
+  void run_whole(const SplitKernel& kernel, const Unit& unit, const Place& next) const;
 
   CacheShape shape_;
   std::vector<int64_t> query_starts_, context_lens_, block_tables_, slots_;

@@ -43,8 +43,8 @@ class QuantizedKernel final : public SplitKernel {
   explicit QuantizedKernel(const QuantizedAttend& call) : call_(call) {}
   const Attend& call() const override { return call_.base; }
   int64_t scratch_floats(const Unit& unit) const override { return call_.scratch_floats(unit); }
-  void split(const Unit& unit, int split, float* scratch, float* part) const override {
-    active_isa().quantized->split(call_, unit, split, scratch, part);
+  void split(const Place& at, const Place& next, float* scratch, float* part) const override {
+    active_isa().quantized->split(call_, at, next, scratch, part);
   }
   void finish(const Unit& unit, const float* merged) const override {
     active_isa().attention->finish(call_.base, unit, merged);

@@ -119,11 +119,11 @@ struct QuantizedRun : QuantizedSplit {
   }
 };
 
-void split(const QuantizedAttend& call, const Unit& unit, int split, float* scratch, float* part) {
+void split(const QuantizedAttend& call, const Place& at, const Place& next, float* scratch, float* part) {
   if (call.shape.heads.cell == Cell::f16)
-    QuantizedRun<F16>(call, unit, split, scratch, part).run();
+    QuantizedRun<F16>(call, at, next, scratch, part).run();
   else
-    QuantizedRun<F32>(call, unit, split, scratch, part).run();
+    QuantizedRun<F32>(call, at, next, scratch, part).run();
 }
 
 // ---- queries and results --------------------------------------------------------------------------------------------

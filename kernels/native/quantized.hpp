@@ -91,7 +91,7 @@ struct QuantizedAttend {
   NIBBLE_INLINE int64_t scratch_floats(const Unit& u) const {
     int64_t rows = base.rows_of(u), groups = shape.num_groups(), dim = shape.heads.head_dim;
     int64_t weights = rows * (2 * kSplit + 1);  // of both precisions; edges
-    int64_t digits = rows * groups * (kSplit / 2 + 16 + kSplit / kBlock), parameters = groups * (2 * kSplit + 16);
+    int64_t digits = rows * groups * (kBlock / 2 + 16 + 1), parameters = groups * (2 * kBlock + 1);
     int64_t codes = 2 * kBlock * (dim + 64) / 4;  // interleaved; unpacked
     return weights + digits + parameters + codes + 512;
   }
@@ -108,8 +108,8 @@ struct QuantizedStore {
 struct QuantizedOps {
   // Turns, scales and cuts into digits the queries of one token.
   void (*prepare)(const QuantizedAttend& call, int64_t token);
-  // As AttentionOps.
-  void (*split)(const QuantizedAttend& call, const Unit& unit, int split, float* scratch, float* part);
+  // As AttentionOps; fetches the beginning of `next`.
+  void (*split)(const QuantizedAttend& call, const Place& at, const Place& next, float* scratch, float* part);
   // Turns the finished rows of a unit back.
   void (*turn_back)(const QuantizedAttend& call, const Unit& unit);
   // Writes one head of tokens.

@@ -15,7 +15,6 @@ struct Range {  // of tokens of a split
 
 inline int clamp_to_split(int64_t token) { return token < 0 ? 0 : token > kSplit ? kSplit : (int)token; }
 
-constexpr int kBlocks = kSplit / kBlock;
 constexpr int kPagesAhead = 2;  // to fetch: a page of 2 bits is read in less time than the memory answers
 
 struct QuantizedSplit {
@@ -38,8 +37,8 @@ struct QuantizedSplit {
   const uint8_t* recent_keys[kSplit / 16 + 1];
   const uint8_t* recent_values[kSplit / 16 + 1];
 
-  QuantizedSplit(const QuantizedAttend& call, const Unit& unit, int split, float* scratch, float* parts)
-      : call(call), shape(call.shape), unit(unit), first_key((int64_t)split * kSplit),
+  QuantizedSplit(const QuantizedAttend& call, const Place& at, const Place& next, float* scratch, float* parts)
+      : call(call), shape(call.shape), unit(*at.unit), first_key((int64_t)at.split * kSplit),
         window(call.windows[unit.sequence]), dim(shape.heads.head_dim), page_size(shape.heads.page_size),
         page_shift(__builtin_ctz((unsigned)page_size)), stride(call.base.part_stride()) {
     int64_t hidden = first_key - unit.first_position;  // tokens before the split
@@ -55,7 +54,7 @@ struct QuantizedSplit {
     packed = {clamp_to_split(shape.num_sinks - first_key), edge(last)};
     recent[0] = {0, min_of(packed.first, visible(last))};
     recent[1] = {max_of(edge(0), recent[0].stop), window ? visible(last) : 0};
-    find_pages();
+    find_pages(next);
   }
 
   void lay_out(float* scratch) {
@@ -67,24 +66,28 @@ struct QuantizedSplit {
     };
     weights = take(rows * kSplit);
     high = take(rows * kSplit);
-    parameters = take(2 * groups * kSplit);
+    parameters = take(2 * groups * kBlock);
     zeros = take(rows * groups * 16);
-    units = take(rows * groups * kBlocks);
-    largest = take(groups * kBlocks);
+    units = take(rows * groups);
+    largest = take(groups);
     edges = (int*)take(rows);
-    digits = (uint8_t*)take(rows * groups * (kSplit / 2));
+    digits = (uint8_t*)take(rows * groups * (2 * kBlock / 4));
     codes = (uint8_t*)take(kBlock * (dim + 64) / 4);
     unpacked = (uint8_t*)take(kBlock * (dim + 64) / 4);
   }
 
-  void find_pages() {
+  const uint8_t* page(const Unit& of, int64_t i) const {
+    return call.layer.pages + shape.chunk(of.block_table[i], of.kv_head);
+  }
+
+  void find_pages(const Place& next) {
     const CacheShape heads = shape.recent();
-    int64_t first_page = first_key >> page_shift;
-    int64_t left = ((unit.context_len() + page_size - 1) >> page_shift) - first_page;
-    int num_pages = (visible(num_rows - 1) + page_size - 1) >> page_shift;
-    const int64_t* table = unit.block_table + first_page;
-    for (int i = 0; i < num_pages + kPagesAhead; i++)
-      pages[i] = call.layer.pages + shape.chunk(table[i < left ? i : 0], unit.kv_head);
+    int64_t first_page = first_key >> page_shift, next_page = ((int64_t)next.split * kSplit) >> page_shift;
+    int64_t last_page = (next.unit->context_len() - 1) >> page_shift;
+    int num_pages = (packed.stop + page_size - 1) >> page_shift;
+    for (int i = 0; i < num_pages; i++) pages[i] = page(unit, first_page + i);
+    for (int i = 0; i < kPagesAhead; i++)
+      pages[num_pages + i] = page(*next.unit, next_page + i < last_page ? next_page + i : last_page);
     const int64_t* recent_table = call.recent_tables + unit.sequence * call.max_recent + first_key / 16;
     for (int i = 0; i <= kSplit / 16; i++) recent_keys[i] = recent_values[i] = pages[0];
     for (const Range& range : recent)

@@ -20,18 +20,16 @@ struct PackedValues {
 
   // Of a block: those with packed tokens.
   int vectors_of(int block) const { return (min_of(s.packed.stop - block * kBlock, kBlock) + 15) / 16; }
-  float* scales(int g) const { return s.parameters + (int64_t)g * kSplit; }
-  float* offsets(int g) const { return s.parameters + (int64_t)(num_groups + g) * kSplit; }
-  uint8_t* digits(int row, int g) const { return s.digits + (int64_t)(row * num_groups + g) * 2 * kSplit; }
-  float* units(int row, int g) const { return s.units + (row * num_groups + g) * kBlocks; }
+  // Of the block at hand: scales [kBlock], then zeros [kBlock].
+  float* parameters(int g) const { return s.parameters + g * 2 * kBlock; }
+  uint8_t* digits(int row, int g) const { return s.digits + (row * num_groups + g) * 2 * kBlock; }
+  float* units(int row, int g) const { return s.units + row * num_groups + g; }
 
   void run() {
-    for (int block = first_block; block < stop_block; block++) load_block_parameters(block);
-    for (int row = 0; row < s.num_rows; row++) {
-      for (int g = 0; g < num_groups; g++) store(s.zeros + (row * num_groups + g) * 16, zero());
-      for (int block = first_block; block < stop_block; block++) cut_weights(row, block);
-    }
+    for (int i = 0; i < s.num_rows * num_groups; i++) store(s.zeros + 16 * i, zero());
     for (int block = first_block; block < stop_block; block++) {
+      load_parameters_of(block);
+      for (int row = 0; row < s.num_rows; row++) cut_weights(row, block);
       load_codes(block);
       if (is_direct())
         by_width(format.width, [&](auto width) { mix_block<decltype(width)::value>(block); });
@@ -48,34 +46,57 @@ struct PackedValues {
 
   // ---- parameters
 
-  // Scales as shares of the group's largest of the block, zeros as values of the middle code.
-  void load_block_parameters(int block) {
+  // Where the parameters of a block's vectors begin.
+  struct Sources {
+    const uint8_t* at[kBlock / 16];
+  };
+  Sources sources_of(int block, int vectors) const {
+    Sources from{};
+    for (int i = 0; i < vectors; i++) {
+      int v = block * (kBlock / 16) + i;
+      from.at[i] = s.page_of(v) + s.shape.value_parameters_at + s.token_of(v) * format.parameter_bytes;
+    }
+    return from;
+  }
+
+  void load_parameters_of(int block) {
     int vectors = vectors_of(block);
-    for (int i = 0; i < vectors; i++) load_own(4 * block + i, s.parameters + block * kBlock + 16 * i, kSplit);
+    Sources from = sources_of(block, vectors);
     auto all = [](int, Floats x) { return x; };
     for (int g = 0; g < num_groups; g++)
-      s.largest[g * kBlocks + block] = relate(scales(g) + block * kBlock, offsets(g) + block * kBlock, vectors, all);
+      s.largest[g] = vectors == kBlock / 16 ? relate<kBlock / 16>(from, g, parameters(g), all)
+                                            : relate_few(from, g, parameters(g), vectors, all);
   }
 
-  void load_own(int v, float* to, int64_t stride) const {
-    const uint8_t* from = s.page_of(v) + s.shape.value_parameters_at + s.token_of(v) * format.parameter_bytes;
-    load_parameters(format, from, s.page_size, factor, to, stride);
-  }
-
-  // Returns the largest scale.
-  template <class Keep>
-  float relate(float* scales, float* offsets, int vectors, Keep keep) const {
-    Floats middles = set1(middle), peak = zero();
-    for (int i = 0; i < vectors; i++) {
-      Floats x = keep(i, load(scales + 16 * i));
-      store(scales + 16 * i, x);
-      peak = max(x, peak);
-      store(offsets + 16 * i, fma(x, middles, keep(i, load(offsets + 16 * i))));
+  // Of one group: scales as shares of the largest, zeros as values of the middle code; returns the largest. `keep`
+  // makes nothing of tokens that are not read.
+  template <int kVectors, class Keep>
+  float relate(const Sources& from, int g, float* to, Keep keep) const {
+    int64_t scales_at = (int64_t)g * s.page_size * format.parameter_bytes;
+    int64_t zeros_at = scales_at + (int64_t)num_groups * s.page_size * format.parameter_bytes;
+    Floats scales[kVectors], middles = set1(middle), peak = zero();
+    NIBBLE_UNROLL for (int i = 0; i < kVectors; i++) {
+      scales[i] = keep(i, load_parameter(format, from.at[i] + scales_at, factor));
+      peak = max(scales[i], peak);
+      Floats zeros = keep(i, load_parameter(format, from.at[i] + zeros_at, factor));
+      store(to + kBlock + 16 * i, fma(scales[i], middles, zeros));
     }
     float most = reduce_max(peak);
     Floats inverse = set1(inverse_of(1.0f, most));
-    for (int i = 0; i < vectors; i++) store(scales + 16 * i, mul(load(scales + 16 * i), inverse));
+    NIBBLE_UNROLL for (int i = 0; i < kVectors; i++) store(to + 16 * i, mul(scales[i], inverse));
     return most;
+  }
+
+  // Fewer vectors than a block has; the others are nothing.
+  template <class Keep>
+  float relate_few(const Sources& from, int g, float* to, int vectors, Keep keep) const {
+    for (int i = 0; i < 2 * kBlock; i += 16) store(to + i, zero());
+    switch (vectors) {
+      case 1: return relate<1>(from, g, to, keep);
+      case 2: return relate<2>(from, g, to, keep);
+      case 3: return relate<3>(from, g, to, keep);
+      default: return relate<4>(from, g, to, keep);
+    }
   }
 
   // ---- weights
@@ -101,50 +122,35 @@ struct PackedValues {
     const float* w = s.weights + (int64_t)row * kSplit + block * kBlock;
     auto keep = [&](int i, Floats x) { return kWhole ? x : s.where_packed(row, 4 * block + i, x, zero()); };
     Floats kept[kBlock / 16], relative[kBlock / 16], peak = zero();
-    for (int i = 0; i < kBlock / 16; i++) kept[i] = zero();
-    for (int i = 0; i < vectors; i++) {
-      kept[i] = keep(i, load(w + 16 * i));
+    NIBBLE_UNROLL for (int i = 0; i < kBlock / 16; i++) {
+      kept[i] = i < vectors ? keep(i, load(w + 16 * i)) : zero();
       peak = max(kept[i], peak);
     }
     float highest = reduce_max(peak);
     Floats inverse = set1(inverse_of(levels, highest));
-    for (int i = 0; i < kBlock / 16; i++) relative[i] = mul(kept[i], inverse);
+    NIBBLE_UNROLL for (int i = 0; i < kBlock / 16; i++) relative[i] = mul(kept[i], inverse);
     for (int g = 0; g < num_groups; g++) {
-      const float *own_scales = scales(g) + block * kBlock, *own_offsets = offsets(g) + block * kBlock;
-      float own[2 * kBlock], most = s.largest[g * kBlocks + block];
+      const float* own = parameters(g);
+      float buffer[2 * kBlock], most = s.largest[g];
       if (!kWhole) {
-        most = relate_own(block, g, own, keep);
-        own_scales = own, own_offsets = own + kBlock;
+        most = relate_few(sources_of(block, vectors), g, buffer, vectors, keep);
+        own = buffer;
       }
       float unit = highest * most / levels;
-      units(row, g)[block] = unit;
-      Floats left = cut_group<kTwo>(relative, own_scales, digits(row, g) + block * 2 * kBlock);
-      Floats total = mul(kept[0], load(own_offsets));
-      for (int i = 1; i < kBlock / 16; i++) total = fma(kept[i], load(own_offsets + 16 * i), total);
+      *units(row, g) = unit;
+      Floats left = cut_group<kTwo>(relative, own, digits(row, g));
+      Floats total = mul(kept[0], load(own + kBlock));
+      NIBBLE_UNROLL for (int i = 1; i < kBlock / 16; i++) total = fma(kept[i], load(own + kBlock + 16 * i), total);
       float* sum = s.zeros + (row * num_groups + g) * 16;
       store(sum, add(load(sum), fnma(left, set1(unit * middle), total)));
     }
-  }
-
-  template <class Keep>
-  float relate_own(int block, int g, float* own, Keep keep) const {
-    for (int i = 0; i < 2 * kBlock; i += 16) store(own + i, zero());
-    int vectors = vectors_of(block);
-    for (int i = 0; i < vectors; i++)
-      for (int part = 0; part < 2; part++) {
-        int v = 4 * block + i;
-        const uint8_t* from = s.page_of(v) + s.shape.value_parameters_at;
-        from += ((int64_t)(part * num_groups + g) * s.page_size + s.token_of(v)) * format.parameter_bytes;
-        store(own + part * kBlock + 16 * i, load_parameter(format, from, factor));
-      }
-    return relate(own, own + kBlock, vectors, keep);
   }
 
   // Returns the sums of digits, lane by lane.
   template <bool kTwo>
   static Floats cut_group(const Floats* relative, const float* scales, uint8_t* to) {
     Ints digit[kBlock / 16];
-    for (int i = 0; i < kBlock / 16; i++) digit[i] = to_int(mul(relative[i], load(scales + 16 * i)));
+    NIBBLE_UNROLL for (int i = 0; i < kBlock / 16; i++) digit[i] = to_int(mul(relative[i], load(scales + 16 * i)));
     if constexpr (!kTwo) {
       Bytes bytes = pack_u8(digit[0], digit[1], digit[2], digit[3]);
       bstore(to, bytes);
@@ -152,7 +158,7 @@ struct PackedValues {
       return to_float(dot(izero(), bytes, four(ones)));
     }
     Ints sum = izero();
-    for (int i = 0; i < kBlock / 16; i++) {
+    NIBBLE_UNROLL for (int i = 0; i < kBlock / 16; i++) {
       sum = iadd(sum, digit[i]);
       write_digits(digit[i], true, (int8_t*)to + 16 * i, kBlock);
     }
@@ -226,8 +232,8 @@ struct PackedValues {
     int num_tiles = (s.num_rows + kPackedRows - 1) / kPackedRows, run = channels_of_a_shift<kWidth>(s.dim);
     ValueTile tile{};
     tile.num_quads = 4 * vectors_of(block);
-    tile.digits_stride = (int64_t)num_groups * 2 * kSplit;
-    tile.units_stride = num_groups * kBlocks;
+    tile.digits_stride = (int64_t)num_groups * 2 * kBlock;
+    tile.units_stride = num_groups;
     int g = 0, level = 0, in_run = 0;  // channel c is channel in_run of the shift `level`
     for (int c = 0; c < s.dim;) {
       if (c == (g + 1) * format.group_size) g++;
@@ -240,8 +246,8 @@ struct PackedValues {
       }
       for (int i = 0; i < num_tiles; i++) {
         int row = s.num_rows * i / num_tiles, rows = s.num_rows * (i + 1) / num_tiles - row;
-        tile.units = units(row, g) + block;
-        const uint8_t* from = digits(row, g) + block * 2 * kBlock;
+        tile.units = units(row, g);
+        const uint8_t* from = digits(row, g);
         float* to = s.part + row * s.stride + c;
         by_rows(rows, [&](auto r) {
           by_vectors<has_two_digits(kWidth)>(vectors, [&](auto n) {
