@@ -1,7 +1,8 @@
 """Quantized pages, the recent tokens and the first few in high precision."""
 
 from kernels.attention.quantized.cache import QuantizedKernel
+from kernels.attention.quantized.gpu import QuantizedTriton
 from kernels.attention.quantized.native import QuantizedNative
 from kernels.attention.quantized.reference import QuantizedReference
 
-KERNELS: tuple[QuantizedKernel, ...] = (QuantizedNative(), QuantizedReference())  # fastest first
+KERNELS: tuple[QuantizedKernel, ...] = (QuantizedNative(), QuantizedTriton(), QuantizedReference())  # fastest first

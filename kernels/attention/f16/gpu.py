@@ -1,0 +1,159 @@
+"""Attention over pages of float16 on NVIDIA GPUs, in Triton (kernels/gpu/attention.py)."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.contract import AttentionInputs, AttentionSpec
+from kernels.gpu import refusal
+from kernels.gpu.steps import Launch, Tiling, launches
+
+PAGE_SIZES = (16, 32, 64, 128)  # tokens
+MAX_HEAD_DIM = 256  # channels: the sums of a tile stay in registers
+MAX_GROUP = 64  # query heads of a kv head
+SPLIT = 512  # positions
+BLOCK = 64  # tokens of a product; half as many of heads above 128 channels, which would spill registers
+NUM_WARPS = 4
+MERGE_WARPS = 1
+STORE_WARPS = 1
+NUM_STAGES = 1  # two take 47 registers more on sm_90, which would halve the programs of a multiprocessor
+
+
+class F16Triton:
+    """out[h, i] = sum_{j <= i} softmax_j(scale * q[h, i] . k[h / G, j]) v[h / G, j]
+
+    Queries, divided by a power of two, and weights are rounded to float16; products are summed in float32. A row's
+    result does not depend on the batch or on the chunks of its prompt (kernels/gpu/attention.py says why).
+
+    A sequence of n tokens reads 2 * n * num_kv_heads * head_dim elements of its pages, once for 16 / G query rows, for
+    4 * n * num_heads * head_dim operations a query row on tensor cores.
+    """
+
+    name = "triton"
+
+    def __init__(self, split: int = SPLIT, block: int = BLOCK) -> None:
+        self._split, self._block = split, block
+
+    def refuses(self, spec: AttentionSpec) -> str | None:
+        if (reason := refusal(spec.device, spec.dtype)) is not None:
+            return reason
+        if spec.cache_dtype != torch.float16:
+            return f"pages of {spec.cache_dtype} are not float16"
+        if spec.page_size not in PAGE_SIZES:
+            return f"pages of {spec.page_size} tokens are not one of {PAGE_SIZES}"
+        if spec.head_dim > MAX_HEAD_DIM:
+            return f"head_dim {spec.head_dim} is above {MAX_HEAD_DIM}"
+        if spec.num_heads // spec.num_kv_heads > MAX_GROUP:
+            return f"{spec.num_heads} heads over {spec.num_kv_heads} are more than {MAX_GROUP} for each"
+        return None
+
+    def store(self, k: Tensor, v: Tensor, pages: Tensor, inputs: AttentionInputs) -> None:
+        """k, v: [num_tokens, num_kv_heads, head_dim] go to `inputs.slots` of `pages`, which is mutated."""
+        expected = (inputs.query_starts[-1], pages.shape[2], pages.shape[4])
+        if k.shape != expected or v.shape != expected:
+            raise ValueError(f"keys {list(k.shape)} and values {list(v.shape)} must be rows of {list(expected)}")
+        store_plain(k, v, pages, inputs.slots)
+
+    def attend(self, q: Tensor, pages: Tensor, inputs: AttentionInputs, scale: float) -> Tensor:
+        """q: [num_tokens, num_heads, head_dim] -> the same shape and dtype."""
+        from kernels.gpu import attention
+
+        num_tokens, num_heads, head_dim = q.shape
+        num_kv_heads, page_size = pages.shape[2:4]
+        if num_tokens != inputs.query_starts[-1] or head_dim != pages.shape[4]:
+            raise ValueError(
+                f"queries {list(q.shape)} must be {inputs.query_starts[-1]} rows of {pages.shape[4]} channels"
+            )
+        check_float16("pages", pages)
+        q, tables = q.contiguous(), inputs.block_tables.contiguous()
+        result = torch.empty_like(q)
+        tiling = Tiling(num_heads // num_kv_heads, self._split)
+        for launch in launches(inputs, tiling, (0,) * len(inputs.context_lens), q.device):
+            sums = q.new_empty(len(launch.rows), num_heads, launch.num_parts, head_dim, dtype=torch.float32)
+            stats = q.new_empty(len(launch.rows), num_heads, launch.num_parts, 2, dtype=torch.float32)
+            attention.attend[len(launch.tiles), num_kv_heads, launch.num_parts](
+                q,
+                pages,
+                tables,
+                launch.tiles,
+                sums,
+                stats,
+                scale / math.log(2),
+                num_heads,
+                num_kv_heads,
+                tables.shape[1],
+                launch.splits_per_part,
+                launch.num_parts,
+                **constants(head_dim, page_size, tiling, self._block),
+                num_warps=NUM_WARPS,
+                num_stages=NUM_STAGES,
+            )
+            merge(sums, stats, launch, result)
+        return result
+
+
+def constants(head_dim: int, page_size: int, tiling: Tiling, block: int) -> dict[str, int]:
+    """What the attention kernel is compiled for."""
+    return {
+        "G": tiling.group,
+        "PAGE": page_size,
+        "HEAD_DIM": head_dim,
+        "D": block_of(head_dim),
+        "COLUMNS": tiling.columns,
+        "SPLIT": tiling.split,
+        "BLOCK": block if head_dim <= 128 else block // 2,
+    }
+
+
+def store_constants(head_dim: int, page_size: int) -> dict[str, Any]:
+    """What the kernel that stores is compiled for."""
+    return {"PAGE": page_size, "HEAD_DIM": head_dim, "D": block_of(head_dim), "LIMIT": torch.finfo(torch.float16).max}
+
+
+def merge(sums: Tensor, stats: Tensor, launch: Launch, result: Tensor) -> None:
+    """The parts of each row of a launch into `result` [num_tokens, num_heads, head_dim], which is mutated."""
+    from kernels.gpu import attention
+
+    num_heads, head_dim = result.shape[1:]
+    attention.merge[len(launch.rows), num_heads](
+        sums,
+        stats,
+        launch.rows,
+        result,
+        launch.num_parts,
+        HEAD_DIM=head_dim,
+        D=block_of(head_dim),
+        num_warps=MERGE_WARPS,
+    )
+
+
+def store_plain(k: Tensor, v: Tensor, pages: Tensor, slots: Tensor) -> None:
+    """k, v: [num_tokens, num_kv_heads, head_dim]; slots: [num_tokens] int64, negative for rows that are not kept."""
+    from kernels.gpu import attention
+
+    check_float16("pages", pages)
+    num_kv_heads, page_size, head_dim = pages.shape[2:]
+    if not len(k):
+        return
+    attention.store[len(k), num_kv_heads](
+        k.contiguous(),
+        v.contiguous(),
+        slots.contiguous(),
+        pages,
+        num_kv_heads,
+        **store_constants(head_dim, page_size),
+        num_warps=STORE_WARPS,
+    )
+
+
+def check_float16(name: str, pages: Tensor) -> None:
+    """Raise ValueError, naming what was found, unless `pages` are contiguous float16."""
+    if pages.dtype != torch.float16 or not pages.is_contiguous():
+        raise ValueError(f"{name} must be contiguous float16, found {pages.dtype}")
+
+
+def block_of(head_dim: int) -> int:
+    """Channels of a tile: the next power of two, and no less than a product takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())

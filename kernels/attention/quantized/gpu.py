@@ -1,0 +1,205 @@
+"""Attention over the quantized cache on NVIDIA GPUs, in Triton (kernels/gpu/quantized.py, kernels/gpu/quantize.py)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.attention.f16.gpu import (
+    BLOCK,
+    MAX_GROUP,
+    MAX_HEAD_DIM,
+    NUM_WARPS,
+    SPLIT,
+    STORE_WARPS,
+    check_float16,
+    merge,
+    store_plain,
+)
+from kernels.attention.quantized.cache import QuantizedCache, QuantizedSpec
+from kernels.attention.quantized.codec import LIMIT
+from kernels.attention.quantized.layout import RECENT_TOKENS, TRITS_PER_BYTE, ChunkLayout
+from kernels.contract import AttentionInputs
+from kernels.gpu import refusal
+from kernels.gpu.steps import Launch, Tiling, launches
+
+NUM_STAGES = 2  # of packed tokens: costs 8 registers and 8 KiB on sm_90
+
+
+class QuantizedTriton:
+    """out[h, i] = sum_{j <= i} softmax_j(scale * q[h, i] . k_ij[h / G]) v_ij[h / G]
+
+    k_ij, v_ij as in the reference, rounded to float16 after unpacking, in units of the prescale. Queries, divided by a
+    power of two, and weights are rounded to float16; products are summed in float32. Transforms of heads are made by
+    torch before a step is stored or attended, and undone by it after. A row's result does not depend on the batch or on
+    the chunks of its prompt (kernels/gpu/attention.py says why). A token whose recent page is missing makes the rows
+    that read it NaN: asking for it on the host would make every step wait for the device.
+
+    A sequence of n tokens reads n * token_bytes of its pages, once for 16 / G query rows, and its window, for
+    4 * n * num_heads * D operations a query row on tensor cores.
+    """
+
+    name = "triton"
+
+    def __init__(self, split: int = SPLIT, block: int = BLOCK) -> None:
+        self._split, self._block = split, block
+
+    def refuses(self, spec: QuantizedSpec) -> str | None:
+        if (reason := refusal(spec.device, spec.dtype)) is not None:
+            return reason
+        head_dim = spec.layout.head_dim
+        if head_dim & (head_dim - 1) or not 32 <= head_dim <= MAX_HEAD_DIM:
+            return f"head_dim {head_dim} is not a power of two from 32 to {MAX_HEAD_DIM}"
+        for what, row in (("keys", spec.layout.keys), ("values", spec.layout.values)):
+            if row.group_size & (row.group_size - 1):
+                return f"groups of {row.group_size} channels ({what}) are not a power of two"
+        if spec.num_heads // spec.num_kv_heads > MAX_GROUP:
+            return f"{spec.num_heads} heads over {spec.num_kv_heads} are more than {MAX_GROUP} for each"
+        return None
+
+    def store(self, k: Tensor, v: Tensor, cache: QuantizedCache, inputs: AttentionInputs) -> None:
+        """QuantizedKernel.store."""
+        expected = (inputs.query_starts[-1], cache.num_kv_heads, cache.layout.head_dim)
+        if k.shape != expected or v.shape != expected:
+            raise ValueError(f"keys {list(k.shape)} and values {list(v.shape)} must be rows of {list(expected)}")
+        if not len(k):
+            return
+        codec = cache.codec
+        keys = codec.key_transform.apply(codec.prepare_keys(_saturated(k))).contiguous()
+        values = codec.value_transform.apply(_saturated(v)).contiguous()
+        slots = inputs.slots.contiguous()
+        _store_packed(keys, slots, cache, is_key=True)
+        _store_packed(values, slots, cache, is_key=False)
+        if inputs.recent is not None:
+            store_plain(keys, values, cache.recent, inputs.recent.slots)
+
+    def attend(self, q: Tensor, cache: QuantizedCache, inputs: AttentionInputs, scale: float) -> Tensor:
+        """QuantizedKernel.attend. Raises ValueError when the read rule asks for recent pages and the step has none."""
+        codec = cache.codec
+        if q.shape[0] != inputs.query_starts[-1] or q.shape[2] != cache.layout.head_dim:
+            raise ValueError(
+                f"queries {list(q.shape)} must be {inputs.query_starts[-1]} rows of {cache.layout.head_dim} channels"
+            )
+        windows = tuple(cache.windows(inputs))
+        if inputs.recent is None and (codec.num_sinks or any(windows)):
+            raise ValueError(f"windows of {windows} and {codec.num_sinks} sinks are read; the step has no recent pages")
+        queries = codec.key_transform.apply(codec.prepare_queries(q.float())).contiguous()
+        result = torch.empty_like(queries)
+        tiling = Tiling(q.shape[1] // cache.num_kv_heads, self._split)
+        for launch in launches(inputs, tiling, windows, q.device):
+            self._attend(queries, cache, inputs, (tiling, launch, scale / math.log(2)), result)
+        return codec.value_transform.invert(result).to(q.dtype)
+
+    def _attend(
+        self,
+        q: Tensor,
+        cache: QuantizedCache,
+        inputs: AttentionInputs,
+        how: tuple[Tiling, Launch, float],
+        result: Tensor,
+    ) -> None:
+        from kernels.gpu import quantized
+
+        tiling, launch, factor = how
+        check_float16("recent pages", cache.recent)
+        num_heads, head_dim = q.shape[1:]
+        sums = q.new_empty(len(launch.rows), num_heads, launch.num_parts, head_dim)
+        stats = q.new_empty(len(launch.rows), num_heads, launch.num_parts, 2)
+        tables = inputs.block_tables.contiguous()
+        recent_tables = tables if inputs.recent is None else inputs.recent.tables.contiguous()
+        codec = cache.codec
+        quantized.attend[len(launch.tiles), cache.num_kv_heads, launch.num_parts](
+            q,
+            *_views(cache.pages),
+            cache.recent,
+            tables,
+            recent_tables,
+            launch.tiles,
+            codec.keys.prescale,
+            codec.values.prescale,
+            sums,
+            stats,
+            factor,
+            num_heads,
+            cache.num_kv_heads,
+            tables.shape[1],
+            recent_tables.shape[1],
+            codec.num_sinks,
+            launch.splits_per_part,
+            launch.num_parts,
+            **constants(cache.layout, tiling, self._block),
+            num_warps=NUM_WARPS,
+            num_stages=NUM_STAGES,
+        )
+        merge(sums, stats, launch, result)
+
+
+def constants(layout: ChunkLayout, tiling: Tiling, block: int) -> dict[str, int]:
+    """What the attention kernel is compiled for."""
+    return {
+        "G": tiling.group,
+        "PAGE": layout.page_size,
+        "RECENT": RECENT_TOKENS,
+        "D": layout.head_dim,
+        "COLUMNS": tiling.columns,
+        "SPLIT": tiling.split,
+        "BLOCK": block if layout.head_dim <= 128 else block // 2,
+        "CHUNK": layout.chunk_bytes,
+        "K_BITS": int(layout.keys.bits),  # 1 for 1.5
+        "K_GROUP": layout.keys.group_size,
+        "V_BITS": int(layout.values.bits),
+        "V_GROUP": layout.values.group_size,
+        "V_AT": layout.value_codes_at,
+        "K_PARAMETERS": layout.key_parameters_at,
+        "V_PARAMETERS": layout.value_parameters_at,
+    }
+
+
+def store_constants(layout: ChunkLayout, is_key: bool, is_origin: bool) -> dict[str, int]:
+    """What the quantizer of keys, or of values, is compiled for."""
+    row = layout.keys if is_key else layout.values
+    return {
+        "IS_KEY": is_key,
+        "BITS": int(row.bits),
+        "GROUP": row.group_size,
+        "D": row.head_dim,
+        "PAGE": layout.page_size,
+        "CHUNK": layout.chunk_bytes,
+        "CODES": 0 if is_key else layout.value_codes_at,
+        "PARAMETERS": layout.key_parameters_at if is_key else layout.value_parameters_at,
+        "MAX_CODE": row.max_code,
+        "IS_ORIGIN": is_origin,
+        "TRIT_ROOM": 1 << (-(-row.head_dim // TRITS_PER_BYTE) - 1).bit_length(),
+    }
+
+
+def _store_packed(x: Tensor, slots: Tensor, cache: QuantizedCache, is_key: bool) -> None:
+    """x: [num_tokens, num_kv_heads, D] float32, contiguous."""
+    from kernels.gpu import quantize
+
+    codec = cache.codec.keys if is_key else cache.codec.values
+    chunks, _, halves = _views(cache.pages)
+    quantize.store[len(x), cache.num_kv_heads](
+        x,
+        slots,
+        chunks,
+        halves,
+        codec.clip.contiguous(),
+        codec.prescale,
+        cache.num_kv_heads,
+        **store_constants(cache.layout, is_key, codec.mode == "origin"),
+        enable_fp_fusion=False,
+        num_warps=STORE_WARPS,
+    )
+
+
+def _views(pages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same pages as bytes, int32 and float16. Raises ValueError when they are not contiguous."""
+    if not pages.is_contiguous():
+        raise ValueError("the pages of a layer must be contiguous")
+    return pages, pages.view(torch.int32), pages.view(torch.float16)
+
+
+def _saturated(x: Tensor) -> Tensor:
+    """Before a transform, which would turn two infinities into a NaN."""
+    return x.float().clamp(-LIMIT, LIMIT)

@@ -1,0 +1,210 @@
+"""The Triton kernels of both caches under Triton's interpreter. test_gpu_attention.py runs this file in a process of
+its own with TRITON_INTERPRET=1, which must be set before triton is imported.
+
+The interpreter takes a tenth of a second for a tile: contexts are short, and splits shorter.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.batch import build_batch
+from kernels.attention.f16.gpu import F16Triton
+from kernels.attention.f16.layout import page_shape
+from kernels.attention.f16.reference import F16Reference
+from kernels.attention.quantized.cache import QuantizedCache, QuantizedKernel
+from kernels.attention.quantized.gpu import QuantizedTriton
+from kernels.attention.quantized.reference import QuantizedReference
+from kernels.attention.quantized.transforms import Hadamard
+from kernels.contract import AttentionKernel
+from tests.kernels.attention_oracle import random_tokens
+from tests.kernels.test_attention import inputs_of as plain_inputs
+from tests.kernels.test_kv_attention import cache_of, codec_of, cut, inputs_of, row_of, tokens
+from tests.tolerance import EPS, assert_within
+
+SPLIT, BLOCK = 32, 32  # positions; the shipped ones are 512 and 64
+KERNEL, REFERENCE = QuantizedTriton(SPLIT, BLOCK), QuantizedReference()
+PLAIN = F16Triton(SPLIT, BLOCK)
+SCALE = 0.3
+HALF = 2.0**-11  # relative error of a rounding to float16
+TINY = 2.0**-25  # and its error below 2^-14
+PAIRS = [(4.0, 4.0), (2.0, 1.5), (8.0, 3.0), (3.0, 2.0), (1.5, 16.0), (16.0, 8.0)]  # each width on either side
+
+
+def read_as(rows: tuple[Tensor, Tensor, Tensor], cache: QuantizedCache) -> tuple[Tensor, Tensor]:
+    """Keys and values j as row i reads them, [heads, i, j, D] float64."""
+    q, k, v = rows
+    codec, at = cache.codec, torch.arange(len(k))
+    is_high = (at < codec.num_sinks) | (at[:, None] - at < codec.window)  # [i, j]
+    read = []
+    for x, part in ((k, codec.keys), (v, codec.values)):
+        packed = part.decode(*part.encode(x)).double()
+        both = torch.where(is_high[:, :, None, None], x.half().double(), packed)  # [i, j, kv heads, D]
+        read.append(both.repeat_interleave(q.shape[1] // k.shape[1], dim=2).permute(2, 0, 1, 3))
+    return read[0], read[1]
+
+
+def exact_attention(q: Tensor, keys: Tensor, values: Tensor, prescale: float) -> tuple[Tensor, Tensor]:
+    """Attention in float64 and a bound on the kernels; both q's shape. keys, values: as read_as gives them.
+
+    To float32's own error (tests/kernels/attention_oracle.py) come roundings to float16: of a query's channel, divided
+    by a power of two below the largest, and of a key's channel, in units of the prescale: two for each term of a score.
+    Likewise of a weight, which is at most 1, and of a value; a weight's error also moves what all are divided by.
+    """
+    queries = q.double().transpose(0, 1)[:, :, None] * SCALE  # [heads, i, 1, D]
+    num_rows, num_keys = keys.shape[1:3]
+    visible = torch.arange(num_keys) <= torch.arange(num_keys - num_rows, num_keys)[:, None]
+    keys, values = (x.masked_fill(~visible[:, :, None], 0) for x in (keys, values))
+    terms = queries * keys
+    scores = terms.sum(-1)  # [heads, i, j]
+    weights = scores.masked_fill(~visible, -math.inf).softmax(-1)[..., None]
+    relative = 2 * HALF + EPS * math.sqrt(q.shape[-1])
+    tiny = queries.abs().amax(-1) * keys.abs().sum(-1) + prescale * queries.abs().sum(-1)
+    worst = (4 * relative * terms.norm(dim=-1) + TINY * tiny + 2 * EPS * scores.abs()).amax(-1, keepdim=True)
+    worst += 4 * EPS * (num_keys / SPLIT + 1)
+    result = (weights * values).sum(2)
+    bound = 2 * worst * (weights * values.abs()).sum(2)
+    bound += 4 * (2 * HALF + EPS * math.sqrt(num_keys)) * (weights * values).norm(dim=2)
+    bound += 4 * HALF * weights.norm(dim=2) * result.abs()
+    bound += TINY * (weights.amax(2) * values.abs().sum(2) + prescale)
+    return result.transpose(0, 1), bound.transpose(0, 1)
+
+
+def filled(rows: tuple[Tensor, Tensor, Tensor], cache: QuantizedCache, chunk: int = 64) -> None:
+    """Store a whole sequence by the reference; recent pages that are not its own decode to NaN."""
+    for start in range(0, len(rows[1]), chunk):
+        stop = min(start + chunk, len(rows[1]))
+        _, k, v = cut(rows, start, stop)
+        REFERENCE.store(k, v, cache, inputs_of(cache.codec, (start, stop - start, 0)))
+
+
+def prescale_of(cache: QuantizedCache) -> float:
+    return float(torch.cat((cache.codec.keys.prescale, cache.codec.values.prescale)).max())
+
+
+@pytest.mark.parametrize("bits", PAIRS, ids=str)
+def test_store_writes_the_bytes_of_the_reference(bits: tuple[float, float]) -> None:
+    """Bugs: a fused operation that moves a code, a tie rounded away from the even one, a byte beside the token's."""
+    codec = codec_of(bits)
+    _, k, v = tokens(5, seed=1)
+    k[0, 0, :16], k[1, 1], v[2, 0, 3], v[3, 1, :16] = 0.0, 1e5, -torch.inf, 2.0**-12
+    k[2, 0, :16] = torch.arange(16) / 2  # ties
+    if 16.0 not in bits:
+        k[3, 0, 5] = v[4, 1, 20] = torch.nan
+    inputs = inputs_of(codec, (13, 5, 0))
+    caches = [cache_of(codec), cache_of(codec)]
+    kernels: tuple[QuantizedKernel, ...] = (KERNEL, REFERENCE)
+    for kernel, cache in zip(kernels, caches, strict=True):
+        kernel.store(k, v, cache, inputs)
+    assert torch.equal(caches[0].pages, caches[1].pages)
+    assert torch.equal(caches[0].recent.nan_to_num(7), caches[1].recent.nan_to_num(7))
+
+
+@pytest.mark.parametrize("bits", PAIRS, ids=str)
+def test_every_width(bits: tuple[float, float]) -> None:
+    """Bugs: a code, a scale or a zero of another channel, group or token; a prescale left out."""
+    cache, rows = cache_of(codec_of(bits, window=9)), tokens(37, seed=2)
+    filled(rows, cache)
+    keys, values = read_as(rows, cache)
+    expected, bound = exact_attention(rows[0][-3:], keys[:, -3:], values[:, -3:], prescale_of(cache))
+    found = KERNEL.attend(rows[0][-3:], cache, inputs_of(cache.codec, (34, 3, 0)), SCALE)
+    assert_within(found, expected, bound)
+
+
+@pytest.mark.parametrize(("window", "num_sinks"), [(0, 0), (0, 3), (1, 0), (17, 20), (40, 0)])
+def test_who_is_read_in_which_precision(window: int, num_sinks: int) -> None:
+    """Bugs: a window one token too long or short, sinks taken from the page, a token read twice. 2 bits tell them apart
+    by far more than the bound."""
+    cache, rows = cache_of(codec_of((2.0, 2.0), window, num_sinks)), tokens(35, seed=3)
+    filled(rows, cache)
+    keys, values = read_as(rows, cache)
+    expected, bound = exact_attention(rows[0][-4:], keys[:, -4:], values[:, -4:], prescale_of(cache))
+    found = KERNEL.attend(rows[0][-4:], cache, inputs_of(cache.codec, (31, 4, 0)), SCALE)
+    assert_within(found, expected, bound)
+
+
+def test_a_row_does_not_depend_on_its_batch_its_chunk_or_their_windows() -> None:
+    """A prompt in one piece folds its splits in the program, a decode step in `merge`: both must give the same bits."""
+    cache, rows = cache_of(codec_of((4.0, 2.0), window=7)), tokens(44, seed=4)
+    filled(rows, cache)
+    others = cut(rows, 0, 20)
+    row = row_of(cache.codec, 0, 20, 1)
+    batch = build_batch([replace(row, window=15), row_of(cache.codec, 30, 14, 0)])
+    KERNEL.store(others[1][:2], others[2][:2], cache, inputs_of(cache.codec, (0, 2, 1)))
+    filled_pages = cache.pages.clone()
+    whole = KERNEL.attend(torch.cat((others[0], rows[0][30:])), cache, batch.attention, SCALE)[20:]
+    for start, stop in ((31, 33), (43, 44)):
+        alone = KERNEL.attend(rows[0][start:stop], cache, inputs_of(cache.codec, (start, stop - start, 0)), SCALE)
+        assert torch.equal(alone, whole[start - 30 : stop - 30])
+    assert bool(whole.isfinite().all())
+    assert torch.equal(cache.pages, filled_pages)
+
+
+def test_a_window_that_is_not_there_shows() -> None:
+    """Bug: a hit whose window was given away, read from whatever page comes first."""
+    cache, rows = cache_of(codec_of((4.0, 4.0))), tokens(40, seed=5)
+    filled(rows, cache)
+    row = row_of(cache.codec, 39, 1, 0)
+    held = {at: page for at, page in row.recent_table.items() if at != 1}
+    inputs = build_batch([replace(row, recent_table=held)]).attention
+    assert bool(KERNEL.attend(rows[0][39:], cache, inputs, SCALE).isnan().all())
+    with pytest.raises(ValueError, match="the step has no recent pages"):
+        KERNEL.attend(rows[0][39:], cache, build_batch([replace(row, recent_table={})]).attention, SCALE)
+
+
+def test_transforms_are_made_before_and_undone_after() -> None:
+    plain, (q, k, v) = codec_of((4.0, 4.0)), tokens(3, seed=6)
+    turned = replace(plain, key_transform=Hadamard(), value_transform=Hadamard())
+    inputs, results = inputs_of(plain, (0, 3, 0)), []
+    for codec, rows in ((turned, (q, k, v)), (plain, tuple(Hadamard().apply(x) for x in (q, k, v)))):
+        cache = cache_of(codec)
+        KERNEL.store(rows[1], rows[2], cache, inputs)
+        results.append(KERNEL.attend(rows[0], cache, inputs, SCALE))
+    assert torch.equal(results[0], Hadamard().invert(results[1]))
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 16), (3, 3, 10), (7, 1, 24), (20, 1, 64)])
+def test_pages_of_float16(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    """Bugs: channels beyond the head's own, heads that take another group's keys, the last page read past its end."""
+    length, table = 37, [4, 0, 2]
+    q, k, v = (random_tokens(length, n, head_dim, n) for n in (num_heads, num_kv_heads, num_kv_heads))
+    pages = torch.full((5, *page_shape(num_kv_heads, 16, head_dim)), torch.nan, dtype=torch.float16)
+    F16Reference().store(k, v, pages, plain_inputs((0, length, table)))
+    keys, values = (
+        x.half().double().repeat_interleave(num_heads // num_kv_heads, dim=1).transpose(0, 1)[:, None] for x in (k, v)
+    )  # [heads, 1, j, D]
+    shape = (num_heads, 3, length, head_dim)
+    expected, bound = exact_attention(q[-3:], keys.expand(shape), values.expand(shape), 0.0)
+    found = PLAIN.attend(q[-3:], pages, plain_inputs((34, 3, table)), SCALE)
+    assert_within(found, expected, bound)
+    together = plain_inputs((10, 11, table), (36, 1, table))
+    rows = PLAIN.attend(torch.cat((q[10:21], q[36:])), pages, together, SCALE)
+    assert torch.equal(rows[-1], found[-1])
+
+
+def test_a_row_of_a_chunk_of_float16_pages() -> None:
+    """Rows of a prompt have one part, a decode row one for each split; activations of bfloat16 come back as such, cut
+    off by the interpreter where a GPU rounds."""
+    q, k, v = (random_tokens(41, n, 16, n) for n in (8, 2, 2))
+    pages = torch.full((5, *page_shape(2, 16, 16)), torch.nan, dtype=torch.float16)
+    F16Reference().store(k, v, pages, plain_inputs((0, 41, [1, 3, 0])))
+    half = PLAIN.attend(q[30:].bfloat16(), pages, plain_inputs((30, 11, [1, 3, 0])), SCALE)
+    whole = PLAIN.attend(q[30:].bfloat16().float(), pages, plain_inputs((30, 11, [1, 3, 0])), SCALE)
+    one = PLAIN.attend(q[36:37].bfloat16().float(), pages, plain_inputs((36, 1, [1, 3, 0])), SCALE)
+    assert torch.equal(whole[6], one[0])
+    assert half.dtype == torch.bfloat16
+    assert_within(half, whole, torch.finfo(torch.bfloat16).eps * whole.abs())
+
+
+def test_store_of_float16_pages() -> None:
+    """Bugs: an infinity that is kept, a byte of a page that another sequence shares."""
+    k, v = random_tokens(4, 2, 10, 1), random_tokens(4, 2, 10, 2)
+    k[3, 0, 1], v[1, 0, 2] = 1e5, -torch.inf
+    caches = [torch.full((4, *page_shape(2, 16, 10)), torch.nan, dtype=torch.float16) for _ in range(2)]
+    kernels: tuple[AttentionKernel, ...] = (PLAIN, F16Reference())
+    for kernel, pages in zip(kernels, caches, strict=True):
+        kernel.store(k, v, pages, plain_inputs((14, 4, [2, 1])))
+    assert torch.equal(caches[0].view(torch.int16), caches[1].view(torch.int16))

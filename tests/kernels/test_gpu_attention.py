@@ -1,0 +1,118 @@
+"""The Triton kernels of both caches without a GPU: interpreted, compiled within a budget, and how a step is cut up."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import gpu
+from kernels.attention import f16, quantized
+from kernels.attention.f16.gpu import F16Triton
+from kernels.attention.quantized.cache import QuantizedSpec
+from kernels.attention.quantized.gpu import QuantizedTriton
+from kernels.attention.quantized.layout import ChunkLayout, RowLayout
+from kernels.contract import AttentionInputs, AttentionSpec
+from kernels.gpu.steps import Launch, Tiling, launches
+from tests.kernels.gpu_attention_compile import BUDGET, cases
+from tests.kernels.gpu_checks import check_budget, needs_triton
+from tests.kernels.gpu_compile import Case
+
+ROOT = Path(__file__).parents[2]
+
+
+@needs_triton
+def test_kernels_agree_with_their_references_under_the_interpreter() -> None:
+    """Triton reads TRITON_INTERPRET when it is imported: these tests need a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted_attention.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+@needs_triton
+@pytest.mark.parametrize("case", list(cases()), ids=str)
+def test_kernels_compile_within_their_budget(
+    case: Case, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a change that makes a kernel spill registers, or that keeps keys from being loaded by vectors, which takes
+    a register or two for each of them."""
+    check_budget(case, BUDGET, request, monkeypatch)
+
+
+def test_the_budget_is_of_the_cases_that_exist() -> None:
+    assert list(json.loads(BUDGET.read_text())["cases"]) == [str(case) for case in cases()]
+
+
+def rows_of(launch: Launch) -> list[tuple[int, int, int]]:
+    """(query row, position, window) of each row that the tiles of a launch serve."""
+    tiles = launch.tiles.tolist()
+    return [(row + i, at + i, window) for _, row, _, at, count, window in tiles for i in range(count)]
+
+
+def step(*rows: tuple[int, int]) -> AttentionInputs:
+    """(start, number of rows) of each sequence."""
+    starts = [0]
+    for _, count in rows:
+        starts.append(starts[-1] + count)
+    tables, slots = torch.zeros(len(rows), 1, dtype=torch.int64), torch.zeros(starts[-1], dtype=torch.int64)
+    return AttentionInputs(tuple(starts), tuple(start + count for start, count in rows), tables, slots)
+
+
+def test_every_row_of_a_step_is_served_once() -> None:
+    """Bug: a row lost between tiles or served by two launches, a part of another row overwritten."""
+    inputs, windows = step((100, 1), (0, 9), (7, 4), (5, 0)), (20, 1 << 40, 0, 3)
+    made = launches(inputs, Tiling(4, 32), windows, torch.device("cpu"))
+    expected = [(0, 100, 20), *((1 + i, i, 1 << 30) for i in range(9)), *((10 + i, 7 + i, 0) for i in range(4))]
+    assert sorted(row for launch in made for row in rows_of(launch)) == expected
+    spread, whole = made
+    assert (spread.num_parts, spread.splits_per_part) == (4, 1)
+    assert spread.rows.tolist() == [[0, 4], *([10 + i, 1] for i in range(4))]  # 101 tokens are 4 splits of 32
+    assert (whole.num_parts, whole.splits_per_part) == (1, 1)
+    for launch in made:
+        served = [row + i for _, _, row, _, count, _ in launch.tiles.tolist() for i in range(count)]
+        assert served == list(range(len(launch.rows)))
+    assert launches(inputs, Tiling(4, 32), windows, torch.device("cpu")) is made  # the next layer's
+
+
+@pytest.mark.parametrize(("group", "columns", "rows"), [(1, 16, 16), (3, 16, 5), (4, 16, 4), (7, 16, 2), (33, 64, 1)])
+def test_a_tile_holds_whole_rows(group: int, columns: int, rows: int) -> None:
+    tiling = Tiling(group, 512)
+    assert (tiling.columns, tiling.rows) == (columns, rows)
+
+
+def test_on_a_cpu_they_step_back() -> None:
+    """Bug: a GPU served by the reference without a word, because nobody asks for these."""
+    cpu, reason = torch.device("cpu"), "triton kernels run on CUDA devices, not on cpu"
+    assert f16.KERNELS[1].refuses(AttentionSpec(32, 8, 128, 64, cpu, torch.bfloat16, torch.float16)) == reason
+    row = RowLayout(4.0, 128, 64)
+    spec = QuantizedSpec(32, 8, ChunkLayout(row, row, 64), cpu, torch.bfloat16)
+    assert quantized.KERNELS[1].refuses(spec) == reason
+    assert f16.KERNELS[1].name == quantized.KERNELS[1].name == "triton"
+
+
+def test_refusals_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a kernel chosen that fails at the first step."""
+    monkeypatch.setattr(gpu, "MISSING", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda, half = torch.device("cuda"), torch.bfloat16
+
+    def plain(head_dim: int = 128, page_size: int = 64, heads: int = 32, pages: torch.dtype = torch.float16) -> str:
+        return str(F16Triton().refuses(AttentionSpec(heads, 8, head_dim, page_size, cuda, half, pages)))
+
+    assert plain() == plain(head_dim=80) == plain(page_size=16) == "None"
+    assert "torch.float32 are not float16" in plain(pages=torch.float32)
+    assert "pages of 48" in plain(page_size=48)
+    assert "head_dim 512 is above 256" in plain(head_dim=512)
+    assert "more than 64" in plain(heads=8 * 65)
+
+    def packed(head_dim: int = 128, group: int = 64, bits: float = 4.0, heads: int = 32) -> str:
+        row = RowLayout(bits, head_dim, group)
+        return str(QuantizedTriton().refuses(QuantizedSpec(heads, 8, ChunkLayout(row, row, 64), cuda, half)))
+
+    assert packed() == packed(head_dim=64, group=32) == packed(bits=1.5) == packed(bits=16.0) == "None"
+    assert "head_dim 96 is not a power of two" in packed(head_dim=96, group=32)
+    assert "more than 64" in packed(heads=8 * 65)
