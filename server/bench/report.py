@@ -5,6 +5,7 @@ import html
 import io
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,12 @@ def check_report(path: Path | None) -> None:
 
 
 def write_run(path: Path, title: str, summary: Summary, outcomes: Sequence[Outcome]) -> None:
-    """Distributions and timeline of one run."""
+    """Distributions of one run, and its course."""
     figure, axes = _figure(2, 2)
     answered = [outcome for outcome in outcomes if outcome.error is None]
     for axis, name in zip((axes[0][0], axes[0][1], axes[1][0]), ("ttft", "itl", "e2el"), strict=True):
         _histogram(axis, name, samples(answered, name))
-    _timeline(axes[1][1], outcomes)
+    _in_flight(axes[1][1], outcomes)
     figure.suptitle(title)
     _write(path, figure, title, summary)
 
@@ -81,14 +82,24 @@ def _histogram(axis: Any, name: str, values: list[float]) -> None:
     axis.legend()
 
 
-def _timeline(axis: Any, outcomes: Sequence[Outcome]) -> None:
-    """When each request was sent, got its first text, and ended."""
-    for number, outcome in enumerate(sorted(outcomes, key=lambda outcome: outcome.sent)):
-        end = outcome.sent + outcome.latency
-        first = end if outcome.ttft is None else outcome.sent + outcome.ttft
-        axis.hlines(number, outcome.sent, first, color="tab:orange", linewidth=1)
-        axis.hlines(number, first, end, color="tab:red" if outcome.error else "tab:blue", linewidth=1)
-    axis.set(xlabel="s", ylabel="request", title="waiting (orange), answering (blue), failed (red)")
+def _in_flight(axis: Any, outcomes: Sequence[Outcome]) -> None:
+    """How many requests waited for their first text, and how many were being answered; failures are marked."""
+    first = [outcome.latency if outcome.ttft is None else outcome.ttft for outcome in outcomes]
+    changes = [(o.sent, 1, 0) for o in outcomes]
+    changes += [(o.sent + at, -1, 1) for o, at in zip(outcomes, first, strict=True)]
+    changes += [(o.sent + o.latency, 0, -1) for o in outcomes]
+    changes.sort()
+    times = [at for at, _, _ in changes]
+    waiting, answering = (list(accumulate(change[part] for change in changes)) for part in (1, 2))
+    both = [sum(pair) for pair in zip(waiting, answering, strict=True)]
+    axis.fill_between(times, answering, step="post", color="tab:blue", alpha=0.7, label="answering")
+    axis.fill_between(
+        times, answering, both, step="post", color="tab:orange", alpha=0.9, label="waiting for first text"
+    )
+    if failed := [outcome.sent + outcome.latency for outcome in outcomes if outcome.error is not None]:
+        axis.plot(failed, [0] * len(failed), "|", color="tab:red", markersize=12, label="failed")
+    axis.set(xlabel="s", ylabel="requests", title="in flight")
+    axis.legend()
 
 
 def _write(path: Path, figure: Any, title: str, summary: Summary) -> None:

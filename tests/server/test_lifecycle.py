@@ -1,10 +1,14 @@
 """Signals, on a real port."""
 
 import asyncio
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -134,6 +138,33 @@ async def test_closed_socket_cancels_the_request() -> None:
             break
         await asyncio.sleep(0.01)
     assert running.engine.cancelled == [running.engine.submitted[0].id]
+    running.signal()
+    await running.ended()
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """One for this machine that nobody vouches for, and its key."""
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
+    subprocess.run([*words, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True, timeout=60)
+    return cert, key
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+async def test_tls_serves_those_who_know_the_certificate_and_nobody_without_tls(tmp_path: Path) -> None:
+    """Bug: a certificate that is taken and not used, and keys that travel in the clear."""
+    cert, key = certificate(tmp_path)
+    running = Running(slow(1), drain_seconds=0, tls_cert=cert, tls_key=key)
+    await asyncio.sleep(0.1)
+    url = str(running.http.base_url).replace("http:", "https:")
+    async with httpx.AsyncClient(verify=ssl.create_default_context(cafile=cert)) as knowing:
+        assert (await knowing.post(f"{url}/v1/completions", json=BODY)).status_code == 200
+    async with httpx.AsyncClient() as strange:
+        with pytest.raises(httpx.ConnectError, match="certificate verify failed"):
+            await strange.get(f"{url}/health")
+    with pytest.raises(httpx.RemoteProtocolError):
+        await running.http.get("/health")
     running.signal()
     await running.ended()
 
