@@ -15,9 +15,15 @@ SHARED_BYTES = 96 << 10  # of the 99 KiB that a program gets with compute capabi
 
 
 class TritonKernel:
-    """What the families share once their codes are packed."""
+    """What the families share once their codes are packed.
 
-    name = "triton"
+    "triton-fixed" has one configuration for any number of rows: a row's result is the same to the last bit whatever
+    shares its step. "triton" has one each for up to 8, up to 16, up to 64 and more rows, and holds that within each.
+    """
+
+    def __init__(self, fixed: bool = False) -> None:
+        self._fixed = fixed
+        self.name = "triton-fixed" if fixed else "triton"
 
     def join(self, prepared: Sequence[Packed]) -> tuple[Packed, ...]:
         """Matrices run one after the other: a CUDA graph makes a launch cheap, and a copy would take their memory."""
@@ -32,24 +38,27 @@ class TritonKernel:
         x = x.contiguous()
         outs = tuple(x.new_empty(x.shape[0], packed.out_features) for packed in joined)
         for packed, out in zip(joined, outs, strict=True):
-            multiply(x, packed, out)
+            multiply(x, packed, out, self._fixed)
         return outs
 
 
 def constants(packed: Packed, config: Config) -> dict[str, int]:
     """What a kernel is compiled for."""
-    shift = 1 if packed.zeros is not None else 0
-    if packed.offsets is not None:
-        shift = 2
+    shift = 0
+    if packed.has_shift:
+        shift = 1 if packed.zeros is not None else 2 if packed.offsets is not None else 3
     return {
         "GROUP": packed.group_size,
         "BITS": packed.bits,
         "PLANES": packed.planes,
         "PLANE": packed.plane,
         "RUN": packed.run,
+        "BASE": packed.base,
         "CENTER": packed.center,
         "MEANING": packed.meaning,
         "SHIFT": shift,
+        "STEP": 0 if packed.steps is None else packed.steps.ratio,
+        "EVEN": int(packed.in_features % (packed.planes * packed.plane) == 0),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }
@@ -60,29 +69,25 @@ def num_stages(packed: Packed, config: Config) -> int:
 
     The compiler keeps the tiles of all planes for each stage but the last.
     """
-    stage = packed.plane * (2 * packed.planes * config.block_m + 4 * config.block_n)  # bytes
+    stage = packed.plane * (2 * packed.planes * config.block_m + 2 * config.block_n)  # bytes
     return min(config.num_stages, 1 + SHARED_BYTES // stage)
 
 
-def multiply(x: Tensor, packed: Packed, y: Tensor) -> None:
+def multiply(x: Tensor, packed: Packed, y: Tensor, fixed: bool = False) -> None:
     """x: [num_tokens, K] bfloat16; mutates y: [num_tokens, N] floating, rounded to once. Both contiguous."""
     from kernels.gpu import linear
 
     num_tokens, n = x.shape[0], packed.out_features
     if not num_tokens or not n:
         return
-    grid = grid_for(num_tokens, n, packed.num_blocks)
+    grid = grid_for(num_tokens, n, packed.num_blocks, fixed)
     is_split = grid.num_splits > 1
     out = x.new_empty(grid.num_splits, num_tokens, n, dtype=torch.float32) if is_split else y
-    absent = packed.scales  # stands for a tensor that the kernel does not read
     kernel: Any = getattr(linear, grid.config.kernel)
     kernel[grid.tiles_n, grid.tiles_m, grid.num_splits](
         x,
         packed.words,
-        packed.scales,
-        absent if packed.zeros is None else packed.zeros,
-        absent if packed.offsets is None else packed.offsets,
-        absent if packed.table is None else packed.table,
+        *parameters(packed),
         out,
         num_tokens,
         packed.in_features,
@@ -99,3 +104,10 @@ def multiply(x: Tensor, packed: Packed, y: Tensor) -> None:
     if is_split:
         count = y.numel()
         linear.sum_splits[(-(-count // SUM_BLOCK),)](out, y, grid.num_splits, count, BLOCK=SUM_BLOCK)
+
+
+def parameters(packed: Packed) -> tuple[Tensor, ...]:
+    """scales, zeros, offsets, scale_steps, offset_steps, table; scales stand for what the kernel does not read."""
+    steps = (None, None) if packed.steps is None else (packed.steps.scales, packed.steps.offsets)
+    given = (packed.scales, packed.zeros, packed.offsets, *steps, packed.table)
+    return tuple(packed.scales if tensor is None else tensor for tensor in given)

@@ -1,12 +1,13 @@
-"""How codes lie on a GPU: plane-major words.
+"""How codes lie on a GPU: plane-major half-words.
 
-The channels of a row go in blocks of P planes of W channels. Word i of a block holds, for each plane j, the code of
-channel j W + i of the block in its bits [j b, (j + 1) b):
+The channels of a row go in blocks of P planes of V channels. Half-word i of a block holds, for each plane j, the code
+of channel j V + i of the block in its bits [j b, (j + 1) b):
 
-    word[n, B, i] = sum_j code[n, (B P + j) W + i] << (j b),      P = 32 // b
+    half[n, B, i] = sum_j code[n, (B P + j) V + i] << (j b),      P = 16 // b
 
-so that one load of W words gives P tiles of W codes by a shift each, and a tile meets W activations that follow each
-other. No plane crosses the border of a group: W divides the group size.
+Two half-words are loaded as one int32. One shift and one mask leave the codes of plane j for two neighbouring channels,
+each in the mantissa of a bfloat16, which is how tensor cores take them: half an instruction a weight for each. A plane
+meets V activations that follow each other. No plane crosses the border of a group: V divides the group size.
 """
 
 import math
@@ -19,12 +20,23 @@ from kernels.contract import LinearSpec
 from kernels.gpu import refusal
 from kernels.linear.bitstream import unpack_codes
 
-WORD_BITS = 32
-PLANES = (32, 16)  # channels; tl.dot takes no less than 16
+HALF_WORD = 16  # bits
+PLANES = (64, 32, 16)  # channels; a product takes no less than 16
+MAX_BLOCK = 320  # channels: a block of activations of 128 tokens is 80 KiB of shared memory
 STORED_BITS = {1: 2, 2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}  # by bits of a code: widths that kernels are checked for
+BIAS = 128  # 0x4300 | code is the bfloat16 128 + code, for codes of up to 7 bits
 
-# What a code means: itself less `center`, the small float of MXFP4, an entry of `table`.
+# What a code means: itself less `base`, the small float of MXFP4, an entry of `table`.
 LINEAR, E2M1, LOOKUP = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What integer scales and offsets count, [num_groups / ratio, N] float16 each."""
+
+    ratio: int  # groups that share a step
+    scales: Tensor
+    offsets: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -32,31 +44,44 @@ class Packed:
     """One matrix [N, K] of codes and the parameters of its groups.
 
     w[n, k] = factor * (scale[g, n] * value(code[n, k]) + shift[g, n]),   g = k // G
-    shift   = scale * (center - zero), or the stored offset, or 0
+    value   = code - base, or what a table says
+    shift   = scale * (base - zero) + offset
     """
 
     bits: int  # of a stored code: 2, 3, 4 or 8
     in_features: int  # K
     out_features: int  # N
     group_size: int  # G, K for a whole row
-    plane: int  # W
-    words: Tensor  # [N, num_blocks * W] int32
-    scales: Tensor  # [num_groups, N] float16, bfloat16 or float32
+    plane: int  # V
+    words: Tensor  # [N, num_blocks * V / 2] int32
+    scales: Tensor  # [num_groups, N] float16, bfloat16 or float32; int8 with steps
     zeros: Tensor | None = None  # [num_groups, N] uint8 or floating; not beside offsets
-    offsets: Tensor | None = None  # [num_groups, N] floating
-    center: int = 0  # what is taken off every code before it is multiplied
+    offsets: Tensor | None = None  # [num_groups, N] floating; int8 with steps
+    steps: Steps | None = None
+    center: int = 0  # the zero point where there are no zeros
     factor: float = 1.0
     meaning: int = LINEAR
     table: Tensor | None = None  # [2**bits] bfloat16, of LOOKUP
 
     @property
     def planes(self) -> int:
-        """P: codes in a word."""
-        return WORD_BITS // self.bits
+        """P: codes in a half-word."""
+        return HALF_WORD // self.bits
+
+    @property
+    def base(self) -> int:
+        """What is taken off a code before it is multiplied. Codes of 8 bits do not fit beside the bias."""
+        if self.meaning != LINEAR:
+            return 0
+        return -BIAS if self.bits < 8 else self.center
+
+    @property
+    def has_shift(self) -> bool:
+        return self.meaning == LINEAR and not (self.zeros is None and self.offsets is None and self.base == self.center)
 
     @property
     def num_blocks(self) -> int:
-        return self.words.shape[1] // self.plane
+        return 2 * self.words.shape[1] // self.plane
 
     @property
     def run(self) -> int:
@@ -68,7 +93,8 @@ class Packed:
     @property
     def num_bytes(self) -> int:
         """Bytes that a step reads of the matrix."""
-        tensors = (self.words, self.scales, self.zeros, self.offsets, self.table)
+        steps = (None, None) if self.steps is None else (self.steps.scales, self.steps.offsets)
+        tensors = (self.words, self.scales, self.zeros, self.offsets, self.table, *steps)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
@@ -82,7 +108,7 @@ def packed_refusal(spec: LinearSpec) -> str | None:
 
 
 def plane_of(bits: int, in_features: int, group_size: int) -> int:
-    """W: the longer plane, unless it crosses groups or a row needs more padding for it.
+    """V: the longest plane, unless it crosses groups or a row needs more padding for it.
 
     Raises ValueError for groups that no plane divides.
     """
@@ -92,21 +118,25 @@ def plane_of(bits: int, in_features: int, group_size: int) -> int:
         raise ValueError(
             f"groups of {group_size} channels have no packed form: they must be a multiple of {PLANES[-1]}"
         )
-    planes = WORD_BITS // bits
+    planes = HALF_WORD // bits
+    fitting = [plane for plane in fitting if planes * plane <= MAX_BLOCK] or fitting[-1:]
     return min(fitting, key=lambda plane: -(-in_features // (planes * plane)) * plane)
 
 
 def pack_words(codes: Tensor, bits: int, in_features: int, plane: int) -> Tensor:
-    """Bit stream of `bits` a code, [N, ceil(K bits / 8)] uint8 -> words [N, num_blocks * plane] int32 of stored codes.
+    """Bit stream of `bits` a code, [N, ceil(K bits / 8)] uint8 -> [N, num_blocks * plane / 2] int32 of stored codes.
 
     Takes 8 bytes a code of scratch memory.
     """
     stored = STORED_BITS[bits]
-    planes = WORD_BITS // stored
+    planes = HALF_WORD // stored
     wide = unpack_codes(codes, bits, in_features)  # [N, K] uint8
     padded = torch.nn.functional.pad(wide, (0, -in_features % (planes * plane)))
-    blocks = padded.view(len(codes), -1, planes, plane)  # [N, num_blocks, P, W]
-    words = torch.zeros(len(codes), blocks.shape[1], plane, dtype=torch.int32, device=codes.device)
+    blocks = padded.view(len(codes), -1, planes, plane // 2, 2)  # [N, num_blocks, P, V / 2, 2]
+    words = torch.zeros(len(codes), blocks.shape[1], plane // 2, dtype=torch.int32, device=codes.device)
     for j in range(planes):
-        words |= blocks[:, :, j].int() << (j * stored)  # the sign bit is a bit like others
+        for half in range(2):
+            words |= blocks[:, :, j, :, half].int() << (
+                HALF_WORD * half + j * stored
+            )  # the sign bit is one like others
     return words.flatten(1)

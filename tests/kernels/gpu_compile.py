@@ -17,15 +17,22 @@ import torch
 from torch import Tensor
 
 from kernels.activation import gpu as activation_gpu
-from kernels.gpu.configs import CONFIGS, Config
+from kernels.gpu.configs import ANY, CONFIGS, Config
 from kernels.gpu.multiply import SUM_BLOCK, constants, num_stages
-from kernels.gpu.packing import E2M1, LINEAR, LOOKUP, WORD_BITS, Packed, plane_of
+from kernels.gpu.packing import E2M1, HALF_WORD, LINEAR, LOOKUP, Packed, Steps, plane_of
 from kernels.norm import gpu as norm_gpu
 from kernels.rope import gpu as rope_gpu
 
 BUDGET = Path(__file__).parent / "gpu_budget.json"
 ARCHITECTURES = (80, 90, 100)
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+}
 K, N = 4096, 4096
 
 
@@ -56,7 +63,9 @@ class Resources:
     shared: int  # bytes
 
 
-def matrix(bits: int, group_size: int, zeros: torch.dtype | None = None, meaning: int = LINEAR) -> Packed:
+def matrix(
+    bits: int, group_size: int, zeros: torch.dtype | None = None, meaning: int = LINEAR, nested: bool = False
+) -> Packed:
     """A matrix without data."""
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -69,10 +78,12 @@ def matrix(bits: int, group_size: int, zeros: torch.dtype | None = None, meaning
         out_features=N,
         group_size=group_size,
         plane=plane,
-        words=empty(N, K // (WORD_BITS // bits), dtype=torch.int32),
-        scales=empty(groups, N, dtype=torch.float16),
+        words=empty(N, K // (2 * (HALF_WORD // bits)), dtype=torch.int32),
+        scales=empty(groups, N, dtype=torch.int8 if nested else torch.float16),
         zeros=None if zeros is None else empty(groups, N, dtype=zeros),
-        center=1 << (bits - 1),
+        offsets=empty(groups, N, dtype=torch.int8) if nested else None,
+        steps=Steps(8, *(empty(groups // 8, N, dtype=torch.float16) for _ in range(2))) if nested else None,
+        center=0 if nested else 1 << (bits - 1),
         meaning=meaning,
         table=empty(1 << bits, dtype=torch.bfloat16) if meaning == LOOKUP else None,
     )
@@ -83,6 +94,7 @@ MATRICES = {
     "2-bit g64": matrix(2, 64, torch.float16),
     "3-bit g128": matrix(3, 128, torch.uint8),
     "8-bit row": matrix(8, K),
+    "4-bit nested g32": matrix(4, 32, nested=True),
     "E2M1 g16": matrix(4, 16, meaning=E2M1),
     "NF4 g64": matrix(4, 64, meaning=LOOKUP),
 }
@@ -95,9 +107,11 @@ def linear_case(name: str, packed: Packed, config: Config, architecture: int) ->
         "words": torch.int32,
         "scales": packed.scales.dtype,
         "zeros": torch.float16 if packed.zeros is None else packed.zeros.dtype,
-        "offsets": torch.float16,
+        "offsets": torch.float16 if packed.offsets is None else packed.offsets.dtype,
+        "scale_steps": torch.float16,
+        "offset_steps": torch.float16,
         "table": torch.bfloat16,
-        "out": torch.bfloat16 if config.kernel == "tile" else torch.float32,
+        "out": torch.bfloat16 if config.max_tokens == ANY else torch.float32,
     }
     types = {tensor: f"*{TYPES[dtype]}" for tensor, dtype in tensors.items()} | {"factor": "fp32"}
     fixed, label = constants(packed, config), f"{config.kernel} of {config.block_m}, {name}"
@@ -122,22 +136,29 @@ def row_cases(architecture: int) -> Iterator[Case]:
 
 
 def cases() -> Iterator[Case]:
-    """The whole table with 4-bit codes on every architecture, the other codes with one entry a kernel on one, and what
-    takes most shared memory where there is least."""
+    """The whole table with 4-bit codes on every architecture; the other codes for a few tokens and for many on one, and
+    what takes most shared memory where there is least."""
     for architecture in ARCHITECTURES:
         for config in CONFIGS:
             yield linear_case("4-bit g128", MATRICES["4-bit g128"], config, architecture)
         yield from row_cases(architecture)
-    first = {config.kernel: config for config in reversed(CONFIGS)}
     for name, packed in MATRICES.items():
-        for config in first.values() if name != "4-bit g128" else ():
+        for config in (CONFIGS[0], CONFIGS[-1]) if name != "4-bit g128" else ():
             yield linear_case(name, packed, config, 90)
-    for name in ("2-bit g64", "3-bit g128"):
-        for config in CONFIGS[-2:]:
-            yield linear_case(name, MATRICES[name], config, 89)
+    for name in ("2-bit g64", "4-bit g128"):
+        yield linear_case(name, MATRICES[name], CONFIGS[-1], 89)
 
 
-def compiled(case: Case) -> Resources:
+def every_case() -> Iterator[Case]:
+    """All codes with the whole table on all architectures: benchmarks/gpu_instructions.py."""
+    for architecture in (80, 89, 90, 100, 120):
+        for name, packed in MATRICES.items():
+            for config in CONFIGS:
+                yield linear_case(name, packed, config, architecture)
+        yield from row_cases(architecture)
+
+
+def build(case: Case) -> Any:
     """Compile one case, with the pointers and sizes that torch gives: multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -150,15 +171,29 @@ def compiled(case: Case) -> Resources:
     divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.is_fused}
     source = ASTSource(kernel, signature, case.constants, divisible)
-    built = triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=options)
+
+
+def dump(built: Any, option: str) -> str:
+    """What cuobjdump, which comes with Triton, says of a compiled kernel."""
+    import triton
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(built: Any) -> Resources:
+    usage = dump(built, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     return Resources(int(found[1]), int(found[2]), built.metadata.shared)
+
+
+def compiled(case: Case) -> Resources:
+    return resources(build(case))
 
 
 def record(budget: Path, every: Iterable[Case]) -> None:

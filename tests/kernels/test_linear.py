@@ -187,7 +187,7 @@ def test_joined_matrices_give_what_each_gives_alone(family: str) -> None:
     terms = [example(family, 96, rows, rows) for rows in (17, 5)]
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(8))
     for kernel in kernels_for(family):
-        if kernel.name == "triton":
+        if kernel.name.startswith("triton"):
             continue  # tests/kernels/interpreted.py
         prepared = [kernel.prepare(term) for term in terms]
         alone = [kernel.linear(x, kernel.join([one]))[0] for one in prepared]
@@ -200,7 +200,7 @@ def test_activations_of_another_width_are_refused(family: str) -> None:
     """A native kernel handed the address of narrower rows would read past them."""
     term = example(family, 96, 17, 5)
     for kernel in kernels_for(family):
-        if kernel.name == "triton":
+        if kernel.name.startswith("triton"):
             continue  # it is no address that a Triton kernel gets on the CPU, but an error
         with pytest.raises(ValueError, match=r"\(2, 95\).*96"):
             kernel.linear(torch.zeros(2, 95), kernel.join([kernel.prepare(term)]))

@@ -9,5 +9,6 @@ KERNELS: tuple[LinearKernel, ...] = (
     AffineNative(),
     AffineNativeFloat(),
     AffineTriton(),
+    AffineTriton(fixed=True),
     AffineReference(),
 )  # fastest first

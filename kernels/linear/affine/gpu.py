@@ -4,29 +4,32 @@ import torch
 
 from kernels.contract import LinearSpec
 from kernels.gpu.multiply import TritonKernel
-from kernels.gpu.packing import STORED_BITS, Packed, pack_words, packed_refusal, plane_of
-from kernels.linear.affine.layout import AffineWeights
+from kernels.gpu.packing import STORED_BITS, Packed, Steps, pack_words, packed_refusal, plane_of
+from kernels.linear.affine.layout import AffineWeights, Nested
 
 
 class AffineTriton(TritonKernel):
-    """y[t, n] = sum_g s[n, g] sum_{k in g} x[t, k] (q[n, k] - c) + o[n, g] sum_{k in g} x[t, k]
-    o[n, g] = s[n, g] (c - z[n, g]), or the stored offset
+    """y[t, n] = sum_g s[n, g] sum_{k in g} x[t, k] (q[n, k] + 128) + c[n, g] sum_{k in g} x[t, k]
+    c[n, g] = o[n, g] - s[n, g] (z[n, g] + 128)
 
-    c is the zero point where there is one for all, else the middle of the codes: what is multiplied is an exact small
-    integer. Sums in float32; from 65 rows on, weights are rounded to bfloat16 first.
+    The sums in g are on tensor cores, of exact integers; all are in float32. From 17 rows on the whole weight is
+    rounded to bfloat16 instead (never by "triton-fixed"). Codes of 8 bits have the middle taken off in place of 128.
 
-    Reads num_bytes of weights once for up to 64 rows, and 2 T (N + K) bytes of activations; 3 N K operations to unpack
-    and 2 T N K to multiply. Codes of 1 bit take 2, of 5 to 7 bits 8; those of 3 bits lie ten to a word, as 3.2.
+    Reads num_bytes of weights once for up to 64 rows, and 2 T (N + K) bytes of activations; N K operations to unpack
+    and 2 T N K to multiply. Codes of 1 bit take 2, of 5 to 7 bits 8; those of 3 bits lie five to 16 bits, as 3.2.
     """
 
     def refuses(self, spec: LinearSpec) -> str | None:
         return packed_refusal(spec)
 
     def prepare(self, weights: AffineWeights) -> Packed:
-        """Repack into plane-major words. Raises ValueError for groups that no plane divides."""
+        """Repack into plane-major half-words. Raises ValueError for groups that no plane divides."""
         bits = STORED_BITS[weights.bits]
         plane = plane_of(bits, weights.in_features, weights.group_size)
-        zero = constant_zero(weights)
+        zero, nested = constant_zero(weights), weights.nested
+        scales, offsets = weights.scales, weights.offsets
+        if nested is not None:
+            scales, offsets = nested.scales, nested.offsets
         return Packed(
             bits=bits,
             in_features=weights.in_features,
@@ -34,11 +37,19 @@ class AffineTriton(TritonKernel):
             group_size=min(weights.group_size, weights.in_features),
             plane=plane,
             words=pack_words(weights.codes, weights.bits, weights.in_features, plane),
-            scales=weights.scales.T.contiguous(),
+            scales=scales.T.contiguous(),
             zeros=weights.zeros.T.contiguous() if zero is None else None,
-            offsets=None if weights.offsets is None else weights.offsets.T.contiguous(),
+            offsets=None if offsets is None else offsets.T.contiguous(),
+            steps=None if nested is None else steps_of(nested),
             center=1 << (weights.bits - 1) if zero is None else zero,
         )
+
+
+def steps_of(nested: Nested) -> Steps:
+    """The steps, [num_steps, N]."""
+    offsets = None if nested.offset_steps is None else nested.offset_steps.T.contiguous()
+    ratio = nested.scales.shape[1] // nested.scale_steps.shape[1]
+    return Steps(ratio, nested.scale_steps.T.contiguous(), offsets)
 
 
 def constant_zero(weights: AffineWeights) -> int | None:

@@ -9,5 +9,6 @@ KERNELS: tuple[LinearKernel, ...] = (
     TableNative(),
     TableNativeFloat(),
     TableTriton(),
+    TableTriton(fixed=True),
     TableReference(),
 )  # fastest first

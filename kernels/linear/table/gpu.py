@@ -13,11 +13,11 @@ from kernels.linear.table.layout import TableWeights
 class TableTriton(TritonKernel):
     """y[t, n] = f sum_g s[n, g] sum_{k in g} x[t, k] table[q[n, k]]
 
-    Ternary codes are counted from their middle and E2M1 is put together from its bits: both are exact. Other tables
-    (NF4, FP4, binary) are looked up, their entries rounded to bfloat16. Sums in float32; from 65 rows on, scaled
-    weights are rounded to bfloat16.
+    Ternary codes are multiplied as they are and E2M1 is put together from its bits: both are exact. Other tables (NF4,
+    FP4, binary) are looked up, their entries rounded to bfloat16. Sums in float32. From 17 rows on scaled weights are
+    rounded to bfloat16 (never by "triton-fixed").
 
-    Reads num_bytes of weights once for up to 64 rows, and 2 T (N + K) bytes of activations; 3 to 5 N K operations to
+    Reads num_bytes of weights once for up to 64 rows, and 2 T (N + K) bytes of activations; 1 to 6 N K operations to
     unpack and 2 T N K to multiply. Scales of one byte take two.
     """
 
@@ -25,7 +25,7 @@ class TableTriton(TritonKernel):
         return packed_refusal(spec)
 
     def prepare(self, weights: TableWeights) -> Packed:
-        """Repack into plane-major words. Raises ValueError for groups that no plane divides."""
+        """Repack into plane-major half-words. Raises ValueError for groups that no plane divides."""
         bits = STORED_BITS[weights.bits]
         plane = plane_of(bits, weights.in_features, weights.group_size)
         meaning, center = meaning_of(weights.table)
