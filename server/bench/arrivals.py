@@ -37,6 +37,8 @@ class Arrivals:
             raise BenchError(f"--clients must be at least 1, found {self.clients}")
         if self.rate is None and self.ramp_from is not None:
             raise BenchError("--ramp needs the --rate it leads to")
+        if self.rate is None and self.burstiness != 1.0:
+            raise BenchError("--burstiness is of requests at a --rate; the clients of a closed loop set their own pace")
 
     def times(self, count: int, seed: int) -> list[float]:
         """Sending times of `count` requests, ascending; all 0 in a closed loop, where clients set the pace."""

@@ -61,6 +61,7 @@ class Asked:
             raise BenchError(f"--requests must be at least 1, found {count}")
         if (self.data is not None) != (self.dataset in ("sharegpt", "folder")):
             raise BenchError("--data belongs to --dataset sharegpt and folder, which need it")
+        self._check_unused()
         lengths = Lengths(self.input_len, DEFAULT_OUTPUT if self.output_len is None else self.output_len, self.spread)
         if self.dataset == "shared-prefix":
             return shared_prefix_prompts(count, lengths, seed, self.prefixes, self.prefix_len)
@@ -69,6 +70,15 @@ class Asked:
         if self.dataset == "folder" and self.data is not None:
             return folder_prompts(self.data, count, seed, lengths.output_tokens)
         return random_prompts(count, lengths, seed)
+
+    def _check_unused(self) -> None:
+        """Raises BenchError for an option that the dataset has no use for."""
+        unused = ["prefixes", "prefix_len"] if self.dataset != "shared-prefix" else []
+        unused += ["input_len", "spread"] if self.data is not None else []
+        for field in fields(self):
+            if field.name in unused and getattr(self, field.name) != field.default:
+                flag = "--" + field.name.replace("_", "-")
+                raise BenchError(f"{flag} says nothing about prompts of --dataset {self.dataset}")
 
     async def target(self, client: httpx.AsyncClient) -> Target:
         """Sends the requests of the warm-up. Raises BenchError when the server is not there or cannot answer them."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from server.bench.client import Outcome
 from server.bench.errors import BenchError
-from server.bench.results import METRICS, Summary, percentile, samples
+from server.bench.results import DEFINITIONS, METRICS, Summary, percentile, samples
 from server.bench.sweep import Step
 from server.bench.view import TITLES
 
@@ -19,8 +19,10 @@ MISSING = "a report needs matplotlib: pip install 'nibble-server[report]'"
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
 table{{border-collapse:collapse}}td,th{{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}}
-td:first-child,th:first-child{{text-align:left}}img{{max-width:100%}}</style>
-<h1>{title}</h1><table>{facts}</table><h2>Latencies, ms</h2><table>{rows}</table>{pictures}</html>
+td:first-child,th:first-child{{text-align:left}}img{{max-width:100%}}
+.words td{{text-align:left}}</style>
+<h1>{title}</h1><table>{facts}</table><h2>Latencies, ms</h2><table>{rows}</table>{pictures}
+<h2>Definitions</h2><table class="words">{definitions}</table></html>
 """
 
 
@@ -30,6 +32,8 @@ def check_report(path: Path | None) -> None:
         return
     if path.suffix not in (".html", ".png"):
         raise BenchError(f"--report {path}: name a file that ends in .html or .png")
+    if not path.parent.is_dir():
+        raise BenchError(f"--report {path}: there is no folder {path.parent}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -114,6 +118,7 @@ def _write(path: Path, figure: Any, title: str, summary: Summary) -> None:
             title=html.escape(title),
             facts="".join(_row(name, value) for name, value in _facts(summary)),
             rows=_latency_rows(summary),
+            definitions="".join(_row(name, meaning) for name, meaning in DEFINITIONS.items()),
             pictures=f'<img alt="latencies" src="data:image/svg+xml;base64,{source}">',
         ),
         encoding="utf-8",

@@ -1,13 +1,4 @@
-"""From outcomes to figures. Definitions are those of `vllm bench serve`, so that figures can be compared:
-
-    TTFT      sending a request to its first text
-    TPOT      (end - first text) / (output tokens - 1), one figure a request
-    ITL       gaps between two pieces of text, pooled over all requests
-    E2EL      sending a request to the end of its stream
-    goodput   requests a second that keep every limit of the SLO
-
-All are of requests that were answered whole; throughput divides by the time from the first sending to the last end.
-"""
+"""From outcomes to figures. DEFINITIONS are those of `vllm bench serve`, so that figures can be compared."""
 
 import math
 import re
@@ -20,6 +11,15 @@ from server.bench.errors import BenchError
 
 PERCENTILES = (50, 90, 95, 99)
 METRICS = ("ttft", "tpot", "itl", "e2el")
+DEFINITIONS = {
+    "time to first token": "from sending a request to its first text",
+    "time per output token": "(end - first text) / (output tokens - 1), one figure a request",
+    "between pieces of text": "gaps between two pieces of text, pooled over all requests",
+    "end to end": "from sending a request to the end of its stream",
+    "goodput": "requests a second that keep every limit; the share that kept them is of all that were sent",
+    "throughput": "over the time from the first sending to the last end",
+    "failed": "not answered whole; in no latency",
+}
 UNITS = {"ms": 1e-3, "s": 1.0}
 
 

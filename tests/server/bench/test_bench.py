@@ -1,6 +1,7 @@
 """The load test: when requests go out, what is asked, what is measured of the answers, which rate holds an SLO."""
 
 import asyncio
+import html
 import io
 import json
 import math
@@ -8,6 +9,7 @@ import statistics
 from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,7 +22,8 @@ from server.bench.client import Outcome, Target, ask
 from server.bench.datasets import Lengths, Prompt
 from server.bench.errors import BenchError
 from server.bench.load import run
-from server.bench.results import Slo, Summary, percentile, summarize
+from server.bench.options import Asked
+from server.bench.results import DEFINITIONS, Slo, Summary, percentile, summarize
 from server.bench.sweep import Search, Step, best_rate, sweep
 from server.cli import cli
 
@@ -70,6 +73,8 @@ def test_the_same_seed_sends_at_the_same_times() -> None:
         ({"rate": 0}, "--rate"),
         ({"clients": 0}, "--clients"),
         ({"rate": 1, "burstiness": -1}, "--burst"),
+        ({"clients": 1, "burstiness": 0.5}, "--burstiness is of requests at a --rate"),
+        ({"clients": 1, "ramp_from": 1}, "--ramp needs"),
     ],
 )
 def test_impossible_arrivals_are_refused_by_name(options: dict[str, float], named: str) -> None:
@@ -296,6 +301,23 @@ def test_a_server_that_is_not_there_is_named() -> None:
 def test_a_report_of_another_kind_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"\.html or \.png"):
         report.check_report(tmp_path / "r.pdf")
+    with pytest.raises(BenchError, match="there is no folder"):
+        report.check_report(tmp_path / "none" / "r.png")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"prefixes": 2}, "--prefixes says nothing about prompts of --dataset random"),
+        ({"dataset": "folder", "data": Path("x"), "spread": 0.5}, "--spread says nothing"),
+        ({"dataset": "sharegpt", "data": Path("x"), "input_len": 9}, "--input-len says nothing"),
+        ({"data": Path("x")}, "--data belongs to"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, Any], complaint: str) -> None:
+    """Bug: a run that is not the one that was asked for."""
+    with pytest.raises(BenchError, match=complaint):
+        Asked("http://test", **options).prompts(1, 0)
 
 
 def test_a_page_holds_the_figures(tmp_path: Path) -> None:
@@ -308,6 +330,7 @@ def test_a_page_holds_the_figures(tmp_path: Path) -> None:
     page = (tmp_path / "r.html").read_text()
     assert "123.0" in page
     assert "failed: http 503" in page
+    assert all(html.escape(meaning) in page for meaning in DEFINITIONS.values())
     assert "A &lt;run&gt;" in page
     report.write_run(tmp_path / "r.png", "A run", summarize(outcomes, None), outcomes)
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
