@@ -76,19 +76,20 @@ inline Values values_of(const Packed& w, int num_codes) {
 // ---- a panel's place in the stream ----------------------------------------------------------------------------------
 
 struct Place {
-  const uint8_t* blocks[kBlocks];  // where each row block's stream stands; one that does not exist is the last again
+  int64_t rows[kBlocks];           // row blocks; one that does not exist is the last again
+  const uint8_t* blocks[kBlocks];  // where the stream of each stands
   const uint8_t* parameters[kBlocks];
 
   Place(const Packed& w, int64_t panel) {
     for (int r = 0; r < kBlocks; r++) {
       int64_t block = panel * kBlocks + r, last = w.num_row_blocks() - 1;
-      blocks[r] = w.start + (block < last ? block : last) * w.row_block_bytes + kFactorBytes;
-      parameters[r] = blocks[r];
+      rows[r] = block < last ? block : last;
     }
   }
   void enter(const Packed& w, int block) {
     if (block % kParameterBlocks) return;
     for (int r = 0; r < kBlocks; r++) {
+      if (block % w.slab_blocks == 0) blocks[r] = w.start + slab_at(w, rows[r], block / w.slab_blocks);
       parameters[r] = blocks[r];
       blocks[r] += w.codes_offset;
     }
@@ -211,8 +212,7 @@ void all_blocks(const Packed& w, int64_t panel, int num_codes, const float* x, i
     at.leave(w);
   }
   for (int r = 0; r < kBlocks; r++) {
-    int64_t block = panel * kBlocks + r, last = w.num_row_blocks() - 1;
-    Floats factors = load((const float*)(w.start + (block < last ? block : last) * w.row_block_bytes));
+    Floats factors = load((const float*)(w.start + factors_at(w, at.rows[r])));
     for (int64_t t = 0; t < num_tokens; t++) {
       float* row = out + t * stride + 16 * r;
       store(row, mul(load(row), factors));

@@ -30,14 +30,15 @@ Scratch& scratch_of_caller() {
   return scratch;
 }
 
-// Where each chunk of `total` row blocks begins, and the end. Chunks are half a thread's share of what is left, so that
-// most weights are read in long runs (a 1B model's step takes 7 % longer in 16 equal ones) and the last chunks are
-// small enough to wait for.
+// Where each chunk of `total` row blocks begins, and the end. Chunks are whole panels, 0.7 of a thread's share of what
+// is left: each begins with a wait for memory, and products of two threads come at 51 GB/s where chunks of half a share
+// that end with single row blocks come at 46, yet the last are small enough to wait for.
 std::vector<int64_t> chunks_of(int64_t total, int64_t num_threads) {
   std::vector<int64_t> starts{0};
   while (starts.back() < total) {
-    int64_t left = total - starts.back();
-    starts.push_back(starts.back() + std::max<int64_t>(1, left / (2 * num_threads)));
+    int64_t panels = (total - starts.back() + kPanelBlocks - 1) / kPanelBlocks;
+    int64_t share = std::max<int64_t>(1, 7 * panels / (10 * num_threads));
+    starts.push_back(std::min(total, starts.back() + share * kPanelBlocks));
   }
   return starts;
 }

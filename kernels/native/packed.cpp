@@ -280,13 +280,13 @@ struct Repacker {
   void row_block(int64_t index) {
     int64_t first_row = index * kRows;
     int rows = (int)std::min<int64_t>(kRows, to.num_rows - first_row);
-    uint8_t* out = to.memory.data() + index * to.row_block_bytes;
-    factors(first_row, out);
-    out += kFactorBytes;
+    factors(first_row, to.memory.data() + factors_at(to, index));
+    uint8_t* out = nullptr;
     Unpack unpack = unpack_for(from.bits);
     alignas(64) uint8_t row[4 * kMaxSteps];
     alignas(64) uint32_t steps[kMaxSteps][kRows] = {};
     for (int block = 0; block < to.num_blocks; block++) {
+      if (block % to.slab_blocks == 0) out = to.memory.data() + slab_at(to, index, block / to.slab_blocks);
       if (block % kParameterBlocks == 0) {
         parameters(first_row, block, out);
         out += to.codes_offset;
@@ -332,10 +332,17 @@ void set_layout(const Canonical& from, Packed& to) {
   to.codes_offset =
       to.zeros_offset + kParameterBlocks * kRows * zero_size(to.zero_type) + (nested_offsets ? kStepsBytes : 0);
   to.codes_block_bytes = (int64_t)units_of(to, 0) * unit_bytes(to.codes);
-  int64_t parameters = (to.num_blocks + kParameterBlocks - 1) / kParameterBlocks * to.codes_offset;
-  int64_t last_units = units_of(to, to.num_blocks - 1);
-  int64_t codes = (to.num_blocks - 1) * to.codes_block_bytes + last_units * unit_bytes(to.codes);
-  to.row_block_bytes = round_up(kFactorBytes + parameters + codes, 64);
+  to.slab_blocks = kSlabChannels / to.block_channels / kParameterBlocks * kParameterBlocks;
+  to.num_slabs = (to.num_blocks + to.slab_blocks - 1) / to.slab_blocks;
+  auto bytes_of = [&](int blocks, int64_t last_units) {
+    int64_t parameters = (blocks + kParameterBlocks - 1) / kParameterBlocks * to.codes_offset;
+    int64_t codes = (blocks - 1) * to.codes_block_bytes + last_units * unit_bytes(to.codes);
+    return round_up(parameters + codes, 64);
+  };
+  to.slab_bytes = bytes_of(to.slab_blocks, units_of(to, 0));
+  to.last_slab_bytes =
+      bytes_of(to.num_blocks - (to.num_slabs - 1) * to.slab_blocks, units_of(to, to.num_blocks - 1));
+  to.panel_bytes = kPanelBlocks * (kFactorBytes + (to.num_slabs - 1) * to.slab_bytes + to.last_slab_bytes);
 }
 
 }  // namespace
@@ -364,7 +371,8 @@ Packed pack(const Canonical& from) {
   to.zero = from.zero;
   double step = from.table.empty() ? 1 : set_table(from.table, to);
   set_layout(from, to);
-  to.memory = Buffer::of_slab((size_t)(to.num_row_blocks() * to.row_block_bytes));
+  int64_t num_panels = (to.num_row_blocks() + kPanelBlocks - 1) / kPanelBlocks;
+  to.memory = Buffer::of_slab((size_t)(num_panels * to.panel_bytes));
   to.start = to.memory.data();
   Repacker repacker{from, to, step, (from.num_channels + from.group_size - 1) / from.group_size};
   Pool::instance().run(to.num_row_blocks(), [&](int64_t i) { repacker.row_block(i); });

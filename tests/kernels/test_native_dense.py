@@ -33,6 +33,7 @@ PACKED_SHAPES = [  # num_tokens, in_features, out_features, group_size
     (5, 350, 70, 64),
     (13, 330, 9, 1000),  # one scale a row
     (2, 7, 1, 16),
+    (5, 2100, 70, 32),  # two slabs
 ]
 MAX_TOKENS = 33  # tiles of every size the kernels have, and halves widened for many tokens
 

@@ -29,7 +29,10 @@ MXFP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 FP4 = tuple(value / 12 for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))  # needs two planes, exact in them
 TABLES = {"nf4": NF4, "mxfp4": MXFP4, "fp4": (*FP4, *(-value for value in FP4)), "signs": (-1.0, 1.0)}
 SCALE_TYPES = ("float16", "bfloat16", "float32", "e8m0", "e4m3")
-SHAPES = [(1, 64, 48, 32), (17, 96, 33, 16), (3, 512, 7, 128), (13, 1088, 40, 64), (5, 45, 19, 45), (7, 330, 40, 1000)]
+SHAPES = [
+    *((1, 64, 48, 32), (17, 96, 33, 16), (3, 512, 7, 128), (13, 1088, 40, 64), (5, 45, 19, 45), (7, 330, 40, 1000)),
+    *((11, 4144, 70, 16), (3, 5000, 21, 5000)),  # three slabs
+]
 MAX_TOKENS = 33
 
 
@@ -190,6 +193,17 @@ def test_a_scale_wrong_by_one_step_is_seen() -> None:
 
 FORMS = [(bits, "constant") for bits in (2, 3, 4, 5, 6, 8)]
 FORMS += [(4, "uint8"), (4, "float32"), (4, "offsets"), (4, "nf4"), (4, "mxfp4"), (2, "ternary")]
+
+
+def test_same_bits_across_slabs() -> None:
+    """Bug: sums of a slab that a narrower tile, or a chunk that begins inside a panel, carries on differently."""
+    case = make(4, "constant", 4208, 150, 16)
+    x = activations(15, 4208)
+    expected = multiply(case, x)
+    for isa in _native.supported_isas():
+        _native.use_isa(isa)
+        for num_tokens in (1, 3, 7, 15):
+            assert torch.equal(multiply(case, x[:num_tokens]), expected[:num_tokens]), (isa, num_tokens)
 
 
 @pytest.mark.parametrize(("bits", "kind"), FORMS)

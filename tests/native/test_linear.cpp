@@ -118,7 +118,8 @@ void test_linear() {
   Random random(3);
   struct {
     int64_t rows, channels, group;
-  } const shapes[] = {{1, 1, 1}, {33, 45, 16}, {16, 64, 32}, {7, 300, 300}, {40, 272, 128}, {17, 1000, 1 << 20}};
+  } const shapes[] = {{1, 1, 1}, {33, 45, 16}, {16, 64, 32}, {7, 300, 300}, {40, 272, 128}, {17, 1000, 1 << 20},
+                {70, 2100, 32}};  // two slabs
   test_threads_share_a_group(random);
   for (auto [rows, channels, group] : shapes) {
     for (int bits : {1, 2, 3, 4, 5, 6, 8})
