@@ -1,7 +1,9 @@
 """One subject -> what its cache costs: loss, divergence, what it recovers of dropped history, what it finds again."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 from typing import Any
 
 import torch
@@ -67,9 +69,11 @@ def losses(readings: Readings) -> dict[str, float]:
 def compared(found: Readings, exact: Readings, dropped: Readings | None) -> dict[str, Any]:
     """A subject's losses beside those of a float32 cache, and of one that drops what is quantized."""
     own, best = losses(found), losses(exact)
+    pairs = [(a.loss, b.loss) for name in PLAIN for a, b in zip(found.get(name, ()), exact.get(name, ()), strict=True)]
     row: dict[str, Any] = {
         "loss": own["all"],
         "change": own["all"] / best["all"] - 1,
+        "change_error": standard_error([a - b for a, b in pairs]) / best["all"],
         "excess": {kind: own[kind] - best[kind] for kind in own},
         "kl": mean([reading.divergence for name in PLAIN for reading in found.get(name, ())]),
         "copied": mean([reading.right for reading in found["copy"]]),
@@ -78,6 +82,11 @@ def compared(found: Readings, exact: Readings, dropped: Readings | None) -> dict
         worst = losses(dropped)
         row["recovered"] = {kind: recovered(worst[kind], own[kind], best[kind]) for kind in own}
     return row
+
+
+def standard_error(differences: Sequence[float]) -> float:
+    """Of their mean, over texts; 0 for a single one, which says nothing of it."""
+    return stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
 
 
 def recovered(dropped: float, found: float, exact: float) -> float | None:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,18 @@ import torch
 
 from benchmarks.kv_quality import errors, texts
 from benchmarks.kv_quality.altered import Dropping, Scaling, outliers
-from benchmarks.kv_quality.measure import Reader, Readings, compared, find
-from benchmarks.kv_quality.scoring import Engine, Subject
+from benchmarks.kv_quality.measure import PLAIN, Reader, Readings, compared, find, standard_error
+from benchmarks.kv_quality.scoring import Engine, Subject, mean
 from engine.assembly import StartError
 from engine.calibration.run import calibrate
+from engine.config import Prefill
 from engine.loading import open_checkpoint
 from engine.messages import CalibrationSettings
 from kernels.attention.quantized.codec import RowCodec, default_clip, prescale_for
 from kernels.attention.quantized.layout import RowLayout
 from kernels.attention.quantized.transforms import Hadamard
 from kvcache.calibration import CalibrationError
-from kvcache.policy import PolicyError, default_group_size, read_policy
+from kvcache.policy import LayerPolicy, PolicyError, default_group_size, read_policy
 
 CHARACTERS = 9  # of calibration text for each token, more than any tokenizer needs
 FACTOR = 16.0  # of outliers
@@ -33,6 +35,7 @@ class Grid:
     """Which policies are measured; `quick` ones are enough for a test."""
 
     policies: tuple[str, ...]
+    prefilled: tuple[str, ...]  # policies whose prompts attend in high precision, and by window
     asked: tuple[str, ...]  # those that must find facts as well
     windows: tuple[int, ...]
     sinks: tuple[int, ...]
@@ -90,10 +93,10 @@ class Run:
             calibrate(settings)
         return path
 
-    def engine(self, policy: str) -> Engine | None:
+    def engine(self, policy: str, prefill: Prefill = "windowed") -> Engine | None:
         """None when the policy cannot serve the model, which is noted."""
         try:
-            return Engine(Subject(self.model, policy, self.artifact(policy)))
+            return Engine(Subject(self.model, policy, self.artifact(policy), prefill=prefill))
         except (PolicyError, CalibrationError, StartError) as error:
             self.refused[policy] = str(error)
             return None
@@ -157,19 +160,56 @@ def windows(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
+def prefill(run: Run) -> list[dict[str, Any]]:
+    """What an answer costs whose prompt has read by window, or all in high precision: the second halves of texts."""
+    modes: tuple[Prefill, ...] = ("windowed", "exact")
+    plain = [text.ids for text in run.held_out if set(text.counted) & set(PLAIN)]
+    best = [_answer_loss(run.exact, ids, is_exact=False) for ids in plain]
+    rows = []
+    for policy in run.grid.prefilled:
+        for mode in modes:
+            engine = run.engine(policy, mode)
+            if engine is None:
+                continue
+            excess = [_answer_loss(engine, ids, mode == "exact") - b for ids, b in zip(plain, best, strict=True)]
+            row = {"policy": policy, "bits": engine.layout.effective_bits, "prefill": mode}
+            row |= {"change": mean(excess) / mean(best), "change_error": standard_error(excess) / mean(best)}
+            if run.recall:
+                row["recall"] = find(engine, run.questions)
+            rows.append(row)
+            run.say(f"{policy}, {mode} prompts: loss of answers {row['change']:+.2%}")
+    return rows
+
+
+def _answer_loss(engine: Engine, ids: list[int], is_exact: bool) -> float:
+    """Nats a token of the second half, the first of its tokens left out: that one the prompt itself gives."""
+    num_prompt = len(ids) // 2
+    scores = engine.read_answer(ids, num_prompt, is_exact)[:-1]
+    return -float(scores.gather(1, torch.tensor(ids[num_prompt + 1 :])[:, None]).double().mean())
+
+
 def ingredients(run: Run) -> list[dict[str, Any]]:
     """Reorder, clip and rotation, each by itself and together, as the model is."""
-    return [_varied(run, variant, run.grid.ingredients, 1.0) for variant in run.grid.variants]
+    return _all_varied(run, run.grid.ingredients, 1.0)
 
 
 def with_outliers(run: Run) -> list[dict[str, Any]]:
     """The same with one pair of key channels and one value channel FACTOR times as large."""
-    return [_varied(run, variant, policy, FACTOR) for policy in run.grid.tall for variant in run.grid.variants]
+    return [row for policy in run.grid.tall for row in _all_varied(run, policy, FACTOR)]
 
 
-def _varied(run: Run, variant: errors.Variant, policy: str, factor: float) -> dict[str, Any]:
+def _all_varied(run: Run, policy: str, factor: float) -> list[dict[str, Any]]:
+    """Nothing where the policy cannot serve the model."""
+    engine = run.engine(policy)
+    if engine is None:
+        return []
+    return [_varied(run, variant, policy, engine.layout.layers, factor) for variant in run.grid.variants]
+
+
+def _varied(
+    run: Run, variant: errors.Variant, policy: str, layers: Sequence[LayerPolicy], factor: float
+) -> dict[str, Any]:
     """Codecs fitted to the training text; error and loss on held-out text."""
-    layers = Engine(Subject(run.model, policy)).layout.layers
     keys, values = outliers(run.exact.layout.head_dim, factor)
     found = errors.codecs(variant, errors.scaled(run.fit, keys, values), layers)
     engine = Engine(Subject(run.model, policy, codecs=found, wrap=lambda kernel, _: Scaling(kernel, keys, values)))

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from engine.assembly import build
-from engine.batch import Batch
-from engine.config import EngineConfig
+from engine.batch import Batch, BatchRow, build_batch
+from engine.config import EngineConfig, Prefill
 from engine.core import EngineCore
 from engine.loading import load_model, open_checkpoint
 from engine.messages import Done, Failed, Sampling, Submit, Token
 from engine.models.decoder import Decoder
 from engine.runner import Runner
 from kernels.attention.quantized.cache import LayerCodec
+from kernels.attention.quantized.layout import RECENT_TOKENS
+from kvcache.storage import PageStorage
 
+CHUNK = 512  # tokens of a step
 MEMORY = 384 << 20  # bytes of cache: all questions about one text, and room
 SEATS = 32
 
@@ -36,6 +39,7 @@ class Subject:
     artifact: Path | None = None
     codecs: tuple[LayerCodec, ...] | None = None  # in place of what the policy says, one for each layer
     wrap: Wrap | None = None
+    prefill: Prefill = "windowed"
 
 
 @dataclass
@@ -63,6 +67,7 @@ class Engine:
             kv_policy=subject.policy,
             kv_calibration=None if subject.artifact is None else str(subject.artifact),
             kv_memory=MEMORY,
+            kv_prefill=subject.prefill,
             max_num_seqs=SEATS,
             threads=1,
             activations="float",
@@ -82,6 +87,26 @@ class Engine:
         self._recorder.kept.clear()
         self._run([ids], Sampling(0, num_prompt_logprobs=0))
         return torch.cat(self._recorder.kept).log_softmax(-1)
+
+    def read_answer(self, ids: list[int], num_prompt: int, is_exact: bool) -> Tensor:
+        """Log-probabilities of what follows each of ids[num_prompt:], as if it were the answer to the rest, read by
+        the policy's rule: [num_tokens - num_prompt, vocab] float32.
+
+        is_exact: the prompt reads all of itself in high precision.
+        """
+        page_size = self.layout.page_size
+        pages, recent = (list(range(-(-len(ids) // size))) for size in (page_size, RECENT_TOKENS))
+        storage = PageStorage(self.layout, len(pages), torch.device("cpu"), len(recent))
+        runner, held = Runner(self.model, storage.layers), dict(enumerate(recent))
+        windows = [(0, num_prompt, len(ids) if is_exact else None), (num_prompt, len(ids), None)]
+        kept = []
+        for first, stop, window in windows:
+            for start in range(first, stop, CHUNK):
+                chunk = ids[start : min(start + CHUNK, stop)]
+                num_logits = len(chunk) if start >= num_prompt else 1
+                row = BatchRow(chunk, start, pages, page_size, num_logits, held, window)
+                kept.append((start, runner.run(build_batch([row]))))
+        return torch.cat([logits for start, logits in kept if start >= num_prompt]).log_softmax(-1)
 
     def answer(self, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
         """What greedy decoding gives, in the prompts' order."""

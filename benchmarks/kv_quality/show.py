@@ -11,9 +11,9 @@ KINDS = ("chapter", "stories", "facts", "answers", "copy")  # whose recovered sh
 
 def tables(found: Row) -> str:
     """Every section."""
-    shown = {"policies": _policies, "windows": _windows, "rounding": _rounding}
+    shown = {"policies": _policies, "windows": _windows, "prefill": _prefill, "rounding": _rounding}
     shown |= {"ingredients": _variants, "outliers": _variants}
-    parts = [show(found[name]) for name, show in shown.items() if name in found]
+    parts = [show(found[name]) for name, show in shown.items() if found.get(name)]
     if "policies" in found:
         parts += [_recall(found["policies"])]
         parts += [f"Fewest bits that recover 95 %: {smallest(found['policies'], 0.95)}"]
@@ -27,7 +27,7 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _policies(rows: Sequence[Row]) -> str:
-    titles = ("policy", "bits", "loss", "KL", "attention error", "recovered", *KINDS, "copied")
+    titles = ("policy", "bits", "loss", "+-", "KL", "attention error", "recovered", *KINDS, "copied")
     return _table(
         titles,
         (
@@ -35,6 +35,7 @@ def _policies(rows: Sequence[Row]) -> str:
                 row["policy"],
                 _number(row["bits"], ".2f"),
                 _number(row["change"], "+.2%"),
+                _number(row["change_error"], ".2%"),
                 _number(row["kl"], ".1e"),
                 _number(row["output_error"], ".1e"),
                 *(_recovered(row, kind) for kind in ("all", *KINDS)),
@@ -86,6 +87,23 @@ def _windows(rows: Sequence[Row]) -> str:
     )
 
 
+def _prefill(rows: Sequence[Row]) -> str:
+    return _table(
+        ("policy", "bits", "prompts", "loss of answers", "+-", "recall beyond the window"),
+        (
+            (
+                row["policy"],
+                _number(row["bits"], ".2f"),
+                row["prefill"],
+                _number(row["change"], "+.2%"),
+                _number(row["change_error"], ".2%"),
+                _number(row["recall"]["beyond"] if "recall" in row else None, ".1%"),
+            )
+            for row in rows
+        ),
+    )
+
+
 def _variants(rows: Sequence[Row]) -> str:
     titles = ("policy", "outliers", "codec", "attention error", "loss", "KL", "recovered")
     return _table(
@@ -106,8 +124,6 @@ def _variants(rows: Sequence[Row]) -> str:
 
 
 def _rounding(rows: Sequence[Row]) -> str:
-    if not rows:
-        return ""
     titles = [name for name in rows[0] if name not in ("bits", "group")]
     return _table(
         ("bits", "group", *titles),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.kv_quality.__main__ import DEMO, measure
+from benchmarks.kv_quality.__main__ import DEMO, QUICK, QUICK_SIZES, measure
 from benchmarks.kv_quality.altered import Dropping, Scaling, outliers
 from benchmarks.kv_quality.errors import order_of_rounding
 from benchmarks.kv_quality.measure import Reader, compared, find, recovered, span
@@ -103,15 +103,26 @@ def test_questions_are_about_one_text_and_as_far_back_as_they_say() -> None:
 
 def test_the_quick_report_has_every_figure_of_its_tables(tmp_path: Path) -> None:
     """Bugs: a policy that is not calibrated for want of an artifact; a section that the tables do not know."""
-    found = measure(DEMO, True, tmp_path, ("rounding", "policies"))
+    found = measure(DEMO, QUICK, QUICK_SIZES, tmp_path, ("rounding", "policies", "prefill"))
     rows = {row["policy"]: row for row in found["policies"]}
     assert list(rows) == ["dropped", "f16", "k4v4", "skvq:k2v2"]
     assert rows["f16"]["kl"] < rows["k4v4"]["kl"] < rows["dropped"]["kl"]
     assert rows["dropped"]["recall"]["beyond"] < rows["k4v4"]["recall"]["beyond"]
     assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".txt", ".safetensors"]
     assert found["refused"] == {}
+    assert [row["prefill"] for row in found["prefill"]] == ["windowed", "exact"]
     text = tables(found)
-    assert all(f"| {name} |" in text for name in rows)
+    assert all(f"| {name} |" in text for name in (*rows, "exact"))
+
+
+def test_answers_are_read_as_they_would_be_given(folder: Path) -> None:
+    """Bugs: an answer that reads more than its window; a prompt that is called exact and reads its window alone."""
+    short, long = (Engine(Subject(folder, f"k4v2:w{window}:s4")) for window in (16, len(IDS)))
+    assert torch.equal(short.read_answer(IDS, 60, is_exact=False), short.score(IDS)[60:])
+    assert torch.equal(long.read_answer(IDS, 60, is_exact=False), long.score(IDS)[60:])
+    exact_prompt = short.read_answer(IDS, 60, is_exact=True)
+    assert not torch.equal(exact_prompt, short.score(IDS)[60:])
+    assert not torch.equal(exact_prompt, long.score(IDS)[60:])
 
 
 def test_answers_are_judged_by_question(exact: Engine) -> None:
