@@ -21,7 +21,6 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "exl3": TRELLIS,
         "fbgemm_fp8": "fetch the model as compressed-tensors float-quantized or with quant_method fp8",
         "fouroversix": "its adaptively scaled NVFP4 weights have no reader here: " + REQUANTIZE,
-        "fp_quant": "its Hadamard-rotated MXFP4 and NVFP4 weights have no reader here: " + REQUANTIZE,
         "gemma": "its rotated weights have no reader here: " + REQUANTIZE,
         "gguf": "GGUF files have no quantization_config: point to the .gguf file",
         "higgs": CODEBOOK,

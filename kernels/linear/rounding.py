@@ -14,6 +14,8 @@ from torch import Tensor
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 SMALLEST = 0.125  # of e4m3 group scales that are not 0, as compressed-tensors and ModelOpt keep them
+GAUSSIAN = 2.92247856 / 6  # of a standard deviation: the scale at which e2m1 rounds normal values best (QuEST)
+LEAST = 1e-8  # added to what FP-Quant takes the power of two of
 MX_ROUND = 1 << 21  # added to a float32: the exponent of a peak goes up from 1.75 times a power of two on
 
 
@@ -31,9 +33,9 @@ class Rounding:
     symmetric: bool = True  # zero is 0; otherwise it follows the smallest activation
     scale: Tensor | None = None  # [1] float32, of every activation; None: it follows the group
     zero: Tensor | None = None  # [1] float32, beside `scale`
-    scale_grid: Literal["float", "e4m3", "e8m0", "e8m0-up"] = (
-        "float"  # what scales that follow the group are rounded to
-    )
+    # What scales that follow the group are rounded to. FP-Quant takes powers of two from below: a third of that of the
+    # peak, or that of a share of the standard deviation (QuEST).
+    scale_grid: Literal["float", "e4m3", "e8m0", "e8m0-up", "e8m0-third", "e8m0-deviation"] = "float"
     scale_unit: Tensor | None = None  # [1] float32, what e4m3 scales are multiples of (NVFP4)
 
     def __post_init__(self) -> None:
@@ -82,7 +84,11 @@ class Rounding:
             lowest, highest = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
             scale = _not_zero((highest - lowest) / (high - low))
             return scale, (low - lowest / scale).clamp(low, high).round()
+        if self.scale_grid == "e8m0-deviation":
+            return _floor_power_of_two(GAUSSIAN * _deviation(groups) + LEAST), zero
         peak = groups.abs().amax(-1, keepdim=True)  # [num_tokens, groups, 1]
+        if self.scale_grid == "e8m0-third":
+            return _floor_power_of_two(peak + LEAST) / 3, zero
         if self.scale_grid == "e8m0":
             return _power_of_two(peak, high), zero
         scale = peak / ((high - low) / 2)
@@ -114,6 +120,28 @@ def _next_power_of_two(scale: Tensor) -> Tensor:
     """2^ceil(log2 scale) (DeepSeek's ue8m0)."""
     mantissa, exponent = torch.frexp(scale)  # scale = mantissa 2^exponent, mantissa from 0.5 to 1
     return torch.ldexp(torch.ones_like(scale), torch.where(mantissa == 0.5, exponent - 1, exponent))
+
+
+def _floor_power_of_two(size: Tensor) -> Tensor:
+    """2^floor(log2 size)."""
+    _, exponent = torch.frexp(size)  # size = mantissa 2^exponent, mantissa from 0.5 to 1
+    return torch.ldexp(torch.ones_like(size), exponent - 1)
+
+
+def _deviation(groups: Tensor) -> Tensor:
+    """The standard deviation of each group, [num_tokens, groups, 1]."""
+    num_channels = groups.shape[-1]
+    mean = _sum(groups) / num_channels
+    return (_sum(groups.square()) / num_channels - mean.square()).clamp_min(0).sqrt()
+
+
+def _sum(groups: Tensor) -> Tensor:
+    """Over the last dimension, halves onto halves: an order that no batch changes. [..., channels] -> [..., 1]"""
+    while (width := groups.shape[-1]) > 1:
+        if width % 2:
+            groups, width = torch.nn.functional.pad(groups, (0, 1)), width + 1
+        groups = groups[..., : width // 2] + groups[..., width // 2 :]
+    return groups
 
 
 def _power_of_two(peak: Tensor, highest: float) -> Tensor:

@@ -24,24 +24,24 @@ from tests.tolerance import assert_within
 V1 = [name for name in ALL if name.startswith("gptq-v1")]
 TIED = "gptq-v2-4bit-asym"
 ACT_ORDER = [name for name in ALL if name.endswith("actorder")]
-ROTATED = ("ct-hadamard-r4", "ct-quip-random")
+ROTATED = ("ct-hadamard-r4", "ct-quip-random", *(name for name in ALL if name.startswith("fp-quant")))
 
 
 def test_there_are_fixtures_of_every_format() -> None:
     """A moved folder must not turn the tests below into tests of nothing."""
-    assert {name.split("-")[0] for name in ALL} >= {"gptq", "awq", "ct", "bnb", "auto", "hqq", "torchao", "quip"}
+    assert {name.split("-")[0] for name in ALL} >= {"gptq", "awq", "ct", "bnb", "auto", "hqq", "torchao", "quip", "fp"}
 
 
 def rounding(read: LinearWeights, weight: Tensor) -> Tensor:
     """How far weights may be from the tool's that are rounded in other places, [out, in] float64.
 
     bitsandbytes multiplies the three factors of an 8-bit weight in another order: four roundings of at most 2^-24, two
-    of theirs and two of ours. gemv_fast stores scale * zero in float16, and the tool's weights, gemm's, are float16.
+    of theirs and two of ours; so does FP-Quant with NVFP4. gemv_fast stores scale * zero in float16, and the tool's
+    weights, gemm's, are float16.
     """
     (term,) = read.terms
-    assert isinstance(term, AffineWeights)
     size = weight.abs().double()
-    if term.offsets is None:
+    if not isinstance(term, AffineWeights) or term.offsets is None:
         return 2**-22 * size
     offsets = term.offsets.abs().double().repeat_interleave(term.group_size, dim=1)
     return 2**-11 * (1 + 2**-9) * (offsets + size)
@@ -55,7 +55,7 @@ def test_weights_are_those_of_the_tool_bit_for_bit(name: str) -> None:
         read = form.linear(source, layer, (weight.shape[0], weight.shape[1]), f"{layer}.bias" in source)
         if name in ROTATED:  # the tool's are what is stored, between the rotations
             read = replace(read, pre=(), post=())
-        if name in ("bnb-int8", "awq-gemv-fast-4bit-g32"):
+        if name in ("bnb-int8", "awq-gemv-fast-4bit-g32", "fp-quant-nvfp4"):
             assert_within(read.dequantize(), weight, rounding(read, weight), layer)
         else:
             assert torch.equal(read.dequantize().to(weight.dtype), weight), layer
@@ -147,7 +147,8 @@ def test_biases_are_read(name: str) -> None:
 def test_dense_layers_keep_their_dtype(name: str) -> None:
     """The head is left dense by nearly every tool; it must come back as stored, not as float32."""
     form, source = reader(FIXTURES / name)
-    read = form.linear(source, "lm_head", (96, 64), bias=False)
+    width = source.shape("lm_head.weight")[1]
+    read = form.linear(source, "lm_head", (96, width), bias=False)
     assert torch.equal(read.dequantize(), source.tensor("lm_head.weight").float())
     assert read.num_bytes == source.num_bytes("lm_head.weight")
 

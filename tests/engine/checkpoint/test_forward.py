@@ -19,7 +19,7 @@ from tests.engine.checkpoint.worlds import ALL, FIXTURES, QUERY, expected, reade
 from tests.engine.models.oracle import TIMES_NOISE, Session, World, exact_copy, make_world, new_model
 
 ANSWERED = [name for name in ALL if (FIXTURES / name / "expected_logits.safetensors").exists()]
-IN_FLOAT32 = ("ct-", "modelopt-")  # tools that compute in it
+IN_FLOAT32 = ("ct-", "modelopt-", "fp-quant-")  # tools that compute in it
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.checkpoint.errors import CheckpointError, FilesError, TensorError
 from engine.checkpoint.format import detect
+from engine.checkpoint.fp_quant import BACKWARD
 from engine.checkpoint.hqq import INFORMATIONAL_PARTS
 from engine.checkpoint.source import Source
 from engine.loading import open_checkpoint
@@ -98,8 +99,8 @@ def test_damaged_tensors_are_refused(name: str, tmp_path: Path) -> None:
     stored = load_file(folder / MODEL)
     for key in form.tensor_names(source, QUERY):
         part = key.split(".")[-1]
-        if part in INFORMATIONAL_PARTS:
-            continue  # how hqq held a layer in memory: read over, whatever it is
+        if part in (*INFORMATIONAL_PARTS, BACKWARD):
+            continue  # how hqq held a layer in memory, what FP-Quant trains with: read over, whatever it is
         if part not in OPTIONAL:
             assert_refused(folder, name, key, None, "removed")
         for what, tensor in damaged(stored[key], numbers=part not in CODES):
@@ -136,6 +137,7 @@ CONFIGURED = (
     "bnb-int8",
     "bnb-nf4-nested-ragged-qwen2",
     "ct-mixed-groups-qwen2",
+    "fp-quant-nvfp4",
     "gptq-v1-dynamic",
     "torchao-intx-4bit",
 )
