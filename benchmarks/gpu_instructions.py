@@ -1,0 +1,91 @@
+"""What a GPU's kernels for weights cost once compiled, without a GPU: instructions a weight, registers, shared memory.
+
+python -m benchmarks.gpu_instructions [--arch 90] [--json]
+
+compiles every code width with every entry of the shipped table and counts the instructions of the loop over channels in
+the machine code. Issue slots are a limit as bandwidth is: a GPU of M multiprocessors with 128 lanes at f Hz has 128 M f
+of them a second, and reads B / (b / 8) weights of b bits in that time. `issue` is how much of the bandwidth of an H200
+(M = 132, f = 1.755 GHz, B = 4.3e12 bytes/s) the loop could use if nothing else held it up. Products of many rows are
+bound by tensor cores instead.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from kernels import gpu
+from kernels.gpu.packing import Packed
+from tests.kernels.gpu_compile import MATRICES, Case, K, N, build, dump, every_case, resources
+
+SLOTS_PER_SECOND = 132 * 128 * 1.755e9
+BYTES_PER_SECOND = 4.3e12
+INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One specialization."""
+
+    case: str
+    bits: float  # of a weight, parameters included
+    instructions: float  # a weight
+    registers: int  # a thread
+    stack: int  # bytes that are spilled
+    shared: int  # bytes a program
+
+    @property
+    def issue(self) -> float:
+        """Of an H200's bandwidth."""
+        return SLOTS_PER_SECOND / self.instructions / (BYTES_PER_SECOND / (self.bits / 8))
+
+
+def loop_length(assembly: str) -> int:
+    """Instructions of the longest loop. Raises ValueError where there is none."""
+    found = [(int(at, 16), name, rest) for at, name, rest in INSTRUCTION.findall(assembly)]
+    positions = {at: i for i, (at, _, _) in enumerate(found)}
+    lengths = [0]
+    for i, (at, name, rest) in enumerate(found):
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if target and 0 < int(target[1], 16) < at:
+            lengths.append(i + 1 - positions[int(target[1], 16)])
+    if not max(lengths):
+        raise ValueError("the kernel has no loop")
+    return max(lengths)
+
+
+def cost(case: Case, packed: Packed) -> Cost:
+    built = build(case)
+    used, fixed = resources(built), case.constants
+    weights = fixed["BLOCK_N"] * fixed["PLANE"] * fixed["PLANES"] / (32 * case.num_warps)  # of a thread and iteration
+    bits = 8 * packed.num_bytes / (N * K)
+    return Cost(str(case), bits, loop_length(dump(built, "-sass")) / weights, *asdict(used).values())
+
+
+def costs(architecture: int) -> Iterator[Cost]:
+    for case in every_case(architecture):
+        yield cost(case, MATRICES[case.name.split(", ", 1)[1]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
+    parser.add_argument("--arch", type=int, default=90, help="compute capability: 80, 89, 90, 100, 120")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if gpu.MISSING is not None:
+        raise SystemExit(gpu.MISSING)
+    for found in costs(options.arch):
+        if options.json:
+            print(json.dumps(asdict(found) | {"issue": found.issue}), flush=True)
+        else:
+            print(
+                f"{found.case:38} {found.bits:5.2f} bits {found.instructions:6.2f} instructions a weight, "
+                f"issue {100 * found.issue:4.0f} %, {found.registers:3} registers, {found.stack} bytes spilled, "
+                f"{found.shared:6} shared",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
