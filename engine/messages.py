@@ -299,6 +299,7 @@ class CalibrationReport(msgspec.Struct, frozen=True):
     num_tokens: int
     seconds: float
     layers: list[CalibratedLayer]
+    wider: str | None = None  # a policy with more bits for keys of the few layers that have most of the error
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -43,5 +43,12 @@ def print_calibration(console: Console, report: CalibrationReport, model: str) -
         soft_wrap=True,
         markup=False,
     )
+    if report.wider is not None:
+        console.print(
+            f"A few layers have most of the error. With more bits for their keys: --policy {report.wider}\n",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
     command = ["nibble", "serve", model, "--kv", report.policy, "--kv-calibration", report.artifact]
     console.print(shlex.join(command), soft_wrap=True, markup=False, highlight=False)

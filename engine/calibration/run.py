@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.calibration.advice import wider
 from engine.calibration.attention import Head, heads_of
 from engine.calibration.fingerprint import fingerprint
 from engine.calibration.record import PAGE_SIZE, Recorded, record
@@ -62,6 +63,7 @@ def calibrate(settings: CalibrationSettings, on_progress: OnProgress | None = No
         found.append(_search_layer(layout, layers[i], recorded, texts.num_fit))
     calibration = _assemble(layout, found, name, texts.provenance)
     write_calibration(path, calibration)
+    advised = wider(layout.policy, [one.after for one in found])
     return CalibrationReport(
         artifact=str(path),
         policy=str(layout.policy),
@@ -70,6 +72,7 @@ def calibrate(settings: CalibrationSettings, on_progress: OnProgress | None = No
         num_tokens=sum(map(len, texts.ids)),
         seconds=time.monotonic() - started,
         layers=[_report(layer, one) for layer, one in zip(layers, found, strict=True)],
+        wider=None if advised is None else str(advised),
     )
 
 

@@ -18,6 +18,7 @@ REPORT = CalibrationReport(
     num_tokens=16384,
     seconds=3.0,
     layers=[CalibratedLayer("k2v2", "scaled hadamard", "sorted", 0.75, 0.875, 0.25, 0.0625)],
+    wider="skvq:k2v2:w128:s4/0=skvq:k4v2",
 )
 
 
@@ -45,6 +46,7 @@ def test_the_table_and_how_to_serve_it(tmp_path: Path, asked: list[CalibrationSe
     assert "scaled hadamard" in text
     assert "0.25000" in text
     assert "0.06250" in text
+    assert "--policy skvq:k2v2:w128:s4/0=skvq:k4v2" in text
     assert "--kv skvq:k2v2:w128:s4 --kv-calibration 'out dir/cal'" in text
 
 
