@@ -38,7 +38,7 @@ def serve(asked: Asked, pace: Pace, output: Output) -> None:
         report.write_run(output.report, f"{asked.url}: {arrivals.describe()}", summary, done.outcomes)
     view.print_summary(_console(output.as_json), summary, arrivals.describe())
     if output.as_json:
-        _print_json({"url": asked.url, "pace": asdict(pace), "seed": asked.seed, **asdict(summary)})
+        _print_json({"asked": _shown(asked), "pace": asdict(pace), **asdict(summary)})
     if summary.completed == 0:
         raise typer.Exit(1)
 
@@ -58,7 +58,8 @@ def find_rate(asked: Asked, wanted: Steps, output: Output) -> None:
     view.print_sweep(console, steps)
     console.print("no rate kept the limits" if best is None else f"{best:.3g} requests a second keep {limits}")
     if output.as_json:
-        _print_json({"url": asked.url, "slo": wanted.slo, "best_rate": best, "steps": [asdict(step) for step in steps]})
+        found = {"best_rate": best, "steps": [asdict(step) for step in steps]}
+        _print_json({"asked": _shown(asked), "wanted": asdict(wanted), **found})
     if best is None:
         raise typer.Exit(1)
 
@@ -89,9 +90,14 @@ async def _sweep(asked: Asked, wanted: Steps, search: Search, limits: Slo) -> li
         return await sweep(search, measure, tell)
 
 
+def _shown(asked: Asked) -> dict[str, Any]:
+    """What was asked, so that it can be asked again; never the key."""
+    return {name: value for name, value in asdict(asked).items() if name != "api_key"}
+
+
 def _print_json(result: dict[str, Any]) -> None:
     """Figures that are not there (NaN) are null."""
-    print(msgspec.json.encode(result).decode())
+    print(msgspec.json.encode(result, enc_hook=str).decode())  # paths as text
 
 
 def _console(apart: bool) -> Console:

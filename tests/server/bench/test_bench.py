@@ -21,7 +21,7 @@ from server.bench.arrivals import Arrivals
 from server.bench.client import Outcome, Target, ask
 from server.bench.datasets import Lengths, Prompt
 from server.bench.errors import BenchError
-from server.bench.load import run
+from server.bench.load import Run, run
 from server.bench.options import Asked
 from server.bench.results import DEFINITIONS, Slo, Summary, percentile, summarize
 from server.bench.sweep import Search, Step, best_rate, sweep
@@ -334,3 +334,21 @@ def test_a_page_holds_the_figures(tmp_path: Path) -> None:
     assert "A &lt;run&gt;" in page
     report.write_run(tmp_path / "r.png", "A run", summarize(outcomes, None), outcomes)
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_say_what_was_asked_and_not_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Bug: figures that nobody can measure again, or a key in a file of results."""
+    (tmp_path / "a.txt").write_text("a prompt")
+
+    async def answered(*arguments: object) -> Run:
+        return Run([Outcome(0, 0, ttft=0.1, latency=0.2, output_tokens=2)], None)
+
+    monkeypatch.setattr("server.bench.cli._serve", answered)
+    words = ["bench", "serve", "http://test", "--api-key", "secret", "--dataset", "folder", "--data", str(tmp_path)]
+    result = CliRunner().invoke(cli, [*words, "--rate", "2", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["asked"]["url"], found["asked"]["data"]) == ("http://test", str(tmp_path))
+    assert (found["asked"]["seed"], found["pace"]["rate"], found["completed"]) == (0, 2, 1)
+    assert found["spreads"]["itl"]["mean"] is None
+    assert "secret" not in result.output
