@@ -1,4 +1,4 @@
-"""The quantizer of the cache in Triton: the bytes of kernels/attention/quantized/codec.py.
+"""The quantizer of the cache in Triton, and the rotation before it: the bytes of kernels/attention/quantized/codec.py.
 
 Each operation is a float32 one, rounded by itself: divisions are exact, and callers compile with enable_fp_fusion off.
 """
@@ -8,6 +8,21 @@ import triton.language as tl
 
 from kernels.gpu.attention import saturate
 from kernels.gpu.quantized import e4m3
+
+
+@triton.jit
+def hadamard(x, out, factor, D: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.constexpr):
+    """Hadamard.apply (kernels/attention/quantized/transforms.py) on one row of D = 2^LEVELS channels, saturated
+    before: the same additions in the same order. factor is D^-1/2.
+
+    D log2(D) additions; the input's bytes and the output's.
+    """
+    row, d = tl.program_id(0).to(tl.int64) * D, tl.arange(0, D)
+    y = saturate(tl.load(x + row + d).to(tl.float32), LIMIT)
+    for i in tl.static_range(LEVELS):
+        low, high = tl.split(tl.permute(tl.reshape(y, (D >> (i + 1), 2, 1 << i)), (0, 2, 1)))
+        y = tl.reshape(tl.permute(tl.join(low + high, low - high), (0, 2, 1)), (D,))
+    tl.store(out + row + d, (y * factor).to(out.dtype.element_ty))
 
 
 @triton.jit

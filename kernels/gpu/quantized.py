@@ -1,9 +1,9 @@
 """Attention over quantized pages in Triton; kernels/attention/quantized/layout.py says how they lie.
 
-Codes are loaded as words of 32 bits and spread by shifts: the words of 64 keys lie side by side, those of a value's row
-too, and each is read once for all columns of a tile. A code becomes a float16 by the mantissa of 2^10: 0x6400 | code is
-1024 + code. Codes and scales are exact in float16 and, up to 7 bits, so is their product; one rounding is left, of the
-sum with the zero. Prescales multiply the scores and the sums, in float32.
+Codes are loaded as words of 32 bits: those of 64 keys lie side by side, those of a value's row too, and each is read
+once for all columns of a tile. They become float16 by no arithmetic but one subtraction: 0x6400 | code is 1024 + code,
+for two codes of a word at once. Codes and scales are exact in float16 and, up to 7 bits, so is their product; one
+rounding is left, of the sum with the zero. Prescales multiply the scores and the sums, in float32.
 
 Nothing here asks for e4m3 in hardware, which sm_80 has not.
 """
@@ -24,24 +24,29 @@ def e4m3(byte):
 
 @triton.jit
 def spread(words, BITS: tl.constexpr, D: tl.constexpr):
-    """words [tokens, D BITS / 32] int32 -> codes [tokens, D] int32. Byte j of a row of n holds channels j + i n."""
-    tokens: tl.constexpr = words.shape[0]
+    """words [tokens, D BITS / 32] int32 -> codes [tokens, D] float16. Byte j of a row of n holds channels j + i n.
+
+    Two bytes of a word, of which one lies 16 bits above the other, are spread at once.
+    """
     x = tl.join(words, words >> 8)
-    x = tl.join(x, x >> 16)  # [tokens, words, byte bit 0, byte bit 1]
-    if BITS == 8:
-        x = tl.permute(x, (0, 1, 3, 2))
-    else:
+    if BITS < 8:
         x = tl.join(x, x >> BITS)
-        if BITS == 4:
-            x = tl.permute(x, (0, 4, 1, 3, 2))
-        else:
-            x = tl.join(x, x >> (2 * BITS))
-            if BITS == 2:
-                x = tl.permute(x, (0, 5, 4, 1, 3, 2))
-            else:
-                x = tl.join(x, x >> 4)
-                x = tl.permute(x, (0, 6, 5, 4, 1, 3, 2))
-    return tl.reshape(x, (tokens, D)) & ((1 << BITS) - 1)
+    if BITS < 4:
+        x = tl.join(x, x >> (2 * BITS))
+    if BITS < 2:
+        x = tl.join(x, x >> 4)
+    both = (x & (((1 << BITS) - 1) * 0x10001)) | 0x64006400
+    low, high = both.to(tl.int16).to(tl.float16, bitcast=True), (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    y = tl.join(low, high)  # [tokens, words, bit 0 of the byte, bits of i, bit 1 of the byte]
+    if BITS == 8:
+        y = tl.permute(y, (0, 1, 3, 2))
+    elif BITS == 4:
+        y = tl.permute(y, (0, 3, 1, 4, 2))
+    elif BITS == 2:
+        y = tl.permute(y, (0, 4, 3, 1, 5, 2))
+    else:
+        y = tl.permute(y, (0, 5, 4, 3, 1, 6, 2))
+    return tl.reshape(y, (words.shape[0], D)) - 1024.0
 
 
 @triton.jit
@@ -62,7 +67,7 @@ def load_codes(
     chunk, words, codes_at, at, needed,
     IS_KEY: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Codes [tokens, D] int32 of the tokens `at` of one chunk; BITS is 1 for 1.5. codes_at in bytes."""
+    """Codes [tokens, D] float16 of the tokens `at` of one chunk; BITS is 1 for 1.5. codes_at in bytes."""
     if BITS == 1:
         num_bytes: tl.constexpr = (D + 4) // 5
         d = tl.arange(0, D)
@@ -73,7 +78,8 @@ def load_codes(
             offsets = at[:, None] * num_bytes + byte[None, :]
             packed = tl.load(chunk + codes_at + offsets, needed[:, None], other=0).to(tl.int32)
         power = tl.where(digit == 0, 1, tl.where(digit == 1, 3, tl.where(digit == 2, 9, tl.where(digit == 3, 27, 81))))
-        return (((packed * power[None, :]) & 255) * 3) >> 8
+        codes = (((packed * power[None, :]) & 255) * 3) >> 8
+        return (codes | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1024.0
     elif BITS == 3:
         plane = words + codes_at // 4
         row: tl.constexpr = 3 * D // 32
@@ -82,7 +88,7 @@ def load_codes(
             plane += PAGE * (D // 16)
         else:
             plane += D // 16
-        return low | (spread(load_words(plane, at, needed, IS_KEY, PAGE, row, D // 32), 1, D) << 2)
+        return low + spread(load_words(plane, at, needed, IS_KEY, PAGE, row, D // 32), 1, D) * 4.0
     else:
         num_words: tl.constexpr = D * BITS // 32
         return spread(load_words(words + codes_at // 4, at, needed, IS_KEY, PAGE, num_words, num_words), BITS, D)
@@ -108,7 +114,7 @@ def load_rows(
         groups: tl.constexpr = D // GROUP
         g = tl.arange(0, groups)
         offsets = g[None, :] * PAGE + at[:, None]
-        x = tl.reshape((codes | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1024.0, (tokens, groups, GROUP))
+        x = tl.reshape(codes, (tokens, groups, GROUP))
         if BITS == 8:
             scales = tl.load(halves + parameters_at // 2 + offsets).to(tl.float32)
             zeros = tl.load(halves + parameters_at // 2 + groups * PAGE + offsets).to(tl.float32)
@@ -141,7 +147,7 @@ def attend(
     In each split packed tokens come first, in order, then BLOCKs of recent ones.
 
     chunks, words and halves are the same pages as bytes, int32 and float16. Reads token_bytes for each token and kv
-    head of a tile, and 4 D bytes where it is read in high precision; about 12 D operations to unpack a token,
+    head of a tile, and 4 D bytes where it is read in high precision; about 7 D operations to unpack a token,
     4 D COLUMNS on tensor cores.
     """
     STEP: tl.constexpr = PAGE if PAGE < BLOCK else BLOCK

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kernels.attention.f16 import gpu as plain
 from kernels.attention.quantized import gpu as quantized
+from kernels.attention.quantized.codec import LIMIT
 from kernels.attention.quantized.layout import ChunkLayout, RowLayout
 from kernels.gpu.steps import Tiling
 from tests.kernels.gpu_compile import ARCHITECTURES, Case, record
@@ -93,6 +94,9 @@ def cases() -> Iterator[Case]:
     yield Case(
         "merge", 90, "attention", "merge", POINTERS | {"out": "*bf16"}, {"HEAD_DIM": 128, "D": 128}, plain.MERGE_WARPS
     )
+    types = {"x": "*bf16", "out": "*fp32", "factor": "fp32"}
+    fixed = quantized.turn_constants(128, LIMIT)
+    yield Case("hadamard", 90, "quantize", "hadamard", types, fixed, plain.STORE_WARPS, is_fused=False)
     types = POINTERS | {"k": "*bf16", "v": "*bf16"}
     fixed = plain.store_constants(128, PAGE_SIZE)
     yield Case("store f16", 90, "attention", "store", types, fixed, plain.STORE_WARPS)

@@ -5,22 +5,25 @@ The interpreter takes a tenth of a second for a tile: contexts are short, and sp
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import build_batch
+from engine.batch import BatchRow, build_batch
 from kernels.attention.f16.gpu import F16Triton
 from kernels.attention.f16.layout import page_shape
 from kernels.attention.f16.reference import F16Reference
-from kernels.attention.quantized.cache import QuantizedCache, QuantizedKernel
+from kernels.attention.quantized.cache import KeyShift, LayerCodec, QuantizedCache, QuantizedKernel
 from kernels.attention.quantized.gpu import QuantizedTriton
 from kernels.attention.quantized.reference import QuantizedReference
-from kernels.attention.quantized.transforms import Hadamard
+from kernels.attention.quantized.transforms import Chain, Hadamard, Identity, Permutation
 from kernels.contract import AttentionKernel
 from tests.kernels.attention_oracle import random_tokens
+from tests.kernels.kv_oracle import cache_of as empty_cache
+from tests.kernels.kv_oracle import row_codec
 from tests.kernels.test_attention import inputs_of as plain_inputs
 from tests.kernels.test_kv_attention import cache_of, codec_of, cut, inputs_of, row_of, tokens
 from tests.tolerance import EPS, assert_within
@@ -155,15 +158,87 @@ def test_a_window_that_is_not_there_shows() -> None:
         KERNEL.attend(rows[0][39:], cache, build_batch([replace(row, recent_table={})]).attention, SCALE)
 
 
-def test_transforms_are_made_before_and_undone_after() -> None:
-    plain, (q, k, v) = codec_of((4.0, 4.0)), tokens(3, seed=6)
-    turned = replace(plain, key_transform=Hadamard(), value_transform=Hadamard())
-    inputs, results = inputs_of(plain, (0, 3, 0)), []
-    for codec, rows in ((turned, (q, k, v)), (plain, tuple(Hadamard().apply(x) for x in (q, k, v)))):
-        cache = cache_of(codec)
-        KERNEL.store(rows[1], rows[2], cache, inputs)
-        results.append(KERNEL.attend(rows[0], cache, inputs, SCALE))
-    assert torch.equal(results[0], Hadamard().invert(results[1]))
+def calibrated() -> LayerCodec:
+    """Means taken off, channels scaled and sorted, a clip for each group."""
+    codec, generator = codec_of((3.0, 2.0)), torch.Generator().manual_seed(6)
+    order = torch.stack([torch.randperm(32, generator=generator) for _ in range(2)])
+    scale = 2.0 ** torch.randint(-3, 4, (2, 32), generator=generator)
+    shift = KeyShift(torch.randn(2, 32, generator=generator), scale)
+    turns = Chain((Permutation(order), Hadamard()))
+    return replace(codec, key_transform=turns, value_transform=Permutation(order.flip(-1)), key_shift=shift)
+
+
+def hadamard() -> LayerCodec:
+    return replace(codec_of((4.0, 4.0)), key_transform=Hadamard(), value_transform=Hadamard())
+
+
+def shifted() -> LayerCodec:
+    return replace(calibrated(), key_transform=Hadamard(), value_transform=Hadamard())
+
+
+@pytest.mark.parametrize("codec_named", [hadamard, calibrated, shifted])
+def test_heads_are_turned_before_and_turned_back_after(codec_named: Callable[[], LayerCodec]) -> None:
+    """Bugs: an addition of the rotation in another order, so that bytes differ from those another back end wrote;
+    infinities that meet in it; queries turned by the values' way, an output turned back in part."""
+    codec = codec_named()
+    plain = replace(codec, key_transform=Identity(), value_transform=Identity(), key_shift=None)
+    q, k, v = tokens(3, seed=6)
+    k[0, 0, :2] = v[1, 1, 3:5] = torch.tensor([torch.inf, -torch.inf])
+    inputs = inputs_of(codec, (0, 3, 0))
+    cache, expected, by_hand = cache_of(codec), cache_of(codec), cache_of(plain)
+    KERNEL.store(k, v, cache, inputs)
+    REFERENCE.store(k, v, expected, inputs)
+    assert torch.equal(cache.pages, expected.pages)
+    assert torch.equal(cache.recent.nan_to_num(7), expected.recent.nan_to_num(7))
+    by_hand.pages.copy_(cache.pages)
+    by_hand.recent.copy_(cache.recent)
+    queries = codec.key_transform.apply(codec.prepare_queries(q))
+    found = KERNEL.attend(q, cache, inputs, SCALE)
+    assert torch.equal(found, codec.value_transform.invert(KERNEL.attend(queries, by_hand, inputs, SCALE)))
+    assert KERNEL.attend(q.bfloat16(), cache, inputs, SCALE).dtype == torch.bfloat16
+
+
+def test_pages_longer_than_a_block_and_heads_of_128_channels() -> None:
+    """Bugs: the second block of a page read from its beginning; parameters of one group taken for all."""
+    packed = row_codec(4.0, 128, 64, 1, seed=5), row_codec(2.0, 128, 64, 1, seed=6)
+    codec = LayerCodec(packed[0], packed[1], Identity(), Identity(), window=17, num_sinks=4)
+    cache, kernel = empty_cache(codec, (3, 64, 14)), QuantizedTriton(split=128, block=32)
+    cache.pages.fill_(0x7F)
+    cache.recent.fill_(torch.nan)
+    rows = tuple(random_tokens(148, heads, 128, heads) for heads in (4, 1, 1))
+    recent = {page: 13 - page for page in range(10)}
+    filled = build_batch([BatchRow([0] * 148, 0, [2, 0, 1], 64, 0, recent)]).attention
+    kernel.store(rows[1], rows[2], cache, filled)
+    q = 2 * rows[0][-2:]
+    keys, values = read_as((rows[0], rows[1], rows[2]), cache)
+    expected, bound = exact_attention(q, keys[:, -2:], values[:, -2:], prescale_of(cache))
+    last = build_batch([BatchRow([0, 0], 146, [2, 0, 1], 64, 0, recent)]).attention
+    assert_within(kernel.attend(q, cache, last, SCALE), expected, bound)
+
+
+def test_rows_that_no_recent_page_is_held_for() -> None:
+    """Bug: a token that is kept packed alone, written to recent page 0 or over the last one."""
+    codec = codec_of((4.0, 4.0), window=0, num_sinks=14)
+    _, k, v = tokens(20, seed=9)
+    inputs, caches = inputs_of(codec, (0, 20, 0)), [cache_of(codec), cache_of(codec)]
+    assert inputs.recent is not None
+    assert bool((inputs.recent.slots < 0).any())
+    kernels: tuple[QuantizedKernel, ...] = (KERNEL, REFERENCE)
+    for kernel, cache in zip(kernels, caches, strict=True):
+        kernel.store(k, v, cache, inputs)
+    assert torch.equal(caches[0].recent.nan_to_num(7), caches[1].recent.nan_to_num(7))
+
+
+def test_a_nan_shows_and_stays_with_its_head() -> None:
+    """Bug: a broken model that looks well, because a comparison dropped the NaN on its way to the page or back."""
+    codec = codec_of((4.0, 4.0), window=2, num_sinks=0)
+    cache, (q, k, v) = cache_of(codec), tokens(4, seed=10)
+    v[1, 0, 3] = torch.nan
+    KERNEL.store(k, v, cache, inputs_of(codec, (0, 4, 0)))
+    for i, is_broken in ((0, False), (1, True), (3, True)):  # in high precision at first, from the page later
+        found = KERNEL.attend(q[i : i + 1], cache, inputs_of(codec, (i, 1, 0)), SCALE)
+        assert bool(found[:, :2].isnan().any()) == is_broken
+        assert bool(found[:, 2:].isfinite().all())
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 16), (3, 3, 10), (7, 1, 24), (20, 1, 64)])

@@ -1,6 +1,7 @@
 """Attention over the quantized cache on NVIDIA GPUs, in Triton (kernels/gpu/quantized.py, kernels/gpu/quantize.py)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from kernels.attention.f16.gpu import (
 from kernels.attention.quantized.cache import QuantizedCache, QuantizedSpec
 from kernels.attention.quantized.codec import LIMIT
 from kernels.attention.quantized.layout import RECENT_TOKENS, TRITS_PER_BYTE, ChunkLayout
+from kernels.attention.quantized.transforms import Hadamard, HeadTransform
 from kernels.contract import AttentionInputs
 from kernels.gpu import refusal
 from kernels.gpu.steps import Launch, Tiling, launches
@@ -30,10 +32,10 @@ class QuantizedTriton:
     """out[h, i] = sum_{j <= i} softmax_j(scale * q[h, i] . k_ij[h / G]) v_ij[h / G]
 
     k_ij, v_ij as in the reference, rounded to float16 after unpacking, in units of the prescale. Queries, divided by a
-    power of two, and weights are rounded to float16; products are summed in float32. Transforms of heads are made by
-    torch before a step is stored or attended, and undone by it after. A row's result does not depend on the batch or on
-    the chunks of its prompt (kernels/gpu/attention.py says why). A token whose recent page is missing makes the rows
-    that read it NaN: asking for it on the host would make every step wait for the device.
+    power of two, and weights are rounded to float16; products are summed in float32. Heads are turned before a step is
+    stored or attended, and back after it: by a kernel of its own (Hadamard) or by torch. A row's result does not depend
+    on the batch or on the chunks of its prompt (kernels/gpu/attention.py says why). A token whose recent page is
+    missing makes the rows that read it NaN: asking for it on the host would make every step wait for the device.
 
     A sequence of n tokens reads n * token_bytes of its pages, once for 16 / G query rows, and its window, for
     4 * n * num_heads * D operations a query row on tensor cores.
@@ -65,8 +67,11 @@ class QuantizedTriton:
         if not len(k):
             return
         codec = cache.codec
-        keys = codec.key_transform.apply(codec.prepare_keys(_saturated(k))).contiguous()
-        values = codec.value_transform.apply(_saturated(v)).contiguous()
+        if codec.key_shift is None:
+            keys = _turned(k, codec.key_transform, LIMIT)
+        else:
+            keys = _turned(codec.prepare_keys(k.float().clamp(-LIMIT, LIMIT)), codec.key_transform)
+        values = _turned(v, codec.value_transform, LIMIT)
         slots = inputs.slots.contiguous()
         _store_packed(keys, slots, cache, is_key=True)
         _store_packed(values, slots, cache, is_key=False)
@@ -83,12 +88,12 @@ class QuantizedTriton:
         windows = tuple(cache.windows(inputs))
         if inputs.recent is None and (codec.num_sinks or any(windows)):
             raise ValueError(f"windows of {windows} and {codec.num_sinks} sinks are read; the step has no recent pages")
-        queries = codec.key_transform.apply(codec.prepare_queries(q.float())).contiguous()
+        queries = _turned(q if codec.key_shift is None else codec.prepare_queries(q.float()), codec.key_transform)
         result = torch.empty_like(queries)
         tiling = Tiling(q.shape[1] // cache.num_kv_heads, self._split)
         for launch in launches(inputs, tiling, windows, q.device):
             self._attend(queries, cache, inputs, (tiling, launch, scale / math.log(2)), result)
-        return codec.value_transform.invert(result).to(q.dtype)
+        return _turned_back(result, codec.value_transform, q.dtype)
 
     def _attend(
         self,
@@ -173,6 +178,11 @@ def store_constants(layout: ChunkLayout, is_key: bool, is_origin: bool) -> dict[
     }
 
 
+def turn_constants(head_dim: int, limit: float) -> dict[str, Any]:
+    """What the Hadamard rotation is compiled for."""
+    return {"D": head_dim, "LEVELS": head_dim.bit_length() - 1, "LIMIT": limit}
+
+
 def _store_packed(x: Tensor, slots: Tensor, cache: QuantizedCache, is_key: bool) -> None:
     """x: [num_tokens, num_kv_heads, D] float32, contiguous."""
     from kernels.gpu import quantize
@@ -200,6 +210,32 @@ def _views(pages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return pages, pages.view(torch.int32), pages.view(torch.float16)
 
 
-def _saturated(x: Tensor) -> Tensor:
-    """Before a transform, which would turn two infinities into a NaN."""
-    return x.float().clamp(-LIMIT, LIMIT)
+def _turned(x: Tensor, transform: HeadTransform, limit: float = math.inf) -> Tensor:
+    """transform.apply of x [num_tokens, heads, D], contiguous float32. x is saturated at +-limit first, as a transform
+    would turn two infinities into a NaN."""
+    if isinstance(transform, Hadamard):
+        return _hadamard(x, limit, torch.float32)
+    return transform.apply(x.float().clamp(-limit, limit)).contiguous()
+
+
+def _turned_back(x: Tensor, transform: HeadTransform, dtype: torch.dtype) -> Tensor:
+    """transform.invert of x [num_tokens, heads, D] float32."""
+    return _hadamard(x, math.inf, dtype) if isinstance(transform, Hadamard) else transform.invert(x).to(dtype)
+
+
+def _hadamard(x: Tensor, limit: float, dtype: torch.dtype) -> Tensor:
+    """Hadamard, its own inverse, in one launch; torch makes several for each of log2(D) steps."""
+    from kernels.gpu import quantize
+
+    head_dim = x.shape[-1]
+    x, result = x.contiguous(), torch.empty(x.shape, dtype=dtype, device=x.device)
+    if len(x):
+        quantize.hadamard[(x.numel() // head_dim,)](
+            x,
+            result,
+            1 / math.sqrt(head_dim),
+            **turn_constants(head_dim, limit),
+            enable_fp_fusion=False,
+            num_warps=STORE_WARPS,
+        )
+    return result
