@@ -7,10 +7,10 @@
 namespace nibble::NIBBLE_ISA {
 namespace {
 
-// Ahead of the codes. For one token 4-bit codes come from memory at 34 GB/s a core with 256 or 512 bytes, at 28 with
-// 768 or 1024, at 31 with 2048 or 4096. Eight tokens take longer over a line, and still 15 % less with 16 units of
-// codes (2048 bytes of 4 bits, 4096 of 8) than with 512 bytes.
-constexpr int kPrefetchBytes = 512;
+// Ahead of the codes. For one token 8-bit codes come from memory at 32 GB/s a core with 128 to 384 bytes, at 29 with 512
+// or more, codes of 4 and 2 bits 4 % slower with 512 than with 256. Eight tokens take longer over a line, and still 15 %
+// less with 16 units of codes (2048 bytes of 4 bits, 4096 of 8) than with 512 bytes.
+constexpr int kPrefetchBytes = 256;
 
 template <class C, int T>
 constexpr int prefetch_bytes() {
@@ -193,7 +193,7 @@ inline void add_slab(const Packed& w, Floats (&sums)[T], int64_t row_block, int 
       parameters = p;
       p += w.codes_offset;
       for (int64_t line = 0; line < w.codes_offset; line += 64)
-        prefetch(parameters + line + (T == kTileTokens ? 4 : 1) * kPrefetchBytes);
+        prefetch(parameters + line + (T == kTileTokens ? 8 : 1) * kPrefetchBytes);
     }
     add_block<Dots, T>(w, sums, {p, block + 1 < w.num_blocks ? full_units : last_units}, parameters, slot, at);
     p += w.codes_block_bytes;
