@@ -111,7 +111,7 @@ def main() -> None:
                 Path(folder) / "prometheus.log",
             ),
         ):
-            with subprocess.Popen(load(url, args.seconds, args.rate, args.report), cwd=ROOT) as sending:
+            with subprocess.Popen(load(url, ports[1], args), cwd=ROOT) as sending:
                 time.sleep(args.seconds)  # requests still run: gauges are not back at 0
                 num_missing = check(prometheus)
             num_missing += sending.returncode != 0
@@ -153,12 +153,13 @@ def answers(url: str) -> bool:
         return False
 
 
-def load(url: str, seconds: float, rate: float, report: Path | None) -> list[str]:
-    """The command that sends requests which share beginnings, for a little more than `seconds`."""
+def load(url: str, ops_port: int, args: argparse.Namespace) -> list[str]:
+    """The command that sends requests which share beginnings, for a little more than `--seconds`."""
     command = [sys.executable, "-m", "server.cli", "bench", "serve", url, "--dataset", "shared-prefix"]
-    command += ["--rate", str(rate), "--requests", str(max(1, round((seconds + 2) * rate))), "--spread", "0.5"]
+    command += ["--metrics-url", f"http://127.0.0.1:{ops_port}/metrics", "--spread", "0.5"]
+    command += ["--rate", str(args.rate), "--requests", str(max(1, round((args.seconds + 2) * args.rate)))]
     command += ["--input-len", "64", "--prefix-len", "128", "--output-len", "48", "--slo", "ttft=2.5s,tpot=100ms"]
-    return command + ([] if report is None else ["--report", str(report)])
+    return command + ([] if args.report is None else ["--report", str(args.report)])
 
 
 def check(prometheus: str) -> int:

@@ -23,6 +23,7 @@ class Target:
     model: str
     endpoint: Endpoint
     extra: dict[str, Any] = field(default_factory=dict)  # more fields of every body
+    metrics_url: str | None = None  # None: /metrics below url
 
     def body(self, prompt: Prompt) -> dict[str, Any]:
         content: dict[str, Any] = {"prompt": prompt.text}

@@ -50,7 +50,7 @@ async def run(
     on_progress: OnProgress | None = None,
 ) -> Run:
     """Send every prompt once. `on_progress` is called whenever a request is sent or ends."""
-    before = await _prefix_counts(client, target.url)
+    before = await prefix_counts(client, target)
     gate = asyncio.Semaphore(arrivals.clients or len(prompts))
     progress = Progress(len(prompts), [])
     started = time.perf_counter()
@@ -78,7 +78,7 @@ async def run(
     times = arrivals.times(len(prompts), seed)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one(prompt, at)) for prompt, at in zip(prompts, times, strict=True)]
-    after = await _prefix_counts(client, target.url)
+    after = await prefix_counts(client, target)
     return Run([task.result() for task in tasks], _hit_rate(before, after))
 
 
@@ -89,13 +89,13 @@ def new_client(api_key: str | None, timeout_s: float) -> httpx.AsyncClient:
     return httpx.AsyncClient(headers=headers, limits=limits, timeout=httpx.Timeout(timeout_s))
 
 
-async def _prefix_counts(client: httpx.AsyncClient, url: str) -> tuple[float, float] | None:
+async def prefix_counts(client: httpx.AsyncClient, target: Target) -> tuple[float, float] | None:
     """Prompt tokens looked up and found so far, by the server's /metrics; None where they are not told."""
     try:
-        response = await client.get(f"{url}/metrics", timeout=METRICS_LIMIT_S)
+        response = await client.get(target.metrics_url or f"{target.url}/metrics", timeout=METRICS_LIMIT_S)
         response.raise_for_status()
         families = {family.name: family for family in text_string_to_metric_families(response.text)}
-    except (httpx.HTTPError, ValueError):
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return None
     for queries, hits in HIT_COUNTERS:
         if queries in families and hits in families:

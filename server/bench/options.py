@@ -20,7 +20,7 @@ from server.bench.datasets import (
     sharegpt_prompts,
 )
 from server.bench.errors import BenchError
-from server.bench.load import run
+from server.bench.load import prefix_counts, run
 
 Dataset = Literal["random", "shared-prefix", "sharegpt", "folder"]
 DEFAULT_OUTPUT = 128  # tokens
@@ -49,6 +49,9 @@ class Asked:
     temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0
     seed: Annotated[int, typer.Option(help="The same seed sends the same requests at the same times.")] = 0
     warm_up: Annotated[int, typer.Option(help="Requests sent before, one by one, and not counted.")] = 1
+    metrics_url: Annotated[
+        str | None, typer.Option(help="Where hits of the prefix cache are. Default: URL/metrics.")
+    ] = None
     timeout: Annotated[float, typer.Option(help="Longest silence of the server, in seconds.")] = 600.0
 
     @property
@@ -84,7 +87,9 @@ class Asked:
         """Sends the requests of the warm-up. Raises BenchError when the server is not there or cannot answer them."""
         extra = {"temperature": self.temperature, **({"ignore_eos": True} if self.ignore_eos else {})}
         model = self.model or await find_model(client, self.base_url)
-        target = Target(self.base_url, model, self.endpoint, extra)
+        target = Target(self.base_url, model, self.endpoint, extra, self.metrics_url)
+        if self.metrics_url is not None and await prefix_counts(client, target) is None:
+            raise BenchError(f"--metrics-url {self.metrics_url} has no counters of a prefix cache")
         if self.warm_up > 0:
             done = await run(client, target, self.prompts(self.warm_up, WARM_UP_SEED), Arrivals(clients=1))
             if done.outcomes[-1].error is not None:

@@ -298,6 +298,23 @@ def test_a_server_that_is_not_there_is_named() -> None:
     assert "no answer from http://127.0.0.1:9/v1/models" in result.output
 
 
+def test_metrics_may_be_elsewhere_and_must_be_there() -> None:
+    """Bug: with /metrics on a port for operators the rate of hits is silently left out."""
+    asked_urls = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked_urls.append(str(request.url))
+        return httpx.Response(404)
+
+    async def go() -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+            await Asked("http://test", model="m", metrics_url="http://ops:8001/metrics").target(client)
+
+    with pytest.raises(BenchError, match="--metrics-url http://ops:8001/metrics has no counters"):
+        asyncio.run(go())
+    assert asked_urls == ["http://ops:8001/metrics"]
+
+
 def test_a_report_of_another_kind_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"\.html or \.png"):
         report.check_report(tmp_path / "r.pdf")
