@@ -7,9 +7,9 @@
 namespace nibble::NIBBLE_ISA {
 namespace {
 
-// Ahead of the codes. For one token 8-bit codes come from memory at 32 GB/s a core with 128 to 384 bytes, at 29 with 512
-// or more, codes of 4 and 2 bits 4 % slower with 512 than with 256. Eight tokens take longer over a line, and still 15 %
-// less with 16 units of codes (2048 bytes of 4 bits, 4096 of 8) than with 512 bytes.
+// Ahead of the codes. For one token 8-bit codes come from memory at 32 GB/s a core with 128 to 384 bytes, at 29 with
+// 512 or more; codes of 4 and 2 bits come 4 % slower with 512 than with 256. Eight tokens take longer over a line, and
+// still 15 % less with 16 units of codes (2048 bytes of 4 bits, 4096 of 8) than with 512 bytes.
 constexpr int kPrefetchBytes = 256;
 
 template <class C, int T>
