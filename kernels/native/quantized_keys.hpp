@@ -27,6 +27,9 @@ void score_codes(const QuantizedSplit& s) {
   constexpr bool kTwo = has_two_digits(kWidth);
   const Floats factor = factor_of(format, s.call.layer.key_prescale[s.unit.kv_head]);
   int num_tiles = (s.num_rows + kPackedRows - 1) / kPackedRows;
+  const int num_parameters = 2 * format.num_groups, parameter_bytes = format.parameter_bytes;
+  const int64_t parameters_at = s.shape.key_parameters_at, step = (int64_t)s.page_size * parameter_bytes;
+  float* const to_parameters = s.parameters;
   KeyTile tile{};
   tile.stride = kWidth == 1 ? 64 : 4 * s.page_size;
   tile.high = (int64_t)format.plane_bytes * s.page_size;
@@ -38,8 +41,8 @@ void score_codes(const QuantizedSplit& s) {
     for (int n = 0; n < vectors; n++) {
       const uint8_t* page = s.page_of(v + n);
       int token = s.token_of(v + n);
-      load_parameters(format, page + s.shape.key_parameters_at + token * format.parameter_bytes, s.page_size, factor,
-                      s.parameters + 16 * n, 16 * kPackedVectors);
+      load_parameters<kTwo>(num_parameters, page + parameters_at + token * parameter_bytes, step, factor,
+                            to_parameters + 16 * n, 16 * kPackedVectors);
       tile.keys[n] = kWidth == 1 ? unpack_keys(s, n, page + token) : page + 4 * token;
       s.fetch(v + n, format, 0, s.shape.key_parameters_at);
       s.fetch_recent(v + n);

@@ -22,24 +22,20 @@ inline int tile_vectors(int left, bool two_digits) {
 
 // ---- parameters -----------------------------------------------------------------------------------------------------
 
-// 16 parameters at p, times factor_of() the prescale.
-inline Floats load_parameter(const RowFormat& format, const uint8_t* p, Floats factor) {
-  return mul(format.parameter_bytes == 2 ? load_f16((const uint16_t*)p) : load_e4m3(p), factor);
+// 16 parameters at p, float16 or e4m3, times factor_of() the prescale.
+template <bool kHalves>
+inline Floats load_parameter(const uint8_t* p, Floats factor) {
+  return mul(kHalves ? load_f16((const uint16_t*)p) : load_e4m3(p), factor);
 }
 inline Floats factor_of(const RowFormat& format, float prescale) {
   return set1(format.parameter_bytes == 2 ? prescale : 256 * prescale);
 }
 
-// Scales, then zeros, of 16 tokens in every group, times the prescale: to[i * stride].
-inline void load_parameters(const RowFormat& format, const uint8_t* from, int page_size, Floats factor, float* to,
-                            int64_t stride) {
-  if (format.parameter_bytes == 2) {
-    for (int i = 0; i < 2 * format.num_groups; i++, from += (int64_t)page_size * 2, to += stride)
-      store(to, mul(load_f16((const uint16_t*)from), factor));
-  } else {
-    for (int i = 0; i < 2 * format.num_groups; i++, from += page_size, to += stride)
-      store(to, mul(load_e4m3(from), factor));
-  }
+// `count` times 16 of them, from[i * step], to to[i * stride]. All by value: a vector's store may change what a
+// reference names, as far as the compiler knows.
+template <bool kHalves>
+inline void load_parameters(int count, const uint8_t* from, int64_t step, Floats factor, float* to, int64_t stride) {
+  for (int i = 0; i < count; i++, from += step, to += stride) store(to, load_parameter<kHalves>(from, factor));
 }
 
 // ---- digits ---------------------------------------------------------------------------------------------------------

@@ -20,8 +20,6 @@ struct PackedValues {
 
   // Of a block: those with packed tokens.
   int vectors_of(int block) const { return (min_of(s.packed.stop - block * kBlock, kBlock) + 15) / 16; }
-  // Of the block at hand: scales [kBlock], then zeros [kBlock].
-  float* parameters(int g) const { return s.parameters + g * 2 * kBlock; }
   uint8_t* digits(int row, int g) const { return s.digits + (row * num_groups + g) * 2 * kBlock; }
   float* units(int row, int g) const { return s.units + row * num_groups + g; }
 
@@ -60,25 +58,30 @@ struct PackedValues {
   }
 
   void load_parameters_of(int block) {
-    int vectors = vectors_of(block);
-    Sources from = sources_of(block, vectors);
+    const int vectors = vectors_of(block), groups = num_groups;
+    const Sources from = sources_of(block, vectors);
+    const bool two = has_two_digits(format.width), whole = vectors == kBlock / 16;
+    float *to = s.parameters, *largest = s.largest;
     auto all = [](int, Floats x) { return x; };
-    for (int g = 0; g < num_groups; g++)
-      s.largest[g] = vectors == kBlock / 16 ? relate<kBlock / 16>(from, g, parameters(g), all)
-                                            : relate_few(from, g, parameters(g), vectors, all);
+    for (int g = 0; g < groups; g++, to += 2 * kBlock)
+      largest[g] = two     ? relate_few<true>(from, g, to, vectors, all)
+                   : whole ? relate<kBlock / 16, false>(from, g, to, all)
+                           : relate_few<false>(from, g, to, vectors, all);
   }
 
   // Of one group: scales as shares of the largest, zeros as values of the middle code; returns the largest. `keep`
   // makes nothing of tokens that are not read.
-  template <int kVectors, class Keep>
+  template <int kVectors, bool kHalves, class Keep>
   float relate(const Sources& from, int g, float* to, Keep keep) const {
-    int64_t scales_at = (int64_t)g * s.page_size * format.parameter_bytes;
-    int64_t zeros_at = scales_at + (int64_t)num_groups * s.page_size * format.parameter_bytes;
-    Floats scales[kVectors], middles = set1(middle), peak = zero();
+    const int64_t row = (int64_t)s.page_size * (kHalves ? 2 : 1), zeros_at = num_groups * row;
+    const uint8_t* at[kVectors];
+    for (int i = 0; i < kVectors; i++) at[i] = from.at[i] + g * row;
+    const Floats own_factor = factor, middles = set1(middle);
+    Floats scales[kVectors], peak = zero();
     NIBBLE_UNROLL for (int i = 0; i < kVectors; i++) {
-      scales[i] = keep(i, load_parameter(format, from.at[i] + scales_at, factor));
+      scales[i] = keep(i, load_parameter<kHalves>(at[i], own_factor));
       peak = max(scales[i], peak);
-      Floats zeros = keep(i, load_parameter(format, from.at[i] + zeros_at, factor));
+      Floats zeros = keep(i, load_parameter<kHalves>(at[i] + zeros_at, own_factor));
       store(to + kBlock + 16 * i, fma(scales[i], middles, zeros));
     }
     float most = reduce_max(peak);
@@ -88,14 +91,14 @@ struct PackedValues {
   }
 
   // Fewer vectors than a block has; the others are nothing.
-  template <class Keep>
+  template <bool kHalves, class Keep>
   float relate_few(const Sources& from, int g, float* to, int vectors, Keep keep) const {
     for (int i = 0; i < 2 * kBlock; i += 16) store(to + i, zero());
     switch (vectors) {
-      case 1: return relate<1>(from, g, to, keep);
-      case 2: return relate<2>(from, g, to, keep);
-      case 3: return relate<3>(from, g, to, keep);
-      default: return relate<4>(from, g, to, keep);
+      case 1: return relate<1, kHalves>(from, g, to, keep);
+      case 2: return relate<2, kHalves>(from, g, to, keep);
+      case 3: return relate<3, kHalves>(from, g, to, keep);
+      default: return relate<4, kHalves>(from, g, to, keep);
     }
   }
 
@@ -120,6 +123,7 @@ struct PackedValues {
   void cut(int row, int block) {
     const int vectors = kWhole ? kBlock / 16 : vectors_of(block);
     const float* w = s.weights + (int64_t)row * kSplit + block * kBlock;
+    const float own_levels = levels, own_middle = middle;
     auto keep = [&](int i, Floats x) { return kWhole ? x : s.where_packed(row, 4 * block + i, x, zero()); };
     Floats kept[kBlock / 16], relative[kBlock / 16], peak = zero();
     NIBBLE_UNROLL for (int i = 0; i < kBlock / 16; i++) {
@@ -127,22 +131,25 @@ struct PackedValues {
       peak = max(kept[i], peak);
     }
     float highest = reduce_max(peak);
-    Floats inverse = set1(inverse_of(levels, highest));
+    Floats inverse = set1(inverse_of(own_levels, highest));
     NIBBLE_UNROLL for (int i = 0; i < kBlock / 16; i++) relative[i] = mul(kept[i], inverse);
-    for (int g = 0; g < num_groups; g++) {
-      const float* own = parameters(g);
-      float buffer[2 * kBlock], most = s.largest[g];
+    const int groups = num_groups;
+    const float *shared = s.parameters, *largest = s.largest;
+    float *own_units = units(row, 0), *sum = s.zeros + row * groups * 16;
+    uint8_t* to = digits(row, 0);
+    for (int g = 0; g < groups; g++, sum += 16, to += 2 * kBlock) {
+      const float* own = shared + g * 2 * kBlock;
+      float buffer[2 * kBlock], most = largest[g];
       if (!kWhole) {
-        most = relate_few(sources_of(block, vectors), g, buffer, vectors, keep);
+        most = relate_few<kTwo>(sources_of(block, vectors), g, buffer, vectors, keep);
         own = buffer;
       }
-      float unit = highest * most / levels;
-      *units(row, g) = unit;
-      Floats left = cut_group<kTwo>(relative, own, digits(row, g));
+      float unit = highest * most / own_levels;
+      own_units[g] = unit;
+      Floats left = cut_group<kTwo>(relative, own, to);
       Floats total = mul(kept[0], load(own + kBlock));
       NIBBLE_UNROLL for (int i = 1; i < kBlock / 16; i++) total = fma(kept[i], load(own + kBlock + 16 * i), total);
-      float* sum = s.zeros + (row * num_groups + g) * 16;
-      store(sum, add(load(sum), fnma(left, set1(unit * middle), total)));
+      store(sum, add(load(sum), fnma(left, set1(unit * own_middle), total)));
     }
   }
 
@@ -182,20 +189,26 @@ struct PackedValues {
       const uint8_t* from = s.page_of(v) + s.shape.value_codes_at + (int64_t)s.token_of(v) * format.row_bytes;
       s.fetch(v, format, s.shape.value_codes_at, s.shape.value_parameters_at);
       if (!direct) from = unpack_values(from);
-      for (int quad = 4 * i; quad < 4 * i + 4; quad++, from += (int64_t)4 * row_bytes) {
-        uint8_t* to = s.codes + quad * 64;
-        if (row_bytes == 16) {
-          bstore(to, interleave16(from));
-        } else if (row_bytes == 32) {
-          bstore(to, interleave32<0>(from));
-          bstore(to + kBlock * 16, interleave32<1>(from));
-        } else {
-          for (int b = 0; b < runs; b++) {
-            const uint8_t* p = from + 16 * b;
-            bstore(to + b * (kBlock * 16), interleave(p, p + row_bytes, p + 2 * row_bytes, p + 3 * row_bytes));
-          }
-        }
+      turn(from, row_bytes, runs, s.codes + i * 4 * 64);
+    }
+  }
+
+  // 16 rows of 16 `runs` bytes, four of them side by side: to[run][quad][64].
+  static void turn(const uint8_t* from, int row_bytes, int runs, uint8_t* to) {
+    constexpr int kRun = kBlock * 16;
+    if (row_bytes == 16) {
+      NIBBLE_UNROLL for (int i = 0; i < 4; i++) bstore(to + 64 * i, interleave16(from + 64 * i));
+    } else if (row_bytes == 32) {
+      NIBBLE_UNROLL for (int i = 0; i < 4; i++) {
+        bstore(to + 64 * i, interleave32<0>(from + 128 * i));
+        bstore(to + kRun + 64 * i, interleave32<1>(from + 128 * i));
       }
+    } else {
+      for (int i = 0; i < 4; i++, from += (int64_t)4 * row_bytes, to += 64)
+        for (int b = 0; b < runs; b++) {
+          const uint8_t* p = from + 16 * b;
+          bstore(to + b * kRun, interleave(p, p + row_bytes, p + 2 * row_bytes, p + 3 * row_bytes));
+        }
     }
   }
 
