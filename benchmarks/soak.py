@@ -48,6 +48,8 @@ SLOW_S = 0.05  # between two reads of a slow reader
 MEMORY_GROWTH = 0.05  # allocators keep what they have had once
 IDLE_LIMIT_S = 60.0
 FULL = 503
+CROWD = 320  # --max-num-seqs + --max-queued-requests, as they are by default
+CROWD_LIMIT_S = 600.0
 WRONG: tuple[tuple[dict[str, Any], int], ...] = (
     ({"model": "demo", "prompt": "a", "max_token": 1}, 400),
     ({"model": "demo", "prompt": "a", "temperature": 9}, 400),
@@ -93,6 +95,7 @@ def main() -> None:
         command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--kv-memory", KV_MEMORY]
         with running(command, f"{url}/ready", Path(folder) / "log"):
             fill(url)
+            asyncio.run(crowd(url))
             rate = args.rate or SHARE * capacity(url)
             seconds = args.minutes * 60
             asyncio.run(send(url, rate, seconds * WARM_UP_SHARE, args.seed))
@@ -112,6 +115,16 @@ def fill(url: str) -> None:
         body = {"model": "demo", "prompt": rng.choices(range(100, 500), k=FILLING_TOKENS), "max_tokens": 1}
         httpx.post(f"{url}/v1/completions", json=body, timeout=120.0).raise_for_status()
     sys.exit(f"the cache of {KV_MEMORY} is not full after {MAX_FILLING} prompts")
+
+
+async def crowd(url: str) -> None:
+    """As many requests at once as the server takes, so that a crowd later on needs no memory that was not there."""
+    tally, target = Tally(), Target(url, "demo", "completions", {"ignore_eos": True})
+    async with new_client(None, CROWD_LIMIT_S) as client, asyncio.TaskGroup() as group:
+        for prompt in shared_prefix_prompts(CROWD, LENGTHS, -1, 4, 128):
+            group.create_task(whole(client, target, prompt, Outcome(0, 0), tally))
+    if tally.lost or tally.refused:
+        sys.exit(f"{CROWD} requests at once: {tally.refused} were refused, lost were {tally.lost}")
 
 
 def capacity(url: str) -> float:

@@ -7,9 +7,10 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from benchmarks.soak import Held, Tally, leaks, read, report, thirds, whole, wrong
+from benchmarks.soak import CROWD, Held, Tally, leaks, read, report, thirds, whole, wrong
 from server.bench.client import Outcome, Target
 from server.bench.datasets import Prompt
+from server.config import ServerConfig
 
 BEFORE = Held(
     pages=0, requests=0, tasks=3, server_files=9, engine_files=7, server_bytes=1e8, engine_bytes=2e8, answers=10
@@ -112,6 +113,12 @@ def test_wrong_requests_must_be_refused(status: int, lost: list[str]) -> None:
     """Bug: a request with a misspelt field is taken."""
     tally = asked(lambda client, tally: wrong(client, "http://test", 0, tally), httpx.Response(status))
     assert tally.lost == lost
+
+
+def test_the_crowd_is_as_large_as_the_server_takes() -> None:
+    """Bug: memory that a fuller queue takes for the first time, called a leak."""
+    settings = ServerConfig()
+    assert settings.max_num_seqs + settings.max_queued_requests == CROWD
 
 
 def test_a_run_is_looked_at_in_thirds() -> None:
