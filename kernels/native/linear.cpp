@@ -9,13 +9,10 @@ namespace {
 
 // Ahead of the codes. For one token 8-bit codes come from memory at 32 GB/s a core with 128 to 384 bytes, at 29 with
 // 512 or more; codes of 4 and 2 bits come 4 % slower with 512 than with 256. Eight tokens take longer over a line, and
-// still 15 % less with 16 units of codes (2048 bytes of 4 bits, 4096 of 8) than with 512 bytes.
+// still 15 % less with 16 units of codes (2048 bytes of 4 bits, 4096 of 8) than with 512 bytes. Fetching 48 units ahead
+// into the second cache as well saves them another 25 % of the time at 8 bits, 5 to 7 % at 6 and 2, 1 % at 4.
 constexpr int kPrefetchBytes = 256;
-
-template <class C, int T>
-constexpr int prefetch_bytes() {
-  return T == kTileTokens ? 16 * C::main : kPrefetchBytes;
-}
+constexpr int kPrefetchUnits = 16, kFarUnits = 48;
 
 // ---- integers of one block ------------------------------------------------------------------------------------------
 
@@ -29,9 +26,14 @@ template <class C, int T, class Unpack>
 inline void add_units(Ints (&dots)[T], Source from, const int8_t* a, Unpack unpack) {
   const uint8_t* codes = from.codes;
   const uint8_t* extra = codes + (int64_t)from.units * C::main;
-  const uint8_t* ahead = codes + prefetch_bytes<C, T>();
+  constexpr bool whole_tile = T == kTileTokens;
+  constexpr int unit_bytes = C::main + C::extra;
+  const uint8_t* ahead = codes + (whole_tile ? kPrefetchUnits * C::main : kPrefetchBytes);
+  const uint8_t* far = codes + kFarUnits * C::main;
   for (int unit = 0; unit < from.units; unit++) {
-    for (int line = 0; line < C::main + C::extra; line += 64) prefetch(ahead + line);
+    for (int line = 0; line < unit_bytes; line += 64) prefetch(ahead + line);
+    if constexpr (whole_tile)
+      for (int line = 0; line < unit_bytes; line += 64) prefetch_l2(far + line);
     Bytes u[C::steps];
     unpack(codes, extra, u);
     NIBBLE_UNROLL
@@ -43,7 +45,8 @@ inline void add_units(Ints (&dots)[T], Source from, const int8_t* a, Unpack unpa
       }
     codes += C::main;
     extra += C::extra;
-    ahead += C::main + C::extra;
+    ahead += unit_bytes;
+    far += unit_bytes;
     a += 4 * C::steps * T;
   }
 }
