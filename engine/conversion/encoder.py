@@ -54,3 +54,11 @@ def narrow(scales: Tensor) -> Tensor:
     """float32 scales -> float16 when every one of them is a float16."""
     half = scales.half()
     return half if torch.equal(half.float(), scales) else scales
+
+
+def narrow_exactly(scales: Tensor) -> Tensor:
+    """In the smaller of the dtypes that hold every scale."""
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal(scales.to(dtype).double(), scales.double()):
+            return scales.to(dtype)
+    return scales.float()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.conversion.distinct import MAX_VALUES, Distinct
+from engine.conversion.encoder import narrow_exactly
 from kernels.linear.affine.layout import AffineWeights
 from kernels.linear.bitstream import pack_codes
 from kernels.linear.lookup.layout import LookupWeights
@@ -63,14 +64,14 @@ def _as_table(found: Distinct, table: tuple[float, ...]) -> Terms | None:
             continue
         guess = torch.where(largest > 0, largest / top, 1.0).unsqueeze(-1)
         nearest = torch.bucketize(found.values.double() / guess, middles)  # [N, groups, 16]
-        scale = fitting_scale(found, entries[nearest])
+        scale = fitting_scale(found.values, found.dtype, entries[nearest])
         new = scales.isnan() & ~scale.isnan()
         scales, codes = torch.where(new, scale, scales), torch.where(new.unsqueeze(-1), order[nearest], codes)
     if bool(scales.isnan().any()):
         return None
     bits = max(1, (len(table) - 1).bit_length())
     packed = pack_codes(found.rename(codes.to(torch.uint8)), bits)
-    return (TableWeights(bits, found.in_features, found.group_size, packed, _narrow(scales), table),)
+    return (TableWeights(bits, found.in_features, found.group_size, packed, narrow_exactly(scales), table),)
 
 
 def _as_affine(found: Distinct) -> Terms | None:
@@ -85,7 +86,7 @@ def _as_affine(found: Distinct) -> Terms | None:
             break
         m = (found.values.double() / (smallest / times).unsqueeze(-1)).round()
         in_range = (m.amax(-1).clamp(min=0) - m.amin(-1).clamp(max=0)) < MAX_VALUES
-        scale = fitting_scale(found, m)
+        scale = fitting_scale(found.values, found.dtype, m)
         new = missing & in_range & ~scale.isnan()
         scales, multiples = torch.where(new, scale, scales), torch.where(new.unsqueeze(-1), m, multiples)
     if bool(scales.isnan().any()):
@@ -98,7 +99,11 @@ def _as_affine(found: Distinct) -> Terms | None:
     else:
         zeros = (-low).to(torch.uint8)
     codes = found.rename((multiples + zeros.unsqueeze(-1)).to(torch.uint8))
-    return (AffineWeights(bits, found.in_features, found.group_size, pack_codes(codes, bits), _narrow(scales), zeros),)
+    return (
+        AffineWeights(
+            bits, found.in_features, found.group_size, pack_codes(codes, bits), narrow_exactly(scales), zeros
+        ),
+    )
 
 
 def _as_planes(found: Distinct) -> Terms | None:
@@ -125,31 +130,37 @@ def _as_planes(found: Distinct) -> Terms | None:
         return None
     first, second = (
         TableWeights(
-            2, found.in_features, found.group_size, pack_codes(found.rename(code), 2), _narrow(scale.double()), TERNARY
+            2,
+            found.in_features,
+            found.group_size,
+            pack_codes(found.rename(code), 2),
+            narrow_exactly(scale.double()),
+            TERNARY,
         )
         for code, scale in zip(codes, scales, strict=True)
     )
     return first, second
 
 
-def fitting_scale(found: Distinct, multipliers: Tensor) -> Tensor:
+def fitting_scale(values: Tensor, dtype: torch.dtype, multipliers: Tensor) -> Tensor:
     """A scale s for each group with dtype(s m) = v for all its values v and their multipliers m; NaN where none is.
 
-    multipliers: [N, groups, 16] float64 -> [N, groups] float64 that hold a float16 where one fits, else a float32.
+    values: [..., n] float32, multipliers: [..., n] float64 -> [...] float64 that hold a float16 where one fits, else a
+    float32.
     """
-    v, m = found.values.double().abs(), multipliers.abs()
-    low, high = rounding_interval(found.values.abs(), found.dtype)
-    same_sign = (found.values.double() * multipliers > 0) | ((v == 0) & (m == 0))
+    v, m = values.double().abs(), multipliers.abs()
+    low, high = rounding_interval(values.abs(), dtype)
+    same_sign = (values.double() * multipliers > 0) | ((v == 0) & (m == 0))
     bounded = m > 0
     lowest = torch.where(bounded, low / m, -torch.inf).amax(-1)  # [N, groups]
     highest = torch.where(bounded, high / m, torch.inf).amin(-1)
     middle = (lowest + highest) / 2
     middle = torch.where(middle.isfinite(), middle, 1.0)  # a group of zeros
     best = torch.full_like(middle, torch.nan)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        scale = middle.to(dtype)
-        product = (scale.float().unsqueeze(-1) * multipliers.float()).to(found.dtype).float()
-        fits = (product == found.values).all(-1) & same_sign.all(-1)
+    for stored in (torch.float32, torch.bfloat16, torch.float16):
+        scale = middle.to(stored)
+        product = (scale.float().unsqueeze(-1) * multipliers.float()).to(dtype).float()
+        fits = (product == values).all(-1) & same_sign.all(-1)
         best = torch.where(fits, scale.double(), best)
     return best
 
@@ -161,11 +172,3 @@ def rounding_interval(magnitude: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     above = (bits + 1).view(dtype).double()
     exact = magnitude.double()
     return (exact + below) / 2, torch.where(above.isfinite(), (exact + above) / 2, exact)
-
-
-def _narrow(scales: Tensor) -> Tensor:
-    """In the smaller of the dtypes that hold every scale."""
-    for dtype in (torch.float16, torch.bfloat16):
-        if torch.equal(scales.to(dtype).double(), scales):
-            return scales.to(dtype)
-    return scales.float()

@@ -42,6 +42,13 @@ def bits_of(recovered: LinearWeights, weight: Tensor) -> float:
         ("rtn:b4:g128:asym", "4-bit g128", 4.1875),
         ("rtn:b4:g512", "4-bit g512", 4.03125),
         ("rtn:b3:g96:asym:clip", "3-bit g96", 3.28125),  # 512 channels: a short last group
+        ("rtn:b5:g64", "5-bit g64", 5.25),
+        ("rtn:b6:g128:asym", "6-bit g128", 6.1875),
+        ("rtn:b7:g96", "7-bit g96", 7.1875),
+        ("rtn:b8:g32", "8-bit g32", 8.5),  # the smallest of 32 weights is up to 20 steps from 0
+        ("rtn:b8:g512", "8-bit g512", 8.03125),
+        ("rtn:b8:g128:asym", "8-bit g128", 8.1875),
+        ("mxint8", "8-bit g32", 8.5),
         ("mxfp4", "16-entry g32", None),
         ("nvfp4", "16-entry g16", None),
     ],
@@ -110,6 +117,27 @@ def test_one_odd_weight_is_enough_to_refuse() -> None:
     weight[37, :100] += torch.linspace(0, 0.01, 100).half()
     with pytest.raises(ConversionRefused, match="row 37"):
         Recovery().encode(weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_weight_between_two_steps_is_enough_to_refuse(dtype: torch.dtype) -> None:
+    """Bug: a weight moved to the nearest step of 256, which no test of a whole model would notice."""
+    weight = fake_quantized("rtn:b8:g512", dtype, (64, 512))
+    step = float(weight[37].abs().max()) / 127
+    column = int((weight[37] - 5 * step).abs().argmin())  # a value of few steps: its own rounding is far below one
+    weight[37, column] += step / 2
+    with pytest.raises(ConversionRefused, match="nor to a grid of 256 steps"):
+        Recovery().encode(weight)
+
+
+def test_grids_beside_groups_of_zeros_and_of_one_sign() -> None:
+    """Bug: a scale of infinity for a group of zeros; positive weights whose multiples need all 8 bits and no sign."""
+    codes = torch.randperm(256, generator=torch.Generator().manual_seed(10)).repeat(2, 1)
+    codes[1] = 0
+    weight = (codes * 0.0123).half()
+    (term,) = recover(weight).terms
+    assert isinstance(term, AffineWeights)
+    assert term.bits == 8
 
 
 def test_distinct_values_are_the_matrix() -> None:
