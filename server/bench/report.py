@@ -96,13 +96,12 @@ def _in_flight(axis: Any, outcomes: Sequence[Outcome]) -> None:
     times = [at for at, _, _ in changes]
     waiting, answering = (list(accumulate(change[part] for change in changes)) for part in (1, 2))
     both = [sum(pair) for pair in zip(waiting, answering, strict=True)]
-    axis.fill_between(times, answering, step="post", color="tab:blue", alpha=0.7, label="answering")
-    axis.fill_between(
-        times, answering, both, step="post", color="tab:orange", alpha=0.9, label="waiting for first text"
-    )
+    style = {"step": "post", "linewidth": 0, "alpha": 0.7}
+    axis.fill_between(times, answering, color="tab:blue", label="answering", **style)
+    axis.fill_between(times, answering, both, color="tab:orange", label="waiting for first text", **style)
     if failed := [outcome.sent + outcome.latency for outcome in outcomes if outcome.error is not None]:
         axis.plot(failed, [0] * len(failed), "|", color="tab:red", markersize=12, label="failed")
-    axis.set(xlabel="s", ylabel="requests", title="in flight")
+    axis.set(xlabel="s", ylabel="requests", ylim=(0, None), title="in flight")
     axis.legend()
 
 
