@@ -73,6 +73,7 @@ TensorsT = TypeVar("TensorsT")
 class Checkpoint:
     """A checkpoint whose headers are read and whose model and format are known to be supported."""
 
+    path: Path  # the folder, or a GGUF file in place of one
     folder: Path
     description: ModelDescription
     source: Source
@@ -107,7 +108,7 @@ def open_checkpoint(folder: Path, on_progress: Progress | None = None) -> Checkp
         return _open_gguf(folder, on_progress)
     description = describe(folder)
     source = Source(folder, on_progress)
-    return Checkpoint(folder, description, source, detect(read_json(folder), source))
+    return Checkpoint(folder, folder, description, source, detect(read_json(folder), source))
 
 
 def _open_gguf(path: Path, on_progress: Progress | None) -> Checkpoint:
@@ -118,7 +119,7 @@ def _open_gguf(path: Path, on_progress: Progress | None) -> Checkpoint:
     description = describe_gguf(headers[0].settings, shapes, factors)
     config = description.config
     turned = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads} if description.architecture is llama else {}
-    return Checkpoint(source.folder, description, source, Gguf(source.block_types(), turned))
+    return Checkpoint(path, source.folder, description, source, Gguf(source.block_types(), turned))
 
 
 def page_layout(checkpoint: Checkpoint, kv_policy: str, page_size: int, artifact: str | None = None) -> PageLayout:
@@ -295,7 +296,7 @@ class CheckpointParts:
             return weights
         self.notes.append(f"output head rounded from {term.bits} to 8 bits; --head-bits 16 keeps it as it is")
         try:
-            return replace(weights, terms=(quantize_symmetric(term.weight, HEAD_GROUP),))
+            return replace(weights, terms=(quantize_symmetric(term.weight, HEAD_GROUP, self._source.drop_pages),))
         except ValueError as error:
             raise TensorError(f"tensor {name + '.weight'!r} cannot be rounded to 8 bits: {error}") from error
 

@@ -143,9 +143,13 @@ class Source:
 
         What a kernel has repacked would otherwise stay resident beside its source, and the model exist twice.
         """
+        self.drop_pages()
+        self._handed_out.clear()
+
+    def drop_pages(self) -> None:
+        """As `release`, in the middle of reading a large tensor."""
         for path, tensor in self._handed_out:
             drop_file_pages(tensor, path)
-        self._handed_out.clear()
 
     def unread(self) -> tuple[str, ...]:
         """The tensors nobody read and nobody may ignore."""

@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
@@ -94,9 +96,22 @@ def read_json(folder: Path) -> dict[str, Any]:
 def load_hf_config(folder: Path) -> Any:
     """The checkpoint's configuration with transformers' defaults filled in. No code of the checkpoint is run."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with _without_compiler():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except INVALID as error:
         raise UnsupportedModel(f"{folder / 'config.json'} is not a valid configuration: {error}") from error
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """With a configuration transformers imports code for generation, a class of which calls torch.compiler.disable, and
+    that imports torch's compiler: 95 MB and 0.6 s for what nobody compiles here."""
+    disable = torch.compiler.disable
+    torch.compiler.disable = lambda function=None, *_args, **_settings: function or (lambda inner: inner)
+    try:
+        yield
+    finally:
+        torch.compiler.disable = disable
 
 
 def read_config(folder: Path, hf: Any, biases: Biases, qk_norm: bool) -> ModelConfig:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import native
+from kernels.linear.affine import quantize
 from kernels.linear.affine.quantize import quantize_symmetric
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
@@ -29,6 +30,18 @@ def test_zeros_stay_zero_and_tiny_weights_keep_their_digits() -> None:
     assert rounded.scales.dtype == torch.float32
     assert torch.equal(rounded.dequantize()[0], torch.zeros(32))
     assert float((rounded.dequantize()[1] - weight[1]).abs().max()) <= 3e-7 / 127 * 0.51
+
+
+def test_a_matrix_is_rounded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bugs: a piece written over another, or memory that is given back once, at the end, when all of it is resident."""
+    weight = torch.randn(10, 32, generator=torch.Generator().manual_seed(5))
+    whole = quantize_symmetric(weight, 16)
+    monkeypatch.setattr(quantize, "PIECE_WEIGHTS", 3 * 32 + 5)
+    calls: list[int] = []
+    pieces = quantize_symmetric(weight, 16, lambda: calls.append(1))
+    assert torch.equal(pieces.codes, whole.codes)
+    assert torch.equal(pieces.scales, whole.scales)
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

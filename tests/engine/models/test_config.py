@@ -1,6 +1,8 @@
 """config.json to ModelConfig: what is honoured, what bounds the context, what is refused by name."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +139,14 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("[")
     with pytest.raises(UnsupportedModel, match=r"generation_config\.json cannot be read"):
         describe(tmp_path)
+
+
+def test_reading_a_configuration_leaves_the_compiler_alone() -> None:
+    """Bug: 95 MB of torch's compiler in every server, since transformers imports it with a configuration."""
+    checkpoint = Path(__file__).parents[3] / "demo" / "checkpoint"
+    code = (
+        "import sys, torch; from pathlib import Path; from engine.models.config import load_hf_config; "
+        f"disable = torch.compiler.disable; load_hf_config(Path({str(checkpoint)!r})); "
+        "assert 'torch._dynamo' not in sys.modules; assert torch.compiler.disable is disable"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
