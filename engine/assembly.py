@@ -135,7 +135,7 @@ def _summary(checkpoint: Checkpoint, plan: Plan, loaded: LoadedModel, timing: tu
     load_seconds, tokens_per_s = timing
     layout = loaded.layout
     return PlanSummary(
-        model=str(checkpoint.folder),
+        model=str(checkpoint.path),
         architecture=checkpoint.config.architecture,
         format=checkpoint.format.describe(),
         device=loaded.device,

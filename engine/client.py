@@ -100,28 +100,14 @@ def locate_model(model: str, revision: str | None = None, offline: bool = False)
     return resolve(model, revision, offline)
 
 
-class FileSettings(Protocol):
-    """The settings of a GGUF file by name. Every method raises a ValueError that names the setting when it is missing
-    and has no default, or is of another kind."""
+def file_tokenizer(model: Path) -> tuple[Any, str | None]:
+    """The tokenizer that a GGUF file carries, as transformers holds one, and its chat template. Imports no torch.
 
-    def __contains__(self, name: object) -> bool: ...
+    Raises CheckpointError (a ValueError).
+    """
+    from engine.checkpoint.gguf_tokenizer import read_gguf_tokenizer
 
-    def integer(self, name: str, default: int | None = None) -> int: ...
-
-    def flag(self, name: str, default: bool) -> bool: ...
-
-    def text(self, name: str, default: str | None = None) -> str: ...
-
-    def array(self, name: str, kind: type) -> list[Any]:
-        """A list of str, int or float."""
-        ...
-
-
-def file_settings(model: Path) -> FileSettings:
-    """What a GGUF file says of its tokenizer. Imports no torch. Raises CheckpointError (a ValueError)."""
-    from engine.checkpoint.gguf_file import read_headers
-
-    return read_headers(model)[0].settings
+    return read_gguf_tokenizer(model)
 
 
 def inspect_model(config: EngineConfig, on_loading: Callable[[Loading], None] | None = None) -> Inspection:

@@ -11,10 +11,12 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from engine.assembly import build
-from engine.client import locate_model
+from engine.checkpoint.gguf_choice import SUFFIX
+from engine.client import file_tokenizer, locate_model
 from engine.config import EngineConfig
 from engine.messages import Cancel, Done, Failed, FinishReason, Logprobs, Sampling, Submit, Token
 
@@ -34,16 +36,12 @@ class Completion:
 
 
 class LLM:
-    """A loaded checkpoint. Keyword arguments are those of EngineConfig."""
+    """A loaded checkpoint: a folder, a GGUF file or a name on the hub. Keyword arguments are those of EngineConfig."""
 
     def __init__(self, model: str, revision: str | None = None, offline: bool = False, **settings: Any) -> None:
-        from transformers import AutoTokenizer
-
-        folder = locate_model(model, revision, offline)
-        if folder.suffix == ".gguf":
-            raise ValueError(f"{folder}: the library reads no tokenizers of GGUF files; serve it with nibble serve")
-        self._core, self.plan = build(EngineConfig(str(folder), **settings))
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        path = locate_model(model, revision, offline)
+        self._core, self.plan = build(EngineConfig(str(path), **settings))
+        self._tokenizer = _tokenizer(path)
         self._ids = itertools.count()
 
     def generate(self, prompts: Sequence[str | list[int]], sampling: Sampling | None = None) -> list[Completion]:
@@ -84,3 +82,9 @@ class LLM:
         if done.stop_token is not None:
             answer.token_ids.pop()
         answer.text = str(self._tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+
+
+def _tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return file_tokenizer(path)[0] if path.suffix == SUFFIX else AutoTokenizer.from_pretrained(path)

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 import jinja2
 
+from engine.client import file_tokenizer
+
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 METASPACE = "▁"
 GGUF = ".gguf"
@@ -190,16 +192,10 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None) -> HubTokeni
         reason = error.strerror if isinstance(error, OSError) else error
         raise TokenizerError(f"--chat-template {chat_template} cannot be read: {reason}") from error
     try:
-        backend, own_template = _read_file(folder) if is_file else (_read(folder), None)
+        backend, own_template = file_tokenizer(folder) if is_file else (_read(folder), None)
         return HubTokenizer(backend, template or own_template)
     except Exception as error:  # a damaged file makes the libraries raise whatever comes up
         raise TokenizerError(f"The tokenizer in {folder} cannot be read: {error}") from error
-
-
-def _read_file(path: Path) -> tuple[Any, str | None]:
-    from server.gguf_tokenizer import read_gguf_tokenizer  # it names this module's errors
-
-    return read_gguf_tokenizer(path)
 
 
 def _read(folder: Path) -> Any:

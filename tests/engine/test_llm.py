@@ -8,6 +8,8 @@ import pytest
 from engine import LLM, GenerationError, Sampling
 from engine.messages import Event, Inbound
 
+STORIES = Path(__file__).parents[1] / "fixtures/gguf/stories260k.gguf"
+
 
 @pytest.fixture(scope="module")
 def llm(tiny_checkpoint: Path) -> LLM:
@@ -49,3 +51,11 @@ def test_what_never_fits_is_an_error_and_the_engine_lives_on(llm: LLM) -> None:
     with pytest.raises(GenerationError, match="exceed"):
         llm.generate(["a", [1] * 5000], Sampling(max_tokens=6))
     assert len(llm.generate(["a"], Sampling(max_tokens=6, ignore_eos=True))[0].token_ids) == 6
+
+
+def test_a_gguf_file_brings_its_tokenizer() -> None:
+    """Bug: refused, or a tokenizer looked for in the file's folder."""
+    llm = LLM(str(STORIES), kv_memory=4 << 20, max_num_seqs=2)
+    (answer,) = llm.generate(["Once upon a time"], Sampling(max_tokens=8, temperature=0))
+    assert answer.text.startswith(", there was a")
+    assert llm.plan.model == str(STORIES)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from server import gguf_tokenizer
-from server.gguf_tokenizer import read_gguf_tokenizer
+from engine.checkpoint import gguf_tokenizer
+from engine.checkpoint.gguf_tokenizer import read_gguf_tokenizer
 from server.tokenizer import TokenizerError, load_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "gguf"

@@ -15,11 +15,12 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from engine.client import FileSettings, file_settings
-from server.tokenizer import METASPACE, TokenizerError
+from engine.checkpoint.errors import FilesError, FormatRefused
+from engine.checkpoint.gguf_file import Settings, read_headers
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 PREFIX = "tokenizer.ggml"
+METASPACE = "▁"
 
 # Ways to cut a text into words, each pattern within the pieces of the one before. Facts from ggml-org/llama.cpp,
 # src/llama-vocab.cpp.
@@ -57,17 +58,17 @@ BEGIN_BY_DEFAULT = WHOLE_WORDS
 
 
 def read_gguf_tokenizer(path: Path) -> tuple[Any, str | None]:
-    """The file's tokenizer, as transformers holds one, and its chat template. Raises TokenizerError."""
+    """The file's tokenizer, as transformers holds one, and its chat template. Raises CheckpointError."""
     from transformers import PreTrainedTokenizerFast  # imports no torch
 
-    settings = file_settings(path)
+    settings = read_headers(path)[0].settings
     kind = settings.text(f"{PREFIX}.model", "none")
     if kind not in ("gpt2", "llama"):
-        raise TokenizerError(f"{path}: tokenizer.ggml.model is {kind!r}; supported are 'gpt2' and 'llama'")
+        raise FormatRefused(f"{path}: tokenizer.ggml.model is {kind!r}; supported are 'gpt2' and 'llama'")
     tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(settings.array(f"{PREFIX}.tokens", str))]
     vocabulary = {text: token for token, text in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
-        raise TokenizerError(f"{path}: {len(tokens) - len(vocabulary)} tokens of the vocabulary are there twice")
+        raise FilesError(f"{path}: {len(tokens) - len(vocabulary)} tokens of the vocabulary are there twice")
     core = _byte_level(settings, vocabulary) if kind == "gpt2" else _sentencepiece(settings, tokens, vocabulary)
     _add_markup(core, settings, tokens)
     first = {"bos": 1, "eos": 2} if kind == "llama" else {"bos": -1, "eos": -1}  # SentencePiece's own
@@ -78,10 +79,10 @@ def read_gguf_tokenizer(path: Path) -> tuple[Any, str | None]:
     return hub(tokenizer_object=core, bos_token=begin, eos_token=end), template or None
 
 
-def _byte_level(settings: FileSettings, vocabulary: Mapping[str, int]) -> Tokenizer:
+def _byte_level(settings: Settings, vocabulary: Mapping[str, int]) -> Tokenizer:
     pre = settings.text(f"{PREFIX}.pre", "")
     if pre not in WORDS:
-        raise TokenizerError(
+        raise FormatRefused(
             f"tokenizer.ggml.pre is {pre!r}; supported are {', '.join(WORDS)}. Without the right one a text "
             "would be cut into other tokens than in training"
         )
@@ -97,14 +98,14 @@ def _pair(merge: str) -> tuple[str, str]:
     """ "Ġ a" is the pair of "Ġ" and "a"; the first piece may begin with a space."""
     middle = merge.find(" ", 1)
     if middle < 0:
-        raise TokenizerError(f"tokenizer.ggml.merges holds {merge!r}, which is no pair")
+        raise FilesError(f"tokenizer.ggml.merges holds {merge!r}, which is no pair")
     return merge[:middle], merge[middle + 1 :]
 
 
-def _sentencepiece(settings: FileSettings, tokens: Sequence[str], vocabulary: Mapping[str, int]) -> Tokenizer:
+def _sentencepiece(settings: Settings, tokens: Sequence[str], vocabulary: Mapping[str, int]) -> Tokenizer:
     scores = settings.array(f"{PREFIX}.scores", float)
     if len(scores) != len(tokens):
-        raise TokenizerError(f"tokenizer.ggml.scores are {len(scores)} for {len(tokens)} tokens")
+        raise FilesError(f"tokenizer.ggml.scores are {len(scores)} for {len(tokens)} tokens")
     unknown = settings.integer(f"{PREFIX}.unknown_token_id", 0)
     prefix = settings.flag(f"{PREFIX}.add_space_prefix", True)
     core = Tokenizer(
@@ -134,7 +135,7 @@ def _merges(tokens: Sequence[str], scores: Sequence[float], vocabulary: Mapping[
     ]
 
 
-def _add_markup(core: Tokenizer, settings: FileSettings, tokens: Sequence[str]) -> None:
+def _add_markup(core: Tokenizer, settings: Settings, tokens: Sequence[str]) -> None:
     """Tokens that are found in a text before anything else is done to it."""
     types = settings.array(f"{PREFIX}.token_type", int) if f"{PREFIX}.token_type" in settings else []
     for special in (True, False):
@@ -147,13 +148,13 @@ def _add_markup(core: Tokenizer, settings: FileSettings, tokens: Sequence[str]) 
         (core.add_special_tokens if special else core.add_tokens)(found)
 
 
-def _named(settings: FileSettings, name: str, tokens: Sequence[str], default: int) -> str | None:
+def _named(settings: Settings, name: str, tokens: Sequence[str], default: int) -> str | None:
     token = settings.integer(f"{PREFIX}.{name}_token_id", default)
     return tokens[token] if 0 <= token < len(tokens) else None
 
 
 def _add_ends(
-    core: Tokenizer, settings: FileSettings, vocabulary: Mapping[str, int], ends: tuple[str | None, str | None]
+    core: Tokenizer, settings: Settings, vocabulary: Mapping[str, int], ends: tuple[str | None, str | None]
 ) -> None:
     """BOS before a text and EOS behind it, where the file says so; llama.cpp's defaults where it says nothing."""
     by_default = settings.text(f"{PREFIX}.model") == "llama" or settings.text(f"{PREFIX}.pre", "") in BEGIN_BY_DEFAULT
