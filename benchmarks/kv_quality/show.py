@@ -170,10 +170,10 @@ def _draw_recovered(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _draw_recall(axes: Any, rows: Sequence[Row]) -> None:
-    chosen = ("f16", "k4v4", "skvq:k2v2", "k2v2", "k2v1.5", "dropped")
+    chosen = ("f16", "k4v4", "k2v2", "skvq:k2v2", "skvq:k2v2/0,1=skvq:k4v2", "dropped")
     for row in rows:
         if row["policy"] in chosen and "recall" in row:
-            spans = [name for name in row["recall"] if "-" in name]
+            spans = [name for name in row["recall"] if "-" in name and not name.startswith("0-")]  # beyond the window
             axes.plot(spans, [100 * row["recall"][name] for name in spans], marker=".", label=row["policy"])
     axes.set_xlabel("tokens between fact and question")
     axes.set_ylabel("answered right, %")
