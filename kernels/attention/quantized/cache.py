@@ -21,7 +21,7 @@ sequence lies in row j % RECENT_TOKENS of recent page tables[j // RECENT_TOKENS]
     codec     one LayerCodec for each layer, the same for as long as the pages live, and part of the prefix salt.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -94,6 +94,7 @@ class QuantizedCache:
     layout: ChunkLayout
     pages: Tensor  # [num_pages, num_kv_heads, chunk_bytes] uint8
     recent: Tensor  # [num_recent_pages, 2, num_kv_heads, RECENT_TOKENS, D] float16, or float32 for tests
+    prepared: dict[str, object] = field(default_factory=dict, compare=False, repr=False)  # what a kernel made of these
 
     def __post_init__(self) -> None:
         heads = self.codec.keys.num_heads

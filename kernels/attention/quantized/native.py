@@ -1,5 +1,6 @@
 """Attention over the quantized cache in C++ (kernels/native/quantized.hpp)."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,8 @@ from kernels.native.checks import INT64, check_memory
 
 if native.MISSING is None or TYPE_CHECKING:
     from kernels.native import _native
+
+_Format = tuple[int, int, int, int, int, int, int]
 
 MAX_HEAD_DIM = 512  # channels: sums of products of codes then fit 32 bits
 
@@ -56,7 +59,8 @@ class QuantizedNative:
         codec = cache.codec
         k = k if codec.key_shift is None else codec.prepare_keys(k.clamp(-LIMIT, LIMIT))
         k, v = _turned(k, codec.key_transform), _turned(v, codec.value_transform)
-        _step(inputs, cache).store(k.data_ptr(), v.data_ptr(), _layer(cache))
+        layer = _layer(cache)
+        _step(inputs, cache, layer).store(k.data_ptr(), v.data_ptr(), layer.memory)
 
     def attend(self, q: Tensor, cache: QuantizedCache, inputs: AttentionInputs, scale: float) -> Tensor:
         """QuantizedKernel.attend; q is float32."""
@@ -69,7 +73,9 @@ class QuantizedNative:
         q = codec.prepare_queries(q)
         q = q.contiguous() if _is_native(codec.key_transform) else codec.key_transform.apply(q).contiguous()
         result = torch.empty_like(q)
-        _step(inputs, cache).attend(q.data_ptr(), _layer(cache), result.data_ptr(), q.shape[1], scale)
+        layer = _layer(cache)
+        step = _step(inputs, cache, layer)
+        step.attend(q.data_ptr(), layer.memory, result.data_ptr(), q.shape[1], scale)
         return result if _is_native(codec.value_transform) else codec.value_transform.invert(result)
 
 
@@ -93,11 +99,31 @@ def _turned(x: Tensor, transform: HeadTransform) -> Tensor:
     return x.contiguous() if _is_native(transform) else transform.apply(x.clamp(-LIMIT, LIMIT)).contiguous()
 
 
-def _layer(cache: QuantizedCache) -> "_native.QuantizedLayer":
+@dataclass(frozen=True)
+class _Layer:
+    """What all calls for one cache share: made by the first, or each would spend 3 us on it."""
+
+    memory: "_native.QuantizedLayer"
+    formats: tuple[_Format, _Format]
+    key: tuple[object, ...]  # of the caches that share what is prepared for a step
+
+
+def _layer(cache: QuantizedCache) -> _Layer:
+    layer = cache.prepared.get("native")
+    if not isinstance(layer, _Layer):
+        layer = cache.prepared["native"] = _make_layer(cache)
+    return layer
+
+
+def _make_layer(cache: QuantizedCache) -> _Layer:
     if not (cache.pages.is_contiguous() and cache.recent.is_contiguous()):
         raise ValueError("the pages of a layer must be contiguous")
-    memory = (cache.pages.data_ptr(), cache.recent.data_ptr())
-    return _native.QuantizedLayer(memory, _addresses(cache.codec.keys), _addresses(cache.codec.values))
+    codec, layout = cache.codec, cache.layout
+    addresses = (cache.pages.data_ptr(), cache.recent.data_ptr())
+    memory = _native.QuantizedLayer(addresses, _addresses(codec.keys), _addresses(codec.values))
+    formats = (_format(layout.keys, codec.key_transform), _format(layout.values, codec.value_transform))
+    key = ("quantized", cache.pages.shape, cache.recent.shape, cache.recent.dtype, formats, codec.num_sinks)
+    return _Layer(memory, formats, key)
 
 
 def _addresses(codec: RowCodec) -> tuple[int, int, bool]:
@@ -107,13 +133,11 @@ def _addresses(codec: RowCodec) -> tuple[int, int, bool]:
     return codec.clip.data_ptr(), codec.prescale.data_ptr(), codec.mode == "origin"
 
 
-def _step(inputs: AttentionInputs, cache: QuantizedCache) -> "_native.QuantizedAttention":
+def _step(inputs: AttentionInputs, cache: QuantizedCache, layer: _Layer) -> "_native.QuantizedAttention":
     """What the layers of one step share: made for the first of a layout. Raises ValueError for pages that do not exist
     and for positions whose recent page is missing."""
-    codec, layout = cache.codec, cache.layout
-    formats = (_format(layout.keys, codec.key_transform), _format(layout.values, codec.value_transform))
-    high = (tuple(cache.windows(inputs)), codec.num_sinks)
-    key = ("quantized", cache.pages.shape, cache.recent.shape, cache.recent.dtype, formats, high)
+    windows = tuple(cache.windows(inputs))
+    key = (layer.key, windows)
     step: _native.QuantizedAttention | None = inputs.prepared.get(key)
     if step is None:
         check_memory("block_tables", inputs.block_tables, INT64)
@@ -126,9 +150,9 @@ def _step(inputs: AttentionInputs, cache: QuantizedCache) -> "_native.QuantizedA
             recent_tables, recent_slots = inputs.recent.tables.contiguous(), inputs.recent.slots.contiguous()
             recent = (recent_tables.data_ptr(), recent_tables.shape[1], recent_slots.data_ptr())
         step = inputs.prepared[key] = _native.QuantizedAttention(
-            (cache.pages.shape[0], cache.num_kv_heads, layout.head_dim, layout.page_size),
-            formats,
-            high,
+            (cache.pages.shape[0], cache.num_kv_heads, cache.layout.head_dim, cache.layout.page_size),
+            layer.formats,
+            (windows, cache.codec.num_sinks),
             (cache.recent.dtype == torch.float16, cache.recent.shape[0]),
             inputs.query_starts,
             inputs.context_lens,
@@ -139,7 +163,7 @@ def _step(inputs: AttentionInputs, cache: QuantizedCache) -> "_native.QuantizedA
     return step
 
 
-def _format(row: RowLayout, transform: HeadTransform) -> tuple[int, int, int, int, int, int, int]:
+def _format(row: RowLayout, transform: HeadTransform) -> _Format:
     width = 1 if row.bits == 1.5 else int(row.bits)
     turned = int(isinstance(transform, Hadamard))
     return width, row.group_size, row.row_bytes, row.planes[0], row.bytes_per_parameter, row.max_code, turned
