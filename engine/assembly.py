@@ -11,6 +11,7 @@ from engine.auto_policy import decided
 from engine.checkpoint.errors import CheckpointError
 from engine.config import ConfigError, EngineConfig, Plan, resolve
 from engine.core import EngineCore, Parts
+from engine.graphs import runner_for
 from engine.loading import Checkpoint, LoadedModel, load_model, model_facts, open_checkpoint
 from engine.messages import Cancel, Failed, Inbound, Loading, PlanSummary, Sampling, Submit
 from engine.models.config import UnsupportedModel
@@ -51,14 +52,14 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
         raise StartError(f"not enough memory for the weights: {error}. Use a smaller model") from error
     load_seconds = time.monotonic() - started
     vocab_size, eos_token_ids = checkpoint.config.vocab_size, checkpoint.config.eos_token_ids
-    runner = Runner(loaded.model, storage.layers)
+    runner, graph_note = _runner(loaded, storage, plan)
 
     def core(manager: KVCacheManager) -> EngineCore:
         return EngineCore(Parts(plan, runner, storage, manager, loaded.sampler, vocab_size, eos_token_ids))
 
     speed = measure_decode(core(make_manager(plan, layout, "measurement")), plan)
     salt = f"{checkpoint.folder.resolve()}:{layout.salt}"
-    notes = () if policy_note is None else (policy_note,)
+    notes = tuple(note for note in (policy_note, graph_note) if note is not None)
     summary = _summary(checkpoint, plan, replace(loaded, notes=(*loaded.notes, *notes)), (load_seconds, speed))
     return core(make_manager(plan, layout, salt)), summary
 
@@ -89,6 +90,14 @@ def _allocate(layout: PageLayout, plan: Plan) -> PageStorage:
     except (RuntimeError, MemoryError) as error:
         num_bytes = layout.bytes_per_page * plan.num_pages + layout.bytes_per_recent_page * plan.num_recent_pages
         raise StartError(f"the KV cache of {num_bytes:,} bytes cannot be had; lower --kv-memory ({error})") from error
+
+
+def _runner(loaded: LoadedModel, storage: PageStorage, plan: Plan) -> tuple[Runner, str | None]:
+    """What runs steps, and a note where it is not the fastest way. Raises StartError."""
+    try:
+        return runner_for(loaded.model, storage.layers, plan)
+    except torch.OutOfMemoryError as error:
+        raise StartError(f"no memory is left to run a step: lower --kv-memory or --max-num-seqs ({error})") from error
 
 
 def measure_decode(core: EngineCore, plan: Plan) -> float:

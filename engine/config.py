@@ -14,6 +14,7 @@ HeadBits = Literal[8, 16]
 Prefill = Literal["windowed", "exact"]
 PAGE_SIZES = (16, 32, 64, 128)
 KV_SHARE_OF_FREE_MEMORY = 0.5  # of what is free once weights are counted, when --kv-memory is not given
+KV_SHARE_ON_GPU = 0.85  # where nothing else grows: the rest is for a step's own tensors, which recorded graphs hold
 SMALL_MODEL_BYTES = 16 << 20  # below this one thread decodes faster: waiting for the others costs more than their help
 RECENT_TOKENS = 16  # of a recent page (kernels/attention/quantized/layout.py)
 TYPICAL_TOKENS = 1024  # of a sequence: how many windows are provided for
@@ -28,7 +29,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     """The user's wishes. None and "auto" are decided by `resolve`."""
 
     model: str  # a folder
-    device: Device = "auto"  # the CPU, until GPU kernels exist; "cuda" runs the reference kernels there
+    device: Device = "auto"  # the CPU: the kernels for "cuda" have not run on a GPU yet
     kernel: str = "auto"  # or the name of one back end every layer must use
     kv_policy: str = "auto"  # or a name of kvcache/policy.py
     kv_calibration: str | None = None  # a file; None: the one beside the checkpoint, if the policy uses one
@@ -188,7 +189,8 @@ def _num_pages(config: EngineConfig, facts: ModelFacts, max_model_len: int) -> t
             least = _cache_bytes(1, config, facts)
             raise ConfigError(f"kv_memory {config.kv_memory:,} bytes holds no page: one needs {least:,} bytes")
     else:
-        num_pages = min(most, _pages_within(int(max(free, 0) * KV_SHARE_OF_FREE_MEMORY), config, facts))
+        share = KV_SHARE_ON_GPU if config.device == "cuda" else KV_SHARE_OF_FREE_MEMORY
+        num_pages = min(most, _pages_within(int(max(free, 0) * share), config, facts))
         if num_pages < 1:
             raise ConfigError(
                 f"{facts.free_memory:,} bytes are free and the weights take {facts.weight_bytes:,}"

@@ -107,8 +107,9 @@ def packed_refusal(spec: LinearSpec) -> str | None:
     return None
 
 
-def plane_of(bits: int, in_features: int, group_size: int) -> int:
-    """V: the longest plane, unless it crosses groups or a row needs more padding for it.
+def plane_of(bits: int, in_features: int, group_size: int, meaning: int = LINEAR) -> int:
+    """V: the longest plane, unless it crosses groups or a row needs more padding for it. Tables are looked up 32 codes
+    at a time: 64 make a thread of sm_80 spill 448 bytes of registers.
 
     Raises ValueError for groups that no plane divides.
     """
@@ -119,7 +120,8 @@ def plane_of(bits: int, in_features: int, group_size: int) -> int:
             f"groups of {group_size} channels have no packed form: they must be a multiple of {PLANES[-1]}"
         )
     planes = HALF_WORD // bits
-    fitting = [plane for plane in fitting if planes * plane <= MAX_BLOCK] or fitting[-1:]
+    longest = min(MAX_BLOCK // planes, PLANES[1] if meaning == LOOKUP else PLANES[0])
+    fitting = [plane for plane in fitting if plane <= longest]
     return min(fitting, key=lambda plane: -(-in_features // (planes * plane)) * plane)
 
 

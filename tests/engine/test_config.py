@@ -39,6 +39,13 @@ def test_auto_takes_a_share_of_what_the_weights_leave() -> None:
     assert 0 < plan.num_kv_tokens * 100_000 <= (10**10 - 2 * 10**9) * 0.5
 
 
+def test_a_gpu_gives_most_of_what_the_weights_leave() -> None:
+    """Bug: half of a GPU's memory, which nothing else would use, left idle."""
+    facts = ModelFacts(4096, 100_000, 2 * 10**9, 10**10, 2, has_cuda=True, free_host_memory=10**9)
+    num_bytes = plan_for(facts, device="cuda", max_num_seqs=256).num_kv_tokens * 100_000
+    assert 0.8 * 7.7e9 < num_bytes < 0.9 * 7.7e9
+
+
 WINDOWED = msgspec.structs.replace(FACTS, bytes_per_recent_page=10_000, recent_pages_per_sequence=10)
 
 

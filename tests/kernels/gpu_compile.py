@@ -71,7 +71,7 @@ def matrix(
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    plane, groups = plane_of(bits, K, group_size), K // group_size
+    plane, groups = plane_of(bits, K, group_size, meaning), K // group_size
     return Packed(
         bits=bits,
         in_features=K,
@@ -137,7 +137,7 @@ def row_cases(architecture: int) -> Iterator[Case]:
 
 def cases() -> Iterator[Case]:
     """The whole table with 4-bit codes on every architecture; the other codes for a few tokens and for many on one, and
-    what takes most shared memory where there is least."""
+    what takes most shared memory and registers where there are least."""
     for architecture in ARCHITECTURES:
         for config in CONFIGS:
             yield linear_case("4-bit g128", MATRICES["4-bit g128"], config, architecture)
@@ -147,6 +147,7 @@ def cases() -> Iterator[Case]:
             yield linear_case(name, packed, config, 90)
     for name in ("2-bit g64", "4-bit g128"):
         yield linear_case(name, MATRICES[name], CONFIGS[-1], 89)
+    yield linear_case("NF4 g64", MATRICES["NF4 g64"], CONFIGS[-1], 80)
 
 
 def every_case(architecture: int) -> Iterator[Case]:

@@ -26,8 +26,9 @@ ROOT = Path(__file__).parents[2]
 
 @needs_triton
 def test_kernels_agree_with_their_references_under_the_interpreter() -> None:
-    """Triton reads TRITON_INTERPRET when it is imported: the tests of interpreted.py need a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted.py"]
+    """Triton reads TRITON_INTERPRET when it is imported: these tests need a process of their own."""
+    files = ["tests/kernels/interpreted.py", "tests/kernels/interpreted_graphs.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]

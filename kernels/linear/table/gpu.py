@@ -27,8 +27,8 @@ class TableTriton(TritonKernel):
     def prepare(self, weights: TableWeights) -> Packed:
         """Repack into plane-major half-words. Raises ValueError for groups that no plane divides."""
         bits = STORED_BITS[weights.bits]
-        plane = plane_of(bits, weights.in_features, weights.group_size)
         meaning, center = meaning_of(weights.table)
+        plane = plane_of(bits, weights.in_features, weights.group_size, meaning)
         table = None
         if meaning == LOOKUP:
             entries = weights.table + (0.0,) * ((1 << bits) - len(weights.table))
