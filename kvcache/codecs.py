@@ -47,7 +47,9 @@ def calibrated_codec(layer: LayerPolicy, calibration: Calibration, index: int) -
         layout = RowLayout(bits, header.head_dim, layer.group_size)
         clips = clip[index].float() if layout.num_groups else torch.ones(header.num_kv_heads, 0)
         codecs.append(RowCodec(layout, clips, prescale[index], header.clip_mode))
-    turned, shift = header.hadamard[index], KeyShift(calibration.k_mean[index], calibration.k_scale[index])
+    turned = header.hadamard[index]
+    mean, scale = calibration.k_mean[index], calibration.k_scale[index]
+    shift = KeyShift(mean, scale) if bool((mean != 0).any()) or bool((scale != 1).any()) else None
     transforms = (
         _transform(
             calibration.k_perm[index], turned[0], None if calibration.k_rot is None else calibration.k_rot[index]

@@ -41,6 +41,16 @@ class KeyShift:
 
     offset: Tensor  # [num_kv_heads, D] float32
     scale: Tensor  # [num_kv_heads, D] float32, powers of two, so that scaling adds no error
+    # query heads -> 1 / scale of each, [heads, D], which is exact
+    _inverses: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def inverse(self, num_heads: int) -> Tensor:
+        """What queries are multiplied by: [num_heads, D]."""
+        inverse = self._inverses.get(num_heads)
+        if inverse is None:
+            inverse = (1 / self.scale).repeat_interleave(num_heads // len(self.scale), dim=0)
+            self._inverses[num_heads] = inverse
+        return inverse
 
     def to(self, device: torch.device) -> "KeyShift":
         return KeyShift(self.offset.to(device), self.scale.to(device))
@@ -60,14 +70,11 @@ class LayerCodec:
 
     def prepare_keys(self, k: Tensor) -> Tensor:
         """k: [num_tokens, num_kv_heads, D] float32, finite, as they come before the transform."""
-        return k if self.key_shift is None else (k - self.key_shift.offset) * self.key_shift.scale
+        return k if self.key_shift is None else (k - self.key_shift.offset).mul_(self.key_shift.scale)
 
     def prepare_queries(self, q: Tensor) -> Tensor:
         """q: [num_tokens, num_heads, D] float32, likewise."""
-        if self.key_shift is None:
-            return q
-        group = q.shape[1] // self.keys.num_heads
-        return q / self.key_shift.scale.repeat_interleave(group, dim=0)
+        return q if self.key_shift is None else q * self.key_shift.inverse(q.shape[1])
 
     def to(self, device: torch.device) -> "LayerCodec":
         """The same with its tensors on `device`."""

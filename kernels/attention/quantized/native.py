@@ -10,7 +10,7 @@ from kernels import native
 from kernels.attention.quantized.cache import QuantizedCache, QuantizedSpec
 from kernels.attention.quantized.codec import LIMIT, RowCodec
 from kernels.attention.quantized.layout import RowLayout
-from kernels.attention.quantized.transforms import Hadamard, HeadTransform, Identity
+from kernels.attention.quantized.transforms import Hadamard, HeadTransform, Identity, Permutation
 from kernels.contract import AttentionInputs
 from kernels.native.checks import INT64, check_memory
 
@@ -95,8 +95,10 @@ def _is_native(transform: HeadTransform) -> bool:
 
 
 def _turned(x: Tensor, transform: HeadTransform) -> Tensor:
-    """x before the transforms that C++ makes, after the others; infinities saturate first."""
-    return x.contiguous() if _is_native(transform) else transform.apply(x.clamp(-LIMIT, LIMIT)).contiguous()
+    """x before the transforms that C++ makes, after the others; infinities saturate before they are added up."""
+    if _is_native(transform):
+        return x.contiguous()
+    return transform.apply(x if isinstance(transform, Permutation) else x.clamp(-LIMIT, LIMIT)).contiguous()
 
 
 @dataclass(frozen=True)

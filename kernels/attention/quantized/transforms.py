@@ -5,7 +5,7 @@ undone on the output, once, because attention is linear in the values. A query h
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -76,19 +76,25 @@ class Permutation:
     """x'[c] = x[order[c]]: channels of a like range side by side, so that they share a group."""
 
     order: Tensor  # [num_kv_heads, D] int64
+    # (heads, inverse) -> [heads, D]: a decode step gathers a row in half the time of making its order anew
+    _orders: dict[tuple[int, bool], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def apply(self, x: Tensor) -> Tensor:
-        return self._gather(x, self.order)
+        return x.gather(-1, self._order(x.shape[1], inverse=False).expand(x.shape))
 
     def invert(self, x: Tensor) -> Tensor:
-        return self._gather(x, self.order.argsort(-1))
+        return x.gather(-1, self._order(x.shape[1], inverse=True).expand(x.shape))
 
     def to(self, device: torch.device) -> HeadTransform:
         return Permutation(self.order.to(device))
 
-    def _gather(self, x: Tensor, order: Tensor) -> Tensor:
-        group = x.shape[1] // order.shape[0]
-        return x.gather(-1, order.repeat_interleave(group, dim=0).expand(x.shape))
+    def _order(self, num_heads: int, inverse: bool) -> Tensor:
+        order = self._orders.get((num_heads, inverse))
+        if order is None:
+            order = self.order.argsort(-1) if inverse else self.order
+            order = order.repeat_interleave(num_heads // order.shape[0], dim=0)
+            self._orders[num_heads, inverse] = order
+        return order
 
 
 @dataclass(frozen=True)
