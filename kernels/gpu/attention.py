@@ -194,5 +194,5 @@ def store(
 
 @triton.jit
 def saturate(x, LIMIT: tl.constexpr):
-    """x within +-LIMIT; a NaN stays, which a minimum might drop."""
-    return tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
+    """x within +-LIMIT; a NaN stays, which a minimum would drop unless it is asked not to."""
+    return tl.clamp(x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
