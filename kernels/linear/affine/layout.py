@@ -20,7 +20,7 @@ from kernels.linear.bitstream import MAX_BITS, unpack_codes
 class Nested:
     """Parameters of groups as they were stored, integers that count steps: 20 bits for a group of Q4_K in place of 64.
 
-        scale[n, g] = scale_step[n, g // r] * scales[n, g],   and so offset[n, g];   r groups share a step
+    scale[n, g] = scale_step[n, g // r] * scales[n, g],   and so offset[n, g];   r groups share a step
     """
 
     scales: Tensor  # [N, groups] int8

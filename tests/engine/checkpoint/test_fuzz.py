@@ -139,6 +139,7 @@ CONFIGURED = (
     "ct-mixed-groups-qwen2",
     "fp-quant-nvfp4",
     "gptq-v1-dynamic",
+    "quip-e8p12rvq4b",
     "torchao-intx-4bit",
 )
 
@@ -147,7 +148,7 @@ CONFIGURED = (
 def test_quantization_configs_of_any_json_are_read_or_refused(name: str) -> None:
     """Bug: an AttributeError, or worse a RecursionError, for a list where a reader expects an object."""
     config = json.loads((FIXTURES / name / "config.json").read_text())
-    quantization = {"quantization_config": config["quantization_config"]}
+    quantization = {key: config[key] for key in ("quantization_config", "quip_params") if key in config}
     for path in fields(quantization):
         for junk in JUNK:
             with suppress(*REFUSALS):
