@@ -30,13 +30,15 @@ from benchmarks.kv_quality.texts import Sizes
 
 DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
 CALIBRATED = ("skvq:k2v2", "skvq:k2v2/0,1=skvq:k4v2", "skvq:k2v1.5", "skvq:k4v2")
+WIDER = ("k4v4/0,1=k8v8", "k2v2/0,1=k8v4", "skvq:k2v2/0=skvq:k4v2")
 GRID = run.Grid(
     policies=(
         *("f16", "k8v8", "k4v4", "k4v16", "k16v4", "k2v16", "k16v2", "k4v2", "k3v2", "k2v2", "k2v1.5"),
+        *WIDER,
         *("k2v2/0,1=k4v2", "skvq:k2v2", "skvq:k2v2/0,1=skvq:k4v2", "skvq:k2v1.5", "skvq:k3v2", "skvq:k4v2"),
     ),
     prefilled=("k4v4", "k2v2", "skvq:k2v2"),
-    asked=("f16", "k4v4", "k4v2", "k2v2", "k2v1.5", "k2v2/0,1=k4v2", *CALIBRATED),
+    asked=("f16", "k4v4", "k4v2", "k2v2", "k2v1.5", "k2v2/0,1=k4v2", *WIDER, *CALIBRATED),
     windows=(0, 16, 32, 64, 128),
     sinks=(0, 1, 4, 16),
     swept=("skvq:k2v2", "k4v4"),
