@@ -309,6 +309,14 @@ def test_transforms(isa: str) -> None:
         assert torch.equal(found, values.invert(plain.step(0, 60)))
 
 
+def test_a_layer_with_another_codec_is_another_layer() -> None:
+    """Bug: what was prepared for the old codec, whose tensors may be gone, serves the new one."""
+    world, other = (World(codec_of((4.0, 4.0), turn=turn), 60) for turn in (Identity(), Hadamard()))
+    world.step(0, 60)
+    world.cache = replace(world.cache, codec=other.codec)
+    assert torch.equal(world.step(0, 60), other.step(0, 60))
+
+
 def test_nan_shows_and_infinities_saturate() -> None:
     """Bugs: a NaN whose digits are numbers; a NaN of a query that its sums lose."""
     for bits in ((4.0, 4.0), (8.0, 8.0), (16.0, 2.0)):

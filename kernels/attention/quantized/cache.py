@@ -101,7 +101,8 @@ class QuantizedCache:
     layout: ChunkLayout
     pages: Tensor  # [num_pages, num_kv_heads, chunk_bytes] uint8
     recent: Tensor  # [num_recent_pages, 2, num_kv_heads, RECENT_TOKENS, D] float16, or float32 for tests
-    prepared: dict[str, object] = field(default_factory=dict, compare=False, repr=False)  # what a kernel made of these
+    # What a kernel made of these; not what replace() takes over.
+    prepared: dict[str, object] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         heads = self.codec.keys.num_heads
