@@ -86,6 +86,6 @@ def test_flags_in_the_operations_guide_exist() -> None:
         for part in (Asked, Pace, Steps, Output)
         for field in fields(part)
     }
-    others = {"--help", "--config", "--profile", "--build", "--cacert", "--minutes", "--rate", "--seconds"}  # of other programs too
+    of_other_programs = {"--help", "--config", "--profile", "--build", "--cacert", "--minutes", "--rate", "--seconds"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", OPERATIONS))
-    assert named <= settings | options | others
+    assert named <= settings | options | of_other_programs
