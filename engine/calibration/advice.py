@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from kvcache.policy import Policy
 
-MOST = 0.8  # of the error
+MOST = 0.9  # of the error
 FEW = 3  # layers of a model for each that may get more bits
 KEY_BITS = 4.0  # values at 2 bits cost next to nothing, keys below 4 nearly everything
 
