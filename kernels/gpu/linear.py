@@ -97,7 +97,7 @@ def few(
     part_of_k = tl.program_id(2)
     row, token = tl.minimum(n, out_features - 1), tl.minimum(t, num_tokens - 1)
     at = words + row.to(tl.int64)[:, None] * (num_blocks * (PLANE // 2)) + tl.arange(0, PLANE // 2)[None, :]
-    ones = tl.full((BLOCK_N, PLANE), 1.0, tl.bfloat16)
+    ones = tl.full((BLOCK_N, PLANE), 1.0, tl.float32).to(tl.bfloat16)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for block in range(part_of_k * blocks_per_split, tl.minimum((part_of_k + 1) * blocks_per_split, num_blocks)):
         word = tl.load(at + block * (PLANE // 2), eviction_policy="evict_first")  # [BLOCK_N, PLANE / 2]

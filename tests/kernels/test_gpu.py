@@ -17,14 +17,14 @@ from kernels.gpu.packing import pack_words, packed_refusal, plane_of
 from kernels.linear.affine.gpu import AffineTriton
 from kernels.linear.bitstream import pack_codes
 from kernels.linear.table.gpu import TableTriton
-from tests.kernels.gpu_checks import check_budget, needs_triton
+from tests.kernels.gpu_checks import check_budget, needs_interpreter, needs_triton
 from tests.kernels.gpu_compile import BUDGET, Case, cases
 from tests.kernels.weights import random_affine
 
 ROOT = Path(__file__).parents[2]
 
 
-@needs_triton
+@needs_interpreter
 def test_kernels_agree_with_their_references_under_the_interpreter() -> None:
     """Triton reads TRITON_INTERPRET when it is imported: these tests need a process of their own."""
     files = ["tests/kernels/interpreted.py", "tests/kernels/interpreted_graphs.py"]

@@ -18,13 +18,13 @@ from kernels.attention.quantized.layout import ChunkLayout, RowLayout
 from kernels.contract import AttentionInputs, AttentionSpec
 from kernels.gpu.steps import Launch, Tiling, launches
 from tests.kernels.gpu_attention_compile import BUDGET, cases
-from tests.kernels.gpu_checks import check_budget, needs_triton
+from tests.kernels.gpu_checks import check_budget, needs_interpreter, needs_triton
 from tests.kernels.gpu_compile import Case
 
 ROOT = Path(__file__).parents[2]
 
 
-@needs_triton
+@needs_interpreter
 def test_kernels_agree_with_their_references_under_the_interpreter() -> None:
     """Triton reads TRITON_INTERPRET when it is imported: these tests need a process of their own."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted_attention.py"]
