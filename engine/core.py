@@ -205,8 +205,9 @@ class EngineCore:
         sequence = item.sequence
         tokens = sequence.tokens[item.start : item.start + item.num_tokens]
         num_logits = item.num_tokens if sequence.wants_prompt_logprobs else int(item.completes)
-        page_size = self.parts.plan.page_size
-        return BatchRow(tokens, item.start, item.block_table, page_size, num_logits, item.recent_table, sequence.window)
+        page_size, own = self.parts.plan.page_size, self.parts.storage.layout.policy.window
+        window = None if sequence.window == own else sequence.window  # recorded steps know the policy's alone
+        return BatchRow(tokens, item.start, item.block_table, page_size, num_logits, item.recent_table, window)
 
     def _advance(self, slices: Items[Slice], rows: Items[BatchRow], logits: Tensor) -> None:
         """Account for what the step stored, and sample for every sequence that is caught up."""

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config
 
 from engine.assembly import StartError, build
-from engine.batch import BatchRow, build_batch
+from engine.batch import Batch, BatchRow, build_batch
 from engine.config import EngineConfig
 from engine.core import Parts
+from engine.graphs import size_for, sizes
 from engine.messages import Event, Logprobs, Submit, Token
 from tests.engine.cached import MAX_LEN, World, poison, prompt_of, seeded
 from tests.engine.models.oracle import write_checkpoint
@@ -110,6 +111,20 @@ def test_answers_read_a_window(exact: Exact) -> None:
     longest = scores_of(exact.longest, [*request.prompt, *(e.token for e in found)])[len(request.prompt) - 1 :]
     assert found[0].logprobs == longest[0]
     assert [e.logprobs for e in found] != longest
+
+
+def test_answers_take_recorded_steps(exact: Exact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a window spelled out that is the policy's own, for which no step is recorded on a GPU (engine/graphs.py)."""
+    runner, batches = exact.world.parts.runner, list[Batch]()
+    run_step = runner.run
+
+    def watched(batch: Batch) -> torch.Tensor:
+        batches.append(batch)
+        return run_step(batch)
+
+    monkeypatch.setattr(runner, "run", watched)
+    run(exact.world.core(), [seeded("it", prompt_of(0, 50, 9), 5)])
+    assert [size_for(batch, sizes(8, MAX_LEN)) is not None for batch in batches] == [False, True, True, True, True]
 
 
 def test_prompts_are_found_again(exact: Exact) -> None:
