@@ -260,8 +260,11 @@ class CheckpointParts:
         else:
             sizes = (config.head_dim, self._plan.page_size)
             codec, spec = "f16", AttentionSpec(*heads, *sizes, self._device, self.dtype, page_dtype(policy))
+        candidates, insisted = kernels.attention.registry.kernels_for(codec), self._plan.kernel
+        if insisted is not None and all(kernel.name != insisted for kernel in candidates):
+            insisted = insisted.partition("-")[0]  # variants are of products: attention runs on their back end
         kernel: AttentionKernel | QuantizedKernel = self._note(
-            f"attention {policy.name}", select(kernels.attention.registry.kernels_for(codec), spec, self._plan.kernel)
+            f"attention {policy.name}", select(candidates, spec, insisted)
         )
         return kernel
 

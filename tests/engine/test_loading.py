@@ -115,6 +115,15 @@ def test_a_kernel_that_cannot_serve_is_not_replaced(folder: Path) -> None:
     assert all(use.kernel == "reference" for use in load(folder, kernel="reference").kernels)
 
 
+@pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
+def test_a_variant_of_a_kernel_can_be_asked_for() -> None:
+    """Bug: --kernel triton-fixed refused by attention, which has no such variant, so that no model can have it."""
+    loaded = load(FIXTURES / "gptq-v1-4bit-sym-g32", kernel="native-float")
+    found = {use.what.split(" ", 2)[2]: use.kernel for use in loaded.kernels}
+    assert found["affine 4-bit g32"] == found["affine 8-bit g32"] == "native-float"
+    assert found["attention f32"] == "native"
+
+
 def test_progress_reaches_the_end(folder: Path) -> None:
     heard: list[tuple[int, int]] = []
     checkpoint = open_checkpoint(folder, lambda done, total: heard.append((done, total)))
