@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, repeat
 
 import torch
 from torch import Tensor
@@ -62,13 +62,12 @@ def build_batch(rows: Sequence[BatchRow]) -> Batch:
         positions += range(row.start, stop)
         slots += _slots(row, stop)
         logit_rows += range(len(input_ids) - row.num_logits, len(input_ids))
-    block_tables = torch.zeros(len(rows), max(len(row.block_table) for row in rows), dtype=torch.int64)
-    for table, row in zip(block_tables, rows, strict=True):
-        table[: len(row.block_table)] = torch.tensor(row.block_table, dtype=torch.int64)
+    width = max(len(row.block_table) for row in rows)
+    tables = [[*row.block_table, *repeat(0, width - len(row.block_table))] for row in rows]
     attention = AttentionInputs(
         query_starts=tuple(accumulate((len(row.token_ids) for row in rows), initial=0)),
         context_lens=tuple(row.start + len(row.token_ids) for row in rows),
-        block_tables=block_tables,
+        block_tables=torch.tensor(tables, dtype=torch.int64),
         slots=torch.tensor(slots, dtype=torch.int64),
         recent=_recent(rows) if any(row.recent_table for row in rows) else None,
     )

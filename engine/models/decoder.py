@@ -50,7 +50,9 @@ class Decoder:
             x, normed = layer.post_attention_norm.add(x, layer.attention(normed, rotation, cache, batch.attention))
             delta = layer.mlp(normed)
         rows = batch.logit_rows
-        _, wanted = self.final_norm.add(x.index_select(0, rows), delta.index_select(0, rows))
+        if len(rows) < len(x):  # some tokens are of an unfinished prompt
+            x, delta = x.index_select(0, rows), delta.index_select(0, rows)
+        _, wanted = self.final_norm.add(x, delta)
         return self.head(wanted).float()  # [num_logits, vocab]
 
 
