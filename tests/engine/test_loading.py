@@ -22,15 +22,6 @@ from tests.engine.models.variants import SIZES
 from tests.tolerance import assert_within
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-# One for each way to bind a layer; tests/engine/checkpoint/test_forward.py asks every fixture, in one piece.
-QUANTIZED = (
-    "gptq-v1-4bit-asym-actorder",
-    "gptq-v1-dynamic",
-    "awq-gemm-4bit-g64-qwen2",
-    "ct-mixed-groups-qwen2",
-    "ct-quip-random",
-    "bnb-nf4",
-)
 
 Tensors = dict[str, Tensor]
 
