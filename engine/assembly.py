@@ -209,10 +209,9 @@ def _recent_note(layout: PageLayout, plan: Plan) -> tuple[str, ...]:
     if plan.num_recent_pages == 0:
         return ()
     policy, limit = layout.policy, plan.kv_request_window
-    asked = f"; up to {limit:,} of a request that asks for it" if limit else ""
-    prompts = "; prompts read all of their tokens so (--kv-prefill exact)" if plan.kv_prefill == "exact" else ""
+    asked = f"; up to {limit:,} tokens of a request that asks for it are" if limit else ""
+    prompts = "; prompts read all of their tokens in float16 (--kv-prefill exact)" if plan.kv_prefill == "exact" else ""
     num_bytes = plan.num_recent_pages * layout.bytes_per_recent_page
-    return (
-        f"the last {policy.window} tokens and the first {policy.num_sinks} of a sequence are read in float16{asked}"
-        f"{prompts}: {num_bytes:,} bytes beside the pages",
-    )
+    own = f"the last {policy.window} tokens and the first {policy.num_sinks} of a sequence are read in float16"
+    said = f"{own}{asked}{prompts}" if policy.window or policy.num_sinks else f"{asked}{prompts}".removeprefix("; ")
+    return (f"{said}: {num_bytes:,} bytes beside the pages",)

@@ -105,7 +105,8 @@ def load_hf_config(folder: Path) -> Any:
 @contextmanager
 def _without_compiler() -> Iterator[None]:
     """With a configuration transformers imports code for generation, a class of which calls torch.compiler.disable, and
-    that imports torch's compiler: 95 MB and 0.6 s for what nobody compiles here."""
+    that imports torch's compiler: 95 MB and 0.6 s for what nobody compiles here. That class stays undecorated in this
+    process."""
     disable = torch.compiler.disable
     torch.compiler.disable = lambda function=None, *_args, **_settings: function or (lambda inner: inner)
     try:

@@ -92,8 +92,11 @@ def new_client(api_key: str | None, timeout_s: float) -> httpx.AsyncClient:
 async def prefix_counts(client: httpx.AsyncClient, target: Target) -> tuple[float, float] | None:
     """Prompt tokens looked up and found so far, by the server's /metrics; None where they are not told."""
     try:
-        response = await client.get(target.metrics_url or f"{target.url}/metrics", timeout=METRICS_LIMIT_S)
-        response.raise_for_status()
+        url = httpx.URL(target.metrics_url or f"{target.url}/metrics")
+        request = client.build_request("GET", url, timeout=METRICS_LIMIT_S)
+        if url.netloc != httpx.URL(target.url).netloc:
+            request.headers.pop("authorization", None)  # the key is for the server alone
+        response = (await client.send(request)).raise_for_status()
         families = {family.name: family for family in text_string_to_metric_families(response.text)}
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return None

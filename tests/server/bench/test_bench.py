@@ -299,15 +299,17 @@ def test_a_server_that_is_not_there_is_named() -> None:
 
 
 def test_metrics_may_be_elsewhere_and_must_be_there() -> None:
-    """Bug: with /metrics on a port for operators the rate of hits is silently left out."""
+    """Bugs: the rate of hits silently left out with /metrics on a port for operators; a key sent to another server."""
     asked_urls = []
 
     def answer(request: httpx.Request) -> httpx.Response:
+        assert "authorization" not in request.headers
         asked_urls.append(str(request.url))
         return httpx.Response(404)
 
     async def go() -> None:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+        key = {"Authorization": "Bearer secret"}
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), headers=key) as client:
             await Asked("http://test", model="m", metrics_url="http://ops:8001/metrics").target(client)
 
     with pytest.raises(BenchError, match="--metrics-url http://ops:8001/metrics has no counters"):
