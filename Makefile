@@ -1,4 +1,5 @@
-# make serve    install into .venv and serve the bundled demo model on http://localhost:8000
+# make serve    install into .venv and serve the bundled demo model on http://localhost:8000;
+# make serve MODEL=path/to/checkpoint ARGS='--port 9000'    another model, with any options of nibble serve
 # make test     install into .venv and run the whole gate
 # make check    the gate alone: format, lint, types, imports, tests
 # make demo-monitoring    the demo model under load, watched by a Prometheus of this machine: do all panels show data?

@@ -70,9 +70,8 @@ def serve(config_file: Path | None, **flags: Any) -> None:
 
     def on_ready(ready: Ready) -> None:
         bar.stop()
-        scheme = "http" if settings.tls_cert is None else "https"
-        url = address(settings.host, sock.getsockname()[1], scheme)
-        screen.print_start(console, ready.plan, name, url, tokenizer.has_chat_template)
+        door = door_of(settings, sock, ops_sock)
+        screen.print_start(console, ready.plan, name, door, tokenizer.has_chat_template)
 
     bar.start()
     try:
@@ -84,6 +83,27 @@ def serve(config_file: Path | None, **flags: Any) -> None:
         bar.stop()
         if tracing is not None:
             tracing.close()
+
+
+def door_of(settings: config.ServerConfig, sock: socket.socket, ops_sock: socket.socket | None) -> screen.Door:
+    """What the start screen says of the address and of who may ask there."""
+    scheme = "http" if settings.tls_cert is None else "https"
+    keys = [
+        *(["the key of --api-key"] if settings.api_key is not None else []),
+        *([f"a key of {settings.api_keys}"] if settings.api_keys is not None else []),
+    ]
+    logged = "each request as a line of standard output" + (", with its beginning" if settings.log_prompts else "")
+    facts = [
+        *([("access", f"requests need {' or '.join(keys)}")] if keys else []),
+        *([("browsers", f"pages of {settings.cors_origins} may ask")] if settings.cors_origins else []),
+        *([("log", logged)] if settings.access_log else []),
+        *([("traces", f"sent to {settings.otlp_endpoint}")] if settings.otlp_endpoint is not None else []),
+    ]
+    if ops_sock is not None:
+        facts.append(("metrics", f"{address(settings.host, ops_sock.getsockname()[1], 'http')}/metrics"))
+    certificate = None if settings.tls_cert is None else str(settings.tls_cert)
+    url = address(settings.host, sock.getsockname()[1], scheme)
+    return screen.Door(url, tuple(facts), bool(keys), certificate)
 
 
 def inspect_command(config_file: Path | None, as_json: bool | None, **flags: Any) -> None:

@@ -130,7 +130,10 @@ class ServerConfig(BaseSettings):
         None, "KV cache", "Artifact for a skvq: policy. Default: kvcal.safetensors beside the model, if there."
     )
     kv_memory: Size | None = setting(
-        None, "KV cache", "Memory of the cache, like 4GiB. Default: half of what is free.", ge=1
+        None,
+        "KV cache",
+        "Memory of the cache, like 4GiB. Default: half of what is free, or what --max-num-seqs can fill.",
+        ge=1,
     )
     kv_request_window: int = setting(
         0,

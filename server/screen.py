@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
@@ -20,6 +21,16 @@ def nibble_version() -> str:
         return version("nibble-server")
     except PackageNotFoundError:
         return "0 (not installed)"
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where a server is asked, and how."""
+
+    url: str
+    facts: tuple[tuple[str, str], ...] = ()  # titles and what was decided of access, logs and metrics
+    needs_key: bool = False
+    certificate: str | None = None
 
 
 class LoadingBar:
@@ -48,17 +59,18 @@ class LoadingBar:
         self.stop()
 
 
-def print_start(console: Console, plan: PlanSummary, name: str, url: str, chat: bool) -> None:
+def print_start(console: Console, plan: PlanSummary, name: str, door: Door, chat: bool) -> None:
     """The facts of a server that is ready. `chat`: whether the model has a chat template."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column()
-    for title, fact in _facts(plan, name, url):
+    address = ("address", f"{door.url}   (API: {door.url}/docs)")
+    for title, fact in (*_facts(plan, name), *door.facts, address):
         table.add_row(title, Text(fact, overflow="fold"))
     console.print(f"[bold]Nibble {nibble_version()}[/bold]\n")
     console.print(table)
     console.print("\nTry it:\n")
-    console.print(curl(url, name, chat), soft_wrap=True, markup=False, highlight=False)
+    console.print(curl(door, name, chat), soft_wrap=True, markup=False, highlight=False)
 
 
 def print_inspection(console: Console, inspection: Inspection) -> None:
@@ -149,7 +161,7 @@ def _bits(plan: PlanSummary) -> str:
     return f", {plan.kv_bits:.3g} bits with scales" if 0 < plan.kv_bits < 16 else ""
 
 
-def _facts(plan: PlanSummary, name: str, url: str) -> list[tuple[str, str]]:
+def _facts(plan: PlanSummary, name: str) -> list[tuple[str, str]]:
     tokens = plan.num_pages * plan.page_size
     prefix = "on" if plan.prefix_caching else "off"
     threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
@@ -170,8 +182,7 @@ def _facts(plan: PlanSummary, name: str, url: str) -> list[tuple[str, str]]:
         ("batch", f"{plan.max_num_seqs} sequences, {plan.max_batch_tokens} tokens a step"),
         ("speed", f"{plan.decode_tokens_per_s:,.1f} tokens/s for one sequence; loaded in {plan.load_seconds:.1f} s"),
     ]
-    facts += [("note", note) for note in plan.notes]
-    return [*facts, ("address", f"{url}   (API: {url}/docs)")]
+    return [*facts, *(("note", note) for note in plan.notes)]
 
 
 def _kernels(plan: PlanSummary) -> list[str]:
@@ -185,8 +196,8 @@ def _kernels(plan: PlanSummary) -> list[str]:
     ]
 
 
-def curl(url: str, name: str, chat: bool) -> str:
-    """A request ready to paste."""
+def curl(door: Door, name: str, chat: bool) -> str:
+    """A request ready to paste; a key stands in it as $KEY."""
     body: dict[str, object]
     if chat:
         path, body = "chat/completions", {"messages": [{"role": "user", "content": "Tell me a story."}]}
@@ -194,7 +205,9 @@ def curl(url: str, name: str, chat: bool) -> str:
         path, body = "completions", {"prompt": "Once upon a time"}
     body = {"model": name} | body | {"max_tokens": 64}
     quoted = json.dumps(body).replace("'", "'\\''")
-    return f"curl -N {url}/v1/{path} -H 'Content-Type: application/json' \\\n  -d '{quoted}'"
+    key = ' -H "Authorization: Bearer $KEY"' if door.needs_key else ""
+    trust = "" if door.certificate is None else f" --cacert {shlex.quote(door.certificate)}"
+    return f"curl -N {door.url}/v1/{path}{trust}{key} -H 'Content-Type: application/json' \\\n  -d '{quoted}'"
 
 
 def size(num_bytes: float) -> str:

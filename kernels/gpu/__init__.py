@@ -19,6 +19,8 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"triton kernels run on CUDA devices, not on {device.type}"
     if MISSING is not None:
         return MISSING
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     if torch.version.hip is not None:
         return "triton kernels are compiled and checked for NVIDIA GPUs only"
     if torch.cuda.get_device_capability(device) < (8, 0):

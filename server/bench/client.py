@@ -13,6 +13,7 @@ from server.bench.errors import BenchError
 Endpoint = Literal["completions", "chat"]
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 MODELS_LIMIT_S = 30.0
+ANSWER_CHARS = 300  # kept of an error
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Outcome:
     output_tokens: int = 0
     cached_tokens: int = 0
     error: str | None = None  # its kind; None: answered whole
+    answer: str = ""  # the beginning of what the server said of the error
 
     @property
     def tpot(self) -> float | None:
@@ -84,7 +86,7 @@ async def ask(client: httpx.AsyncClient, target: Target, prompt: Prompt, outcome
         async with client.stream("POST", target.url + PATHS[target.endpoint], json=target.body(prompt)) as response:
             if response.status_code != 200:
                 await response.aread()
-                outcome.error = f"http {response.status_code}"
+                outcome.error, outcome.answer = f"http {response.status_code}", response.text[:ANSWER_CHARS]
             else:
                 await _read(response, outcome, started)
     except httpx.TimeoutException as error:

@@ -93,7 +93,8 @@ class Asked:
         if self.warm_up > 0:
             done = await run(client, target, self.prompts(self.warm_up, WARM_UP_SEED), Arrivals(clients=1))
             if done.outcomes[-1].error is not None:
-                raise BenchError(f"the last request of the warm-up failed: {done.outcomes[-1].error}")
+                last = done.outcomes[-1]
+                raise BenchError(f"the last request of the warm-up failed: {last.error} {last.answer}".rstrip())
         return target
 
 

@@ -100,6 +100,9 @@ def test_refusals_say_why() -> None:
 def test_refusals_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: a kernel chosen that fails at the first step."""
     monkeypatch.setattr(gpu, "MISSING", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.refusal(torch.device("cuda"), torch.bfloat16) == "torch finds no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     device = torch.device("cuda")
     assert packed_refusal(LinearSpec(96, 64, device, torch.bfloat16, "4-bit", 4, 32)) is None

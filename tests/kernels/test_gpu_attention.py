@@ -97,6 +97,7 @@ def test_on_a_cpu_they_step_back() -> None:
 def test_refusals_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: a kernel chosen that fails at the first step."""
     monkeypatch.setattr(gpu, "MISSING", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cuda, half = torch.device("cuda"), torch.bfloat16
 

@@ -10,14 +10,16 @@ import pytest
 from rich.console import Console
 
 from engine.messages import CacheMemory, Inspection, KernelUse, Loading, SequenceMemory
-from server.screen import LoadingBar, curl, print_inspection, print_start, size
+from server.screen import Door, LoadingBar, curl, print_inspection, print_start, size
 from tests.fakes import PLAN
 
+DOOR = Door("http://localhost:8000")
 
-def screen(chat: bool = True, **changes: Any) -> str:
+
+def screen(chat: bool = True, door: Door = DOOR, **changes: Any) -> str:
     out = io.StringIO()
     plan = msgspec.structs.replace(PLAN, notes=("context limited by memory",), **changes)
-    print_start(Console(file=out, width=100, highlight=False), plan, "demo", "http://localhost:8000", chat)
+    print_start(Console(file=out, width=100, highlight=False), plan, "demo", door, chat)
     return out.getvalue()
 
 
@@ -74,12 +76,22 @@ def joined(command: str) -> str:
 def test_curl_can_be_pasted(chat: bool) -> None:
     """Bug: an example broken over lines or by quotes."""
     name = 'it\'s "odd"'
-    words = shlex.split(joined(curl("http://localhost:8000", name, chat)))
+    words = shlex.split(joined(curl(DOOR, name, chat)))
     assert json.loads(words[-1])["model"] == name
     assert json.loads(words[-1])["max_tokens"] == 64
     assert ("chat" in words[2]) == chat
     command = next(line for line in joined(screen(chat)).splitlines() if line.startswith("curl"))
     assert json.loads(shlex.split(command)[-1])["model"] == "demo"
+
+
+def test_what_guards_the_door_is_said_and_the_example_gets_in() -> None:
+    """Bug: an example that is answered with 401, or that does not trust the server's own certificate."""
+    door = Door("https://localhost:8000", (("access", "requests need a key of keys.toml"),), True, "my cert.pem")
+    text = screen(door=door)
+    assert "requests need a key of keys.toml" in text
+    words = shlex.split(joined(next(part for part in text.split("Try it:") if "curl" in part)))
+    assert words[words.index("--cacert") + 1] == "my cert.pem"
+    assert "Authorization: Bearer $KEY" in words
 
 
 def test_loading_bar_follows_the_engine() -> None:
