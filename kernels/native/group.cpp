@@ -7,13 +7,11 @@
 #include "isa.hpp"
 #include "memory.hpp"
 #include "pool.hpp"
+#include "row_blocks.hpp"
 
 namespace nibble {
 namespace {
 
-// Activations that stay in a core's second cache while the row blocks of a chunk pass by. With all 512 tokens of a
-// prompt at once, 8,192 channels each, they came from the third for every row block, and products were a third slower.
-constexpr int64_t kCachedBytes = 384 << 10;
 constexpr int64_t kFewTokens = 8;  // rounded by the caller alone
 // One thread rounds so much of a tile. Tokens of a tile lie in the same lines of the cache, and two threads at two
 // tokens of one took those lines from each other: products of 512 tokens were up to 40 % slower.
@@ -30,28 +28,9 @@ Scratch& scratch_of_caller() {
   return scratch;
 }
 
-// Where each chunk of `total` row blocks begins, and the end. Chunks are whole panels, 0.7 of a thread's share of what
-// is left: each begins with a wait for memory, and products of two threads come at 51 GB/s where chunks of half a share
-// that end with single row blocks come at 46, yet the last are small enough to wait for.
-std::vector<int64_t> chunks_of(int64_t total, int64_t num_threads) {
-  std::vector<int64_t> starts{0};
-  while (starts.back() < total) {
-    int64_t panels = (total - starts.back() + kPanelBlocks - 1) / kPanelBlocks;
-    int64_t share = std::max<int64_t>(1, 7 * panels / (10 * num_threads));
-    starts.push_back(std::min(total, starts.back() + share * kPanelBlocks));
-  }
-  return starts;
-}
-
-std::vector<Tile> tiles_of(int64_t num_tokens) {
-  std::vector<Tile> tiles;
-  for (int64_t token = 0; token < num_tokens; token += tiles.back().width) tiles.push_back(tile_of(token, num_tokens));
-  return tiles;
-}
-
-// `count` tokens of x from `first` on, a multiple of kTileTokens; those there are.
+// `count` tokens of x from `first` on, a multiple of kTileTokens.
 Activations tokens_of(Activations x, int64_t first, int64_t count) {
-  x.num_tokens = std::min(count, x.num_tokens - first);
+  x.num_tokens = count;
   x.values += first * x.stride;
   x.scales += first * x.num_blocks;
   x.sums += first * x.num_blocks;
@@ -117,22 +96,12 @@ void Group::run(const float* x, int64_t num_tokens, const std::vector<float*>& o
   if (outs.size() != members_.size()) throw std::invalid_argument("a group needs one output for each matrix");
   if (num_tokens <= 0) return;
   Activations a = quantize(x, num_tokens);  // offsets: of all zeros_, one after the other
-  std::vector<int64_t> starts = chunks_of(first_row_block_.back(), Pool::instance().num_threads());
-  int64_t at_once = std::max<int64_t>(1, kCachedBytes / a.stride / kTileTokens) * kTileTokens;
   const LinearOps& ops = *active_isa().linear;
-  Pool::instance().run((int64_t)starts.size() - 1, [&](int64_t chunk) {
-    int64_t block = starts[(size_t)chunk], stop = starts[(size_t)chunk + 1];
-    for (size_t member = 0; block < stop; member++) {
-      if (block >= first_row_block_[member + 1]) continue;
-      const Packed& w = *members_[member];
-      int64_t last = std::min(stop, first_row_block_[member + 1]);
-      Activations x = a;
-      x.offsets += (int64_t)zero_index(w) * a.num_tokens * a.num_blocks;
-      for (int64_t token = 0; token < a.num_tokens; token += at_once)
-        ops.row_blocks(w, block - first_row_block_[member], last - first_row_block_[member],
-                       tokens_of(x, token, at_once), outs[member] + token * w.num_rows);
-      block = last;
-    }
+  share_row_blocks(first_row_block_, num_tokens, a.stride, [&](const RowBlocks& part) {
+    const Packed& w = *members_[part.member];
+    Activations own = tokens_of(a, part.first_token, part.num_tokens);
+    own.offsets += (int64_t)zero_index(w) * a.num_tokens * a.num_blocks;
+    ops.row_blocks(w, part.first, part.last, own, outs[part.member] + part.first_token * w.num_rows);
   });
 }
 
