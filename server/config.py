@@ -10,9 +10,10 @@ import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -27,6 +28,9 @@ UNITS = {"": 1, "b": 1} | {
     for power, letter in enumerate("kmgt", start=1)
     for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
 }
+# As browsers send it.
+ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:(?P<port>[1-9][0-9]{0,4}))?")
+OWN_PORTS = MappingProxyType({"http": "80", "https": "443"})
 
 
 class SettingsError(ValueError):
@@ -48,8 +52,23 @@ def parse_number(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+def check_origins(value: str) -> str:
+    """ "*", or origins as browsers send them, with commas between them: what differs from those would never match."""
+    if value == "*":
+        return value
+    for origin in (part.strip() for part in value.split(",")):
+        match = ORIGIN.fullmatch(origin)
+        if match is None or match["port"] == OWN_PORTS.get(match["scheme"], ""):
+            raise ValueError(
+                f"'{origin}' is not an origin; write scheme://host or scheme://host:port as browsers do (in small "
+                "letters, no path, not the scheme's own port), with commas between several, or * alone for all pages"
+            )
+    return value
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]  # bytes
 Text = Annotated[str, Field(min_length=1)]
+Origins = Annotated[str, AfterValidator(check_origins)]
 
 
 def setting(default: Any, panel: str, help: str, **limits: Any) -> Any:
@@ -82,8 +101,11 @@ class ServerConfig(BaseSettings):
     drain_seconds: float = setting(30, "Server", "How long running requests may finish after SIGTERM.", ge=0)
     tls_cert: Path | None = setting(None, "Server", "Certificate chain (PEM); serves https. Needs --tls-key.")
     tls_key: Path | None = setting(None, "Server", "Private key of --tls-cert (PEM).")
-    cors_origins: Text | None = setting(
-        None, "Server", "Web pages that may call this server: origins with commas between them, or *. Default: none."
+    cors_origins: Origins | None = setting(
+        None,
+        "Server",
+        "Web pages that may call this server: origins like https://a.example with commas between them, or *. "
+        "Default: none.",
     )
     ops_port: int | None = setting(
         None,
@@ -101,7 +123,9 @@ class ServerConfig(BaseSettings):
     api_keys: Path | None = setting(
         None, "Access", "TOML file of named keys with limits of their own; read again when it changes."
     )
-    access_log: bool = setting(False, "Access", "Write one JSON line for each request to standard output.")
+    access_log: bool = setting(
+        False, "Access", "Write one JSON line for each request to standard output, which has nothing else."
+    )
     log_prompts: bool = setting(False, "Access", "Put the beginning of request bodies into the access log.")
     log_level: LogLevel = setting("info", "Server", "How much to log.")
 
@@ -186,33 +210,44 @@ ENGINE_SETTINGS = (
 )
 
 
-def check_access(settings: ServerConfig) -> None:
+def check_access(settings: ServerConfig, sources: Mapping[str, str]) -> None:
     """Raises SettingsError for settings that need each other, and for files that are not there."""
     if (settings.tls_cert is None) != (settings.tls_key is None):
         raise SettingsError("--tls-cert and --tls-key belong together: give both or neither")
     for name in ("tls_cert", "tls_key"):
         path: Path | None = getattr(settings, name)
         if path is not None and not path.is_file():
-            raise SettingsError(f"{flag_name(name)}: {path} is not a file")
+            raise SettingsError(f"{sources[name]}: {path} is not a file")
+    if settings.port and settings.port == settings.ops_port:
+        raise SettingsError(f"--ops-port and --port are both {settings.port}: give them different ones")
     if settings.log_prompts and not settings.access_log:
         raise SettingsError("--log-prompts adds to the access log: give --access-log too")
-    if settings.otlp_endpoint is not None and not settings.otlp_endpoint.startswith(("http://", "https://")):
-        raise SettingsError(f"--otlp-endpoint must begin with http:// or https:// (found '{settings.otlp_endpoint}')")
+    endpoint = settings.otlp_endpoint
+    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        raise SettingsError(f"{sources['otlp_endpoint']} must begin with http:// or https:// (found '{endpoint}')")
 
 
 def load(flags: Mapping[str, Any], file: Path | None = None) -> ServerConfig:
     """The settings from the flags given, the file and the environment. Raises SettingsError naming the bad one."""
     check_environment(os.environ)
-    values = (read_file(file) if file else {}) | {name: value for name, value in flags.items() if value is not None}
+    in_file = read_file(file) if file else {}
+    given = {name: value for name, value in flags.items() if value is not None}
+    variables = {name[len(PREFIX) :].lower(): name for name in os.environ if name.upper().startswith(PREFIX)}
+    sources = (
+        {name: flag_name(name) for name in ServerConfig.model_fields}
+        | {name: f"The variable {variable}" for name, variable in variables.items() if os.environ[variable]}
+        | {name: f"--config {file}: {name.replace('_', '-')}" for name in in_file}
+        | {name: flag_name(name) for name in given}
+    )
     try:
-        settings = ServerConfig(**values)
+        settings = ServerConfig(**in_file | given)
     except ValidationError as error:
         first = error.errors()[0]
-        name = flag_name(str(first["loc"][0]))
+        source = sources[str(first["loc"][0])]
         raise SettingsError(
-            f"{name}: {first['msg'].removeprefix('Value error, ')} (found {first['input']!r})"
+            f"{source}: {first['msg'].removeprefix('Value error, ')} (found {first['input']!r})"
         ) from None
-    check_access(settings)
+    check_access(settings, sources)
     return settings
 
 

@@ -41,6 +41,43 @@ def test_bad_values_name_the_flag(flags: dict[str, str], name: str) -> None:
         load(flags)
 
 
+def test_bad_values_are_named_as_they_were_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a value of the environment or the file that is called a flag which nobody gave."""
+    monkeypatch.setenv("nibble_port", "abc")
+    with pytest.raises(SettingsError, match=r"^The variable nibble_port: .*found 'abc'"):
+        load({})
+    file = tmp_path / "nibble.toml"
+    file.write_text("port = 70000\n")
+    with pytest.raises(SettingsError, match=r"^--config \S+nibble\.toml: port: .*found 70000"):
+        load({}, file)
+    with pytest.raises(SettingsError, match=r"^--port: .*found 'x'"):
+        load({"port": "x"}, file)
+    monkeypatch.setenv("NIBBLE_OTLP_ENDPOINT", "localhost:4318")
+    with pytest.raises(SettingsError, match=r"^The variable NIBBLE_OTLP_ENDPOINT must begin with http://"):
+        load({"port": "1"})
+    monkeypatch.setenv("NIBBLE_OTLP_ENDPOINT", "")  # as if it were not set
+    with pytest.raises(SettingsError, match=r"^--otlp-endpoint must"):
+        load({"port": "1", "otlp_endpoint": "localhost:4318"})
+
+
+@pytest.mark.parametrize("origins", ["*", "https://a.example", "http://localhost:3000, http://[::1]:3000,app://x"])
+def test_origins_that_browsers_send(origins: str) -> None:
+    assert load({"cors_origins": origins}).cors_origins == origins
+
+
+@pytest.mark.parametrize(
+    "origins",
+    [
+        *("foo", "localhost:3000", "https://", "https://a.example/", "https://A.example", "https://a.example:443"),
+        *("https://a.example,", "*,https://a.example", "https://a.example https://b.example", "null", ""),
+    ],
+)
+def test_origins_that_no_browser_sends_are_errors(origins: str) -> None:
+    """Bug: an origin that never matches, so that pages are shut out and nothing says why; one that opens to all."""
+    with pytest.raises(SettingsError, match=r"^--cors-origins: '.*' is not an origin; write scheme://host"):
+        load({"cors_origins": origins})
+
+
 def test_unknown_keys_of_the_file_are_errors(tmp_path: Path) -> None:
     """Bug: a misspelt key is ignored and the server runs with a default nobody chose."""
     file = tmp_path / "nibble.toml"
