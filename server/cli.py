@@ -1,13 +1,15 @@
 """nibble: the command line, and the only place where the parts are wired."""
 
 import asyncio
+import errno
 import inspect
 import logging
 import os
 import socket
 import ssl
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
@@ -28,6 +30,7 @@ from server.keys import KeyRing
 from server.tokenizer import GGUF, load_tokenizer
 from server.tracing import Tracing
 
+Sockets = tuple[socket.socket, socket.socket | None]  # of the API, and of --ops-port
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -54,28 +57,38 @@ def serve(config_file: Path | None, **flags: Any) -> None:
     try:
         settings = config.load(flags, config_file)
         set_up_logging(settings.log_level)
+        keys = KeyRing(settings.api_key, settings.api_keys)
+    except ValueError as error:  # SettingsError, KeyFileError
+        fail(str(error), 2)
+    with bound(settings) as sockets:
+        serve_at(sockets, settings, keys)
+
+
+def serve_at(sockets: Sockets, settings: config.ServerConfig, keys: KeyRing) -> None:
+    """Load the model and serve it until a signal."""
+    try:
         folder = model_folder(settings)
         tokenizer = load_tokenizer(folder, settings.chat_template)
-        keys = KeyRing(settings.api_key, settings.api_keys)
         tracing = None if settings.otlp_endpoint is None else Tracing.to(settings.otlp_endpoint)
-    except ValueError as error:  # SettingsError, TokenizerError, KeyFileError, TracingUnavailable, and locate_model's
+    except ValueError as error:  # TokenizerError, TracingUnavailable, and locate_model's
         fail(str(error), 2)
+    try:
+        lifecycle.listen(sockets[0])
+    except OSError as error:  # another server, which bound in the same moment, was quicker
+        fail(no_port(error, settings.host, settings.port, "--port"), 1)
     name = settings.served_name or served_name(settings.model)
-    sock = listen(settings.host, settings.port, "--port")
-    ops_sock = None if settings.ops_port is None else listen(settings.host, settings.ops_port, "--ops-port")
-    console = Console(highlight=False)
-    bar = screen.LoadingBar(Console(stderr=True), name)
+    console = Console(stderr=True, highlight=False)  # standard output is the access log's
+    bar = screen.LoadingBar(console, name)
     engine = start_engine(settings.engine(folder), bar.update)
     app = create_app(engine, tokenizer, settings, name, keys, tracing)
 
     def on_ready(ready: Ready) -> None:
         bar.stop()
-        door = door_of(settings, sock, ops_sock)
-        screen.print_start(console, ready.plan, name, door, tokenizer.has_chat_template)
+        screen.print_start(console, ready.plan, name, door_of(settings, *sockets), tokenizer.has_chat_template)
 
     bar.start()
     try:
-        asyncio.run(lifecycle.serve(ports(app, settings, sock, ops_sock), engine, on_ready))
+        asyncio.run(lifecycle.serve(ports(app, settings, *sockets), engine, on_ready))
     except EngineUnavailable as error:
         bar.stop()
         fail(str(error), 1)
@@ -158,9 +171,12 @@ def convert_command(
         folder = locate_model(source)
         bar.start()
         conversion = convert_model(folder, destination, ConversionSettings(scheme, tuple(keep or ())), bar.update)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         bar.stop()
         fail(str(error), 2)
+    except OSError as error:  # a full disk; what is finished stays, and is where the next run begins
+        bar.stop()
+        fail(f"{error.filename or destination}: {error.strerror or error}. Started again, it continues from here", 1)
     finally:
         bar.stop()
     if as_json:
@@ -201,14 +217,31 @@ def calibrate_command(
         print_calibration(Console(highlight=False), report, model)
 
 
-def listen(host: str, port: int, flag: str) -> socket.socket:
-    """An open port; ends the program where there is none to be had."""
+def bind(host: str, port: int, flag: str) -> socket.socket:
+    """A port of ours, still closed; ends the program where there is none to be had."""
     try:
-        return lifecycle.listen(host, port)
+        return lifecycle.bind(host, port)
     except OSError as error:
-        number = error.errno or 0  # negative when the host's name cannot be resolved
-        reason = os.strerror(number) if number > 0 else error.strerror  # error.strerror would repeat the address
-        fail(f"Cannot listen on {host} port {port}: {reason}. Use {flag} or --host", 1)
+        fail(no_port(error, host, port, flag), 1)
+
+
+@contextmanager
+def bound(settings: config.ServerConfig) -> Iterator[Sockets]:
+    """The ports to serve on, which are had before anything that takes long, still closed."""
+    with ExitStack() as stack:
+        sock = stack.enter_context(bind(settings.host, settings.port, "--port"))
+        ops_port = settings.ops_port
+        yield sock, None if ops_port is None else stack.enter_context(bind(settings.host, ops_port, "--ops-port"))
+
+
+def no_port(error: OSError, host: str, port: int, flag: str) -> str:
+    """Why a port cannot be had, and how to choose another port or address."""
+    number = error.errno or 0  # negative when the host's name cannot be resolved
+    reason = os.strerror(number) if number > 0 else error.strerror  # error.strerror would repeat the address
+    make = ", or with make serve PORT=N" if flag == "--port" else ""
+    taken = number in (errno.EADDRINUSE, errno.EACCES)
+    advice = f"another port with {flag} N{make}" if taken else "another address with --host"
+    return f"Cannot listen on {host} port {port}: {reason}. Choose {advice}"
 
 
 def ports(
@@ -238,6 +271,11 @@ def model_folder(settings: config.ServerConfig) -> Path:
     """The folder or GGUF file to serve, or the bundled demo. Raises ValueError saying what is missing."""
     if settings.model is None and not DEMO.is_dir():
         raise ValueError("This installation has no demo model; name a model: nibble serve MODEL")
+    if settings.model is None and settings.revision is not None:
+        raise ValueError(
+            f"--revision {settings.revision} is of a model on the hub, and the bundled demo model is not from there: "
+            "name a model, or leave --revision away"
+        )
     folder = locate_model(settings.model, settings.revision, settings.offline) if settings.model else DEMO
     if folder.suffix != GGUF and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder: it has no config.json")

@@ -1,7 +1,7 @@
 """From open port to exit code.
 
-    listen -> load (503 + Retry-After) -> serve -> SIGTERM or SIGINT: drain -> exit 0
-                                                                       a second signal: cut answers off
+    bind -> fetch -> listen -> load (503 + Retry-After) -> serve -> SIGTERM or SIGINT: drain -> exit 0
+                                                                                       a second signal: cut answers off
 
 While draining, /ready and new work get 503 with Retry-After; running answers finish within --drain-seconds. The ones
 that do not, and all of them after a second signal, end with an error event.
@@ -24,14 +24,32 @@ from engine.messages import Ready
 from server.service import Service
 
 GRACE_S = 2  # for the last bytes of answers that were cut off
+BACKLOG = 2048  # connections that wait to be accepted
 KEEP_ALIVE_S = 75  # longer than proxies keep idle connections, so that they close first and no request is lost
 log = logging.getLogger(__name__)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """An open port, so that clients can ask /ready while the model loads. Raises OSError."""
+def bind(host: str, port: int) -> socket.socket:
+    """A port that is ours and still closed: callers are refused, not kept waiting, while a model is fetched.
+
+    Raises OSError; so may `listen` on it, when another server took the port in the meantime.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)
+    sock = socket.socket(family)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # also right after the last server has ended
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((host, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def listen(sock: socket.socket) -> None:
+    """Open the port, so that clients can ask /ready while the model loads. Raises OSError."""
+    sock.listen(BACKLOG)
 
 
 class DrainingServer(uvicorn.Server):

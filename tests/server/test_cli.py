@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from engine.config import EngineConfig
 from engine.messages import CacheMemory, Inspection, Loading
@@ -17,9 +17,15 @@ from tests.fakes import PLAN, ByteTokenizer, FakeEngine
 
 
 def run(*arguments: str) -> tuple[int, str]:
+    """The exit code and all that was written."""
+    result = invoke(*arguments)
+    return result.exit_code, result.output
+
+
+def invoke(*arguments: str) -> Result:
     result = CliRunner().invoke(cli.cli, arguments, env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
+    return result
 
 
 def test_help_lists_every_setting_in_its_panel() -> None:
@@ -53,12 +59,14 @@ def test_version() -> None:
         (["--tls-cert", "x.pem", "--tls-key", "y.pem"], "--tls-cert: x.pem is not a file"),
         (["--api-keys", "keys.toml"], "--api-keys keys.toml: No such file"),
         (["--log-prompts"], "--access-log"),
+        (["--revision", "main"], "--revision main is of a model on the hub"),
+        (["--port", "7", "--ops-port", "7"], "--ops-port and --port are both 7"),
         (["--otlp-endpoint", "localhost:4318"], "--otlp-endpoint must begin with http:// or https://"),
     ],
 )
 def test_mistakes_end_with_a_sentence_and_code_2(arguments: list[str], sentence: str) -> None:
     """Bug: a traceback for a typing error."""
-    code, text = run("serve", *arguments)
+    code, text = run("serve", "--port", "0", *arguments)
     assert code == 2
     assert sentence in text
     assert "Traceback" not in text
@@ -111,10 +119,11 @@ def wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
 
 
 def test_serve_shows_the_screen_and_exits_0(wired: FakeEngine, tmp_path: Path) -> None:
-    code, text = run("serve", str(tmp_path), "--port", "0", "--served-name", "mine")
-    assert code == 0
-    assert "mine: FakeForCausalLM" in text
-    assert "curl -N http://127.0.0.1:" in text
+    """Bug: a screen among the lines of the access log, which are standard output's."""
+    result = invoke("serve", str(tmp_path), "--port", "0", "--served-name", "mine", "--access-log")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "mine: FakeForCausalLM" in result.stderr
+    assert "curl -N http://127.0.0.1:" in result.stderr
     assert wired.stopped
 
 
@@ -147,12 +156,24 @@ def test_model_may_come_from_the_environment(
     assert f"{tmp_path.name}: FakeForCausalLM" in text
 
 
-def test_taken_port_says_so(wired: FakeEngine, tmp_path: Path) -> None:
+def test_taken_port_says_so_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Bug: a model is fetched and its tokenizer read, for minutes, before a port is found taken."""
+    monkeypatch.setattr(cli, "model_folder", lambda settings: pytest.fail("the model was looked for"))
+    monkeypatch.setattr(cli, "set_up_logging", lambda level: None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        code, text = run("serve", str(tmp_path), "--port", str(port))
+        port = str(taken.getsockname()[1])
+        code, text = run("serve", str(tmp_path), "--port", port)
+        ops_code, ops_text = run("serve", str(tmp_path), "--port", "0", "--ops-port", port)
+    assert (code, ops_code) == (1, 1)
+    in_use = f"port {port}: Address already in use. Choose another port with"
+    assert f"{in_use} --port N, or with make serve PORT=N" in text
+    assert f"{in_use} --ops-port N\n" in ops_text
+
+
+def test_an_address_of_another_machine_is_not_blamed_on_the_port() -> None:
+    code, text = run("serve", "--host", "192.0.2.1", "--port", "0")  # an address that is for documents only
     assert code == 1
-    assert f"port {port}: Address already in use. Use --port or --host" in text
+    assert "Choose another address with --host" in text
 
 
 def test_engine_that_cannot_load_ends_with_its_reason(
@@ -169,13 +190,13 @@ def test_engine_that_cannot_load_ends_with_its_reason(
 
 def test_folder_without_a_model_is_called_that(tmp_path: Path) -> None:
     """Bug: an empty folder is answered with advice to install tokenizer libraries."""
-    code, text = run("serve", str(tmp_path))
+    code, text = run("serve", str(tmp_path), "--port", "0")
     assert code == 2
     assert "is not a model folder: it has no config.json" in text
 
 
 def test_installation_without_demo_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cli, "DEMO", tmp_path / "none")
-    code, text = run("serve")
+    code, text = run("serve", "--port", "0")
     assert code == 2
     assert "nibble serve MODEL" in text

@@ -71,3 +71,15 @@ def test_convert_refuses_with_a_sentence(
     assert code == 2
     assert sentence in text
     assert "Traceback" not in text
+
+
+def test_a_disk_that_is_full_is_said_without_an_errno(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: "[Errno 28]", and nobody knows that the work so far is kept."""
+
+    def convert(*arguments: object) -> Conversion:
+        raise OSError(28, "No space left on device", "new/a.tmp")
+
+    monkeypatch.setattr(cli, "convert_model", convert)
+    code, text = run("convert", str(tmp_path), "new", "--recover")
+    assert code == 1
+    assert "nibble: new/a.tmp: No space left on device. Started again, it continues from here" in text

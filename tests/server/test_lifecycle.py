@@ -18,7 +18,7 @@ from engine.client import EngineUnavailable
 from engine.messages import Ready
 from server.app import create_app, create_ops_app
 from server.config import ServerConfig
-from server.lifecycle import DrainingServer, OpsServer, Ports, listen, serve
+from server.lifecycle import DrainingServer, OpsServer, Ports, bind, listen, serve
 from tests.fakes import ByteTokenizer, FakeEngine, Script
 
 pytestmark = pytest.mark.anyio
@@ -31,10 +31,11 @@ class Running:
 
     def __init__(self, engine: FakeEngine, drain_seconds: float, **settings: Any) -> None:
         self.engine = engine
-        self.sock = listen("127.0.0.1", 0)
+        self.sock = bind("127.0.0.1", 0)
+        listen(self.sock)
         app = create_app(engine, ByteTokenizer(), ServerConfig(drain_seconds=drain_seconds, **settings))
         self.server = DrainingServer(app)
-        self.ops = (OpsServer(create_ops_app(app.state.service)), listen("127.0.0.1", 0))
+        self.ops = (OpsServer(create_ops_app(app.state.service)), bind("127.0.0.1", 0))
         self.facts: list[Ready] = []
         ports = Ports(self.server, self.sock, self.ops)
         self.task = asyncio.ensure_future(serve(ports, engine, self.facts.append))
@@ -171,7 +172,21 @@ async def test_tls_serves_those_who_know_the_certificate_and_nobody_without_tls(
 
 def test_taken_port_is_an_os_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
-        listen("127.0.0.1", taken.getsockname()[1])
+        bind("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_port_is_taken_before_it_is_opened() -> None:
+    """Bug: clients of a server that still fetches its model wait for minutes instead of being refused; a port that two
+    servers bound in the same moment is found out by neither."""
+    with bind("127.0.0.1", 0) as first:
+        address = first.getsockname()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        with bind(*address) as second:
+            listen(first)
+            socket.create_connection(address).close()
+            with pytest.raises(OSError, match="in use"):
+                listen(second)
 
 
 async def test_operators_have_a_port_of_their_own() -> None:
