@@ -1,5 +1,6 @@
 # make serve    install into .venv and serve the bundled demo model on http://localhost:8000;
-# make serve MODEL=path/to/checkpoint ARGS='--port 9000'    another model, with any options of nibble serve
+# make serve MODEL=path/to/checkpoint PORT=9000 HOST=0.0.0.0    another model, port, address
+# make serve ARGS='--kv f16 --threads 4'    any options of nibble serve
 # make test     install into .venv and run the whole gate
 # make check    the gate alone: format, lint, types, imports, tests
 # make demo-monitoring    the demo model under load, watched by a Prometheus of this machine: do all panels show data?
@@ -9,11 +10,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL ?=
+PORT ?=
 ARGS ?=
 NATIVE := $(wildcard kernels/native/*.cpp kernels/native/*.hpp kernels/native/simd/*.hpp kernels/native/CMakeLists.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test check demo-monitoring format clean again
+
+# Nothing is taken and ignored: what is set behind make is one of these.
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+UNKNOWN := $(filter-out PYTHON VENV MODEL PORT HOST ARGS,$(GIVEN))
+$(if $(UNKNOWN),$(error make knows no $(UNKNOWN): MODEL, PORT, HOST, or ARGS='any options of nibble serve'))
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
@@ -25,6 +32,7 @@ again:
 
 $(INSTALLED): pyproject.toml constraints.txt $(NATIVE) $(AGAIN)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Nibble needs Python 3.11 or newer: make PYTHON=python3.12")'
+	@echo "Installing Nibble, PyTorch and what else it needs into $(VENV); this can take minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,demo]'
 	@$(BIN)/python -c 'from kernels import native; print(native.MISSING or "C++ kernels: " + str(native.isa()))'
@@ -32,8 +40,9 @@ $(INSTALLED): pyproject.toml constraints.txt $(NATIVE) $(AGAIN)
 
 install: $(INSTALLED)
 
+# HOST counts behind make alone: shells and compilers put another meaning into the environment.
 serve: install
-	$(BIN)/nibble serve $(MODEL) $(ARGS)
+	$(BIN)/nibble serve $(MODEL) $(if $(PORT),--port $(PORT)) $(if $(filter command,$(origin HOST)),--host $(HOST)) $(ARGS)
 
 test: install check
 
