@@ -171,6 +171,24 @@ class HubTokenizer:
     def template_variables(self) -> frozenset[str]:
         return _names_read(self._hub.get_chat_template())
 
+    def check_template(self) -> None:
+        """Raises TokenizerError for a chat template that no conversation can be rendered with."""
+        templates = self._hub.chat_template
+        if isinstance(templates, dict) and "default" not in templates:
+            names = ", ".join(templates)
+            raise TokenizerError(f"none of the templates ({names}) is called default: choose one with --chat-template")
+        if not self.has_chat_template:
+            return
+        try:
+            self.render([{"role": "user", "content": "Hello"}])
+        except TemplateError as error:  # unless it is about the template, it is about this conversation
+            cause = error.__cause__
+            if isinstance(cause, jinja2.TemplateSyntaxError):
+                reason = f"the chat template is not Jinja, line {cause.lineno}: {cause.message}"
+                raise TokenizerError(f"{reason}. Correct it, or give another with --chat-template") from error
+            if isinstance(cause, ImportError):  # a Jinja too old for transformers
+                raise TokenizerError(str(cause)) from error
+
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         try:
             return str(self._hub.apply_chat_template(list(messages), tokenize=False, **options))
@@ -191,11 +209,28 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None) -> HubTokeni
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise TokenizerError(f"--chat-template {chat_template} cannot be read: {reason}") from error
+    if template is not None and not template.strip():
+        raise TokenizerError(f"--chat-template {chat_template} is empty")
     try:
         backend, own_template = file_tokenizer(folder) if is_file else (_read(folder), None)
-        return HubTokenizer(backend, template or own_template)
+        tokenizer = HubTokenizer(backend, template or own_template)
     except Exception as error:  # a damaged file makes the libraries raise whatever comes up
         raise TokenizerError(f"The tokenizer in {folder} cannot be read: {error}") from error
+    try:
+        tokenizer.check_template()
+    except TokenizerError as error:
+        raise TokenizerError(f"{_template_place(folder, chat_template)}: {error}") from error
+    return tokenizer
+
+
+def _template_place(folder: Path, chat_template: Path | None) -> str:
+    """Where the chat template comes from, in the order in which places are looked at."""
+    if chat_template is not None:
+        return f"--chat-template {chat_template}"
+    if folder.suffix == GGUF:
+        return f"{folder}, tokenizer.chat_template"
+    file = folder / "chat_template.jinja"
+    return str(file) if file.is_file() else f"{folder / 'tokenizer_config.json'}, chat_template"
 
 
 def _read(folder: Path) -> Any:

@@ -200,6 +200,53 @@ def test_folder_with_template_file_renders(tmp_path: Path) -> None:
         load_tokenizer(tmp_path, tmp_path / "missing.jinja")
 
 
+BROKEN = "{% for m in messages %}\n{{ m.content }}\n{% endfo %}"
+
+
+def test_a_template_that_is_not_jinja_is_found_at_load(tmp_path: Path) -> None:
+    """Bug: the server starts, and every conversation is answered with 400 as if its caller had made the mistake."""
+    made, file = byte_level(), tmp_path / "template.jinja"
+    made._hub.chat_template = BROKEN
+    made._hub.save_pretrained(tmp_path)
+    own = tmp_path / "chat_template.jinja"
+    with pytest.raises(TokenizerError, match=rf"^{own}: the chat template is not Jinja, line 3: .*endfo.*--chat-templ"):
+        load_tokenizer(tmp_path)
+    file.write_text("{{ messages[0].content }}")
+    assert load_tokenizer(tmp_path, file).render([{"role": "user", "content": "x"}]) == "x"
+    file.write_text("{{ messages | no_such_filter }}")
+    with pytest.raises(TokenizerError, match=rf"^--chat-template {file}: .* line 1: No filter named 'no_such_filter'"):
+        load_tokenizer(tmp_path, file)
+    file.write_text("\n")
+    with pytest.raises(TokenizerError, match=rf"^--chat-template {file} is empty"):
+        load_tokenizer(tmp_path, file)
+    own.unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": BROKEN}))
+    with pytest.raises(TokenizerError, match=rf"^{tmp_path}/tokenizer_config\.json, chat_template: .* line 3: "):
+        load_tokenizer(tmp_path)
+
+
+def test_a_template_may_refuse_a_conversation(tmp_path: Path) -> None:
+    """Bug: a template that insists on a system message, or on tools, taken for one that cannot be used."""
+    byte_level()._hub.save_pretrained(tmp_path)
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ raise_exception('a system message first') if messages[0].role != 'system' }}ok")
+    tokenizer = load_tokenizer(tmp_path, file)
+    assert tokenizer.render([{"role": "system", "content": "x"}]) == "ok"
+    with pytest.raises(TemplateError, match="a system message first"):
+        tokenizer.render([{"role": "user", "content": "x"}])
+
+
+def test_templates_without_a_default_are_refused(tmp_path: Path) -> None:
+    """Bug: 400 for every conversation, with advice on an argument of another library."""
+    made = byte_level()
+    made._hub.chat_template = {"tool_use": "x", "rag": "y"}
+    with pytest.raises(TokenizerError, match=r"\(tool_use, rag\) is called default: choose one with --chat-template"):
+        made.check_template()
+    made._hub.chat_template = {"default": "x", "rag": "y"}
+    made.check_template()
+
+
 def test_missing_tokenizer_is_called_that(tmp_path: Path) -> None:
     """Bug: a half-copied folder is answered with advice to install libraries."""
     with pytest.raises(TokenizerError, match=rf"{tmp_path} has no tokenizer: .*tokenizer\.json"):
