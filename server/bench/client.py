@@ -63,6 +63,19 @@ class Outcome:
         return (self.latency - self.ttft) / (self.output_tokens - 1)
 
 
+def check_url(url: str, option: str) -> None:
+    """Raises BenchError for what cannot be asked, whoever listens."""
+    if not url.startswith(("http://", "https://")):
+        raise BenchError(f"{option} must begin with http:// or https://: did you mean http://{url}?")
+    try:
+        if httpx.URL(url).host:
+            return
+        reason = "it names no host"
+    except httpx.InvalidURL as error:
+        reason = str(error)
+    raise BenchError(f"{option} {url} is none: {reason}")
+
+
 async def find_model(client: httpx.AsyncClient, url: str) -> str:
     """The first model that the server lists. Raises BenchError when there is no such server."""
     try:

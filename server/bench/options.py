@@ -10,7 +10,7 @@ import httpx
 import typer
 
 from server.bench.arrivals import Arrivals
-from server.bench.client import Endpoint, Target, find_model
+from server.bench.client import Endpoint, Target, check_url, find_model
 from server.bench.datasets import (
     Lengths,
     Prompt,
@@ -85,6 +85,9 @@ class Asked:
 
     async def target(self, client: httpx.AsyncClient) -> Target:
         """Sends the requests of the warm-up. Raises BenchError when the server is not there or cannot answer them."""
+        for option, url in (("URL", self.url), ("--metrics-url", self.metrics_url)):
+            if url is not None:
+                check_url(url, option)
         extra = {"temperature": self.temperature, **({"ignore_eos": True} if self.ignore_eos else {})}
         model = self.model or await find_model(client, self.base_url)
         target = Target(self.base_url, model, self.endpoint, extra, self.metrics_url)

@@ -339,6 +339,21 @@ def test_options_without_effect_are_refused(options: dict[str, Any], complaint: 
         Asked("http://test", **options).prompts(1, 0)
 
 
+@pytest.mark.parametrize(
+    ("url", "complaint"),
+    [
+        ("localhost:8000", "URL must begin with http:// or https://: did you mean http://localhost:8000?"),
+        ("http://", "names no host"),
+        ("http://localhost:port", "Invalid port"),
+    ],
+)
+def test_what_is_no_url_is_said(url: str, complaint: str) -> None:
+    """Bug: "is it running?" of a server that is, or a traceback."""
+    result = CliRunner().invoke(cli, ["bench", "serve", url, "--model", "m"])
+    assert result.exit_code == 2
+    assert complaint in " ".join(result.output.split())
+
+
 def test_a_page_holds_the_figures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="reports need the extra 'report'")
     outcomes = [
