@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 
-from server.schemas.common import SamplingFields, Strict, Usage, refused
+from server.schemas.common import SamplingFields, Strict, Usage, no_effect, refused
 
 TOOLS = "this server does not call tools."
 
@@ -78,7 +78,7 @@ class ChatRequest(SamplingFields):
 
     tools: Any = refused(TOOLS, [])
     tool_choice: Any = refused(TOOLS, "none", "auto")
-    parallel_tool_calls: Any = refused(TOOLS, True, False)
+    parallel_tool_calls: bool | None = no_effect(TOOLS)
     functions: Any = refused(TOOLS, [])
     function_call: Any = refused(TOOLS, "none", "auto")
     response_format: Any = refused("output cannot be constrained.", {"type": "text"})

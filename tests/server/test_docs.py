@@ -1,5 +1,6 @@
 """docs/api.md says what the schemas say, docs/operations.md what the metrics and the command line do."""
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -38,6 +39,9 @@ def row(name: str, field: FieldInfo) -> str:
     marks = extra if isinstance(extra, dict) else {}
     description = field.description or ""
     status = "refused" if "refused" in marks else "no effect" if "no_effect" in marks else "honoured"
+    if neutral := marks.get("refused"):
+        assert isinstance(neutral, list)
+        status = f"refused unless {' or '.join(f'`{json.dumps(value)}`' for value in neutral)}"
     if status == "honoured" and field.is_required():
         status = "required"
     return (
