@@ -51,8 +51,13 @@ class Workplace:
             raise ConversionRefused(f"{destination} exists already: name a new folder, or remove that one first")
         if self._folder.exists() and not (self._folder / STATE).is_file() and any(self._folder.iterdir()):
             raise ConversionRefused(f"{self._folder} is in the way and was not written by a conversion: remove it")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self._folder / LOCK).open("w")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self._folder / LOCK).open("w")
+        except OSError as error:
+            raise ConversionRefused(
+                f"{destination} cannot be written: making {error.filename} failed: {error.strerror}"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

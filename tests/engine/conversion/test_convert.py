@@ -157,6 +157,14 @@ def test_nothing_foreign_is_overwritten(source: Path, tmp_path: Path) -> None:
     assert (tmp_path / ".new.partial/letter.txt").read_text() == "keep me"
 
 
+@pytest.mark.parametrize("parent", ["a file", "a file/below"])
+def test_a_place_where_no_folder_can_be_made_is_named(source: Path, tmp_path: Path, parent: str) -> None:
+    """Bug: a bare errno that names a hidden folder the caller has never heard of."""
+    (tmp_path / "a file").touch()
+    with pytest.raises(ConversionRefused, match=rf"^{tmp_path / parent / 'new'} cannot be written: making .* failed: "):
+        convert(source, tmp_path / parent / "new", RTN)
+
+
 def test_two_conversions_to_one_place(source: Path, tmp_path: Path) -> None:
     with Workplace(tmp_path / "new", "job", ["a"]), pytest.raises(ConversionRefused, match="another process"):
         convert(source, tmp_path / "new", RTN)
