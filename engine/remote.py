@@ -202,6 +202,8 @@ class RemoteClient(StreamingClient):
                 self._on_loading(message)
         elif isinstance(message, Ready):
             self._ready = message
+            if self._state == "restarting":  # as loud as its death, so that a log that told of one tells of both
+                logger.warning("the engine is back and takes requests")
             await self._become("ready")
         elif isinstance(message, StartFailed):
             self._last_words = message.message

@@ -36,8 +36,9 @@ def config_of(folder: Path) -> EngineConfig:
     return EngineConfig(str(folder), kv_memory=4 << 20, threads=1)
 
 
-def test_loads_answers_dies_and_comes_back(tiny_checkpoint: Path) -> None:
-    """Bug: requests that wait for ever on a dead process, or an engine that stays away after one crash."""
+def test_loads_answers_dies_and_comes_back(tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: requests that wait for ever on a dead process, or an engine that stays away after one crash; a log that
+    tells of the death and never that it is over."""
 
     async def scenario() -> None:
         progress: list[Loading] = []
@@ -64,7 +65,9 @@ def test_loads_answers_dies_and_comes_back(tiny_checkpoint: Path) -> None:
         assert state_of(client) == "restarting"
         with pytest.raises(EngineUnavailable, match="signal 9"):
             client.submit(submit("c", [1]))
+        assert "the engine is back" not in caplog.text
         await asyncio.wait_for(client.wait_ready(), WAIT_S)
+        assert [record.getMessage() for record in caplog.records][-1] == "the engine is back and takes requests"
         assert [e for e in await follow(client, "a") if isinstance(e, Token)] == [
             e for e in first if isinstance(e, Token)
         ]
