@@ -13,6 +13,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.peers.protocol import Refused, Setup
+from benchmarks.peers.vocabulary import SPACE, words
 from benchmarks.shapes import BIASED, Shape
 
 Bytes = npt.NDArray[np.uint8]
@@ -66,8 +68,19 @@ TYPES = {
     "TQ1_0": BlockType((("codes", 52), ("scale", 2)), 0.82, _trits),
     "TQ2_0": BlockType((("codes", 64), ("scale", 2)), 0.82, _trit_pairs),
 }
+DEFAULT_TYPES = {8: "Q8_0", 4: "Q4_0", 2: "Q2_K", 1.6: "TQ2_0"}  # TQ1_0 is smaller and slower
 # What llama.cpp's quantizer stores instead where the inputs are no multiple of a type's block of 256 (as seen, 0.3.36).
 FALLBACKS = {"Q4_K": "Q5_0", "Q2_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0"}
+
+
+def wanted_type(setup: Setup) -> str:
+    """Raises Refused when no default is known, or the type is not one that can be written."""
+    wanted = setup.variant.upper() or DEFAULT_TYPES.get(setup.bits, "")
+    if not wanted:
+        raise Refused(f"llama.cpp has no usual format of {setup.bits} bits: name one with --peer-format")
+    if wanted not in TYPES:
+        raise Refused(f"{wanted} files cannot be written here: use one of {', '.join(TYPES)}")
+    return wanted
 
 
 def stored_type(wanted: str, num_inputs: int) -> str:
@@ -100,11 +113,18 @@ def random_matrix(type_name: str, rows: int, columns: int, rng: np.random.Genera
     return np.concatenate(pieces, axis=1).reshape(rows, -1)
 
 
-def write_gguf(path: Path, shape: Shape, wanted: str) -> None:
-    """Write a model of the shape with its matrices in `wanted`, its embedding in Q8_0, norms and biases in F32."""
+def write_gguf(path: Path, shape: Shape, wanted: str, with_vocabulary: bool = False) -> None:
+    """Write a model of the shape with its matrices in `wanted`, its embedding in Q8_0, norms and biases in F32.
+
+    What is never given text needs no vocabulary; a server does.
+    """
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "qwen2" if shape.qkv_bias else "llama")
     _add_metadata(writer, shape)
+    if with_vocabulary:
+        _add_vocabulary(writer, shape.vocab)
+    else:
+        writer.add_tokenizer_model("no_vocab")
     _add_matrix(writer, "token_embd.weight", HEAD, (shape.vocab, shape.hidden), rng)
     writer.add_tensor("output_norm.weight", np.ones(shape.hidden, np.float32))
     for i in range(shape.num_layers):
@@ -139,4 +159,11 @@ def _add_metadata(writer: Any, shape: Shape) -> None:
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(500_000.0)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("no_vocab")
+
+
+def _add_vocabulary(writer: Any, size: int) -> None:
+    writer.add_tokenizer_model("gpt2")  # byte-level, as that of Llama 3
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(words(size))
+    writer.add_token_types([gguf.TokenType.NORMAL] * size)
+    writer.add_token_merges([f"{SPACE} 0"])  # llama.cpp insists on having some

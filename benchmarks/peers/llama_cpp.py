@@ -14,11 +14,10 @@ from typing import Any
 
 import llama_cpp as lib
 
-from benchmarks.peers.gguf_files import HEAD, TYPES, matrix_bytes, stored_type, write_gguf
+from benchmarks.peers.gguf_files import HEAD, matrix_bytes, stored_type, wanted_type, write_gguf
 from benchmarks.peers.protocol import Refused, Setup, answer_requests
 from benchmarks.shapes import SHAPES, Shape
 
-DEFAULT_TYPES = {8: "Q8_0", 4: "Q4_0", 2: "Q2_K", 1.6: "TQ2_0"}  # TQ1_0 is smaller and slower
 CACHE_TYPES = {"f16": lib.GGML_TYPE_F16, "q8_0": lib.GGML_TYPE_Q8_0, "q4_0": lib.GGML_TYPE_Q4_0}
 CACHE_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # of one element
 UBATCH = 512  # tokens; llama.cpp's default
@@ -105,7 +104,7 @@ class LlamaCpp:
         choice = Choice.parse(setup.prepared)
         self._context = Context(self._loaded.handle, setup, choice)
         self._context.run()  # the first run touches memory for the first time
-        shape, weight_type = _shape(setup), _weight_type(setup)
+        shape, weight_type = _shape(setup), wanted_type(setup)
         self.facts = {
             "name": "llama.cpp",
             "versions": {package: importlib.metadata.version(package) for package in ("llama-cpp-python", "gguf")},
@@ -128,7 +127,7 @@ def prepare(setup: Setup) -> str:
     """
     path = _path(setup)
     if not path.is_file():
-        write_gguf(path, _shape(setup), _weight_type(setup))
+        write_gguf(path, _shape(setup), wanted_type(setup))
     loaded = _Loaded(setup)
     flashes = (True,) if setup.cache != "f16" else (False, True)  # a quantized value cache needs flash attention
     unifieds = (True, False) if setup.work.batch > 1 else (True,)
@@ -175,19 +174,9 @@ def _shape(setup: Setup) -> Shape:
     return SHAPES[setup.shape].with_layers(setup.num_layers)
 
 
-def _weight_type(setup: Setup) -> str:
-    """Raises Refused when no default is known, or the type is not one that can be written."""
-    weight_type = setup.variant.upper() or DEFAULT_TYPES.get(setup.bits, "")
-    if not weight_type:
-        raise Refused(f"llama.cpp has no usual format of {setup.bits} bits: name one with --peer-format")
-    if weight_type not in TYPES:
-        raise Refused(f"{weight_type} files cannot be written here: use one of {', '.join(TYPES)}")
-    return weight_type
-
-
 def _path(setup: Setup) -> Path:
     shape = _shape(setup)
-    return Path(setup.folder) / f"{setup.shape}-{shape.num_layers}-{_weight_type(setup)}.gguf"
+    return Path(setup.folder) / f"{setup.shape}-{shape.num_layers}-{wanted_type(setup)}.gguf"
 
 
 def _context_params(setup: Setup, choice: Choice) -> Any:

@@ -33,11 +33,11 @@ WARM_TOKEN = 5
 
 
 def prepare(setup: Setup) -> str:
-    """Write the checkpoint when it is not there. Raises Refused for a format that cannot be written."""
+    """Write the checkpoint when it is not there; returns its folder. Raises Refused for a format we cannot write."""
     folder = _folder(setup)
     if not (folder / "config.json").is_file():
         write_checkpoint(folder, _shape(setup), _weights(setup))
-    return ""
+    return str(folder)
 
 
 class Nibble:
