@@ -1,15 +1,16 @@
 """Requests to batches to tokens. No HTTP, no text.
 
-As a library:  from engine import LLM, Sampling
+As a library:  from engine import LLM, Sampling        (docs/python.md)
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine.assembly import StartError
     from engine.llm import LLM, Completion, GenerationError
     from engine.messages import Sampling
 
-__all__ = ["LLM", "Completion", "GenerationError", "Sampling"]
+__all__ = ["LLM", "Completion", "GenerationError", "Sampling", "StartError"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 from engine.auto_policy import decided
 from engine.checkpoint.errors import CheckpointError
-from engine.config import ConfigError, EngineConfig, Plan, resolve
+from engine.config import ConfigError, EngineConfig, Plan, resolve, size
 from engine.core import EngineCore, Parts
 from engine.graphs import runner_for
 from engine.loading import Checkpoint, LoadedModel, load_model, model_facts, open_checkpoint
@@ -89,7 +89,7 @@ def _allocate(layout: PageLayout, plan: Plan) -> PageStorage:
         return PageStorage(layout, plan.num_pages, torch.device(plan.device), plan.num_recent_pages)
     except (RuntimeError, MemoryError) as error:
         num_bytes = layout.bytes_per_page * plan.num_pages + layout.bytes_per_recent_page * plan.num_recent_pages
-        raise StartError(f"the KV cache of {num_bytes:,} bytes cannot be had; lower --kv-memory ({error})") from error
+        raise StartError(f"the KV cache of {size(num_bytes)} cannot be had; lower --kv-memory ({error})") from error
 
 
 def _runner(loaded: LoadedModel, storage: PageStorage, plan: Plan) -> tuple[Runner, str | None]:
@@ -214,4 +214,4 @@ def _recent_note(layout: PageLayout, plan: Plan) -> tuple[str, ...]:
     num_bytes = plan.num_recent_pages * layout.bytes_per_recent_page
     own = f"the last {policy.window} tokens and the first {policy.num_sinks} of a sequence are read in float16"
     said = f"{own}{asked}{prompts}" if policy.window or policy.num_sinks else f"{asked}{prompts}".removeprefix("; ")
-    return (f"{said}: {num_bytes:,} bytes beside the pages",)
+    return (f"{said}, in {size(num_bytes)} of the cache",)

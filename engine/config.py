@@ -1,18 +1,28 @@
 """What a user may decide about the engine, and how every "auto" is decided: resolve(config, facts) -> Plan.
 
-Nothing here imports torch: the server reads these types too.
+Nothing here imports torch: the server reads these types too. Messages call settings by their flags, --max-model-len;
+engine/llm.py translates them for those who write Python.
 """
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
+
+from engine.checks import check
 
 Device = Literal["auto", "cpu", "cuda"]
 Activations = Literal["int8", "float"]
 HeadBits = Literal[8, 16]
 Prefill = Literal["windowed", "exact"]
+Count = Annotated[int, Meta(ge=1)]
+Tokens = Annotated[int, Meta(ge=0)]
+Bytes = Annotated[int, Meta(ge=1, title="bytes")]
+SwapBytes = Annotated[int, Meta(ge=0, title="bytes")]
 PAGE_SIZES = (16, 32, 64, 128)
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 KV_SHARE_OF_FREE_MEMORY = 0.5  # of what is free once weights are counted, when --kv-memory is not given
 KV_SHARE_ON_GPU = 0.85  # where nothing else grows: the rest is for a step's own tensors, which recorded graphs hold
 SMALL_MODEL_BYTES = 16 << 20  # below this one thread decodes faster: waiting for the others costs more than their help
@@ -26,25 +36,28 @@ class ConfigError(ValueError):
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
-    """The user's wishes. None and "auto" are decided by `resolve`."""
+    """The user's wishes. None and "auto" are decided by `resolve`. Raises ValueError naming a field of another type."""
 
-    model: str  # a folder
+    model: str  # a folder, or a GGUF file
     device: Device = "auto"  # the CPU: the kernels for "cuda" have not run on a GPU yet
     kernel: str = "auto"  # or the name of one back end every layer must use
     kv_policy: str = "auto"  # or a name of kvcache/policy.py
     kv_calibration: str | None = None  # a file; None: the one beside the checkpoint, if the policy uses one
-    kv_memory: int | None = None  # bytes
-    kv_request_window: int = 0  # most tokens that a request may have in high precision by asking; 0: it may not ask
+    kv_memory: Bytes | None = None
+    kv_request_window: Tokens = 0  # most that a request may have in high precision by asking; 0: it may not ask
     kv_prefill: Prefill = "windowed"  # how prompts read a quantized cache: as answers do, or in float16 throughout
-    page_size: int = 64
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_batch_tokens: int = 512
+    page_size: int = 64  # one of PAGE_SIZES
+    max_model_len: Count | None = None
+    max_num_seqs: Count = 64
+    max_batch_tokens: Count = 512
     prefix_caching: bool = True
-    swap_memory: int = 0  # bytes of host memory for preempted sequences; 0: they are computed again
-    threads: int | None = None
+    swap_memory: SwapBytes = 0  # of the host, for preempted sequences; 0: they are computed again
+    threads: Count | None = None
     activations: Activations = "int8"  # what multiplies quantized weights where a kernel can choose
     head_bits: HeadBits = 8  # of an output head that the checkpoint left in 16 or 32 bits; 16 keeps it as it is
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
@@ -98,8 +111,9 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Plan:
     if config.max_model_len is not None and capacity < config.max_model_len:
         needed = _cache_bytes(math.ceil(config.max_model_len / config.page_size), config, facts)
         raise ConfigError(
-            f"max_model_len {config.max_model_len} needs {needed:,} bytes of KV cache, but it holds {capacity} tokens: "
-            f"raise --kv-memory or lower --max-model-len{', or use --kv-prefill windowed' if _is_exact(config) else ''}"
+            f"--max-model-len {config.max_model_len} needs {size(needed, math.ceil)} of KV cache, which holds only "
+            f"{capacity} tokens: raise --kv-memory or lower --max-model-len"
+            f"{', or use --kv-prefill windowed' if _is_exact(config) else ''}"
         )
     return Plan(
         device="cpu" if config.device == "auto" else config.device,
@@ -123,52 +137,45 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Plan:
 
 
 def _check(config: EngineConfig, facts: ModelFacts) -> None:
+    """What a constructor cannot know."""
     if config.page_size not in PAGE_SIZES:
-        raise ConfigError(f"page_size {config.page_size} is not one of {PAGE_SIZES}")
-    for name in ("max_num_seqs", "max_batch_tokens", "threads", "max_model_len", "kv_memory"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1, found {value}")
+        raise ConfigError(f"--page-size {config.page_size} is not one of {', '.join(map(str, PAGE_SIZES))}")
     if config.max_batch_tokens < config.max_num_seqs:
         raise ConfigError(
-            f"max_batch_tokens {config.max_batch_tokens} is less than max_num_seqs {config.max_num_seqs}: "
+            f"--max-batch-tokens {config.max_batch_tokens} is less than --max-num-seqs {config.max_num_seqs}: "
             "every running sequence needs one token in a step"
         )
     if config.max_model_len is not None and config.max_model_len > facts.max_position:
         raise ConfigError(
-            f"max_model_len {config.max_model_len} exceeds the {facts.max_position} positions of the checkpoint"
+            f"--max-model-len {config.max_model_len} exceeds the {facts.max_position} positions of the checkpoint"
         )
     _check_request_window(config.kv_request_window, facts)
     if _is_exact(config) and facts.window is None:
-        raise ConfigError("kv_prefill exact is for quantized caches: this one reads every token in full precision")
-    if config.swap_memory < 0:
-        raise ConfigError(f"swap_memory must be at least 0, found {config.swap_memory}")
+        raise ConfigError("--kv-prefill exact is for quantized caches: this one reads every token in full precision")
     if facts.free_host_memory is not None and config.swap_memory > facts.free_host_memory:
         raise ConfigError(
-            f"swap_memory {config.swap_memory:,} bytes is more than the {facts.free_host_memory:,} free on "
-            "the host: lower --swap-memory"
+            f"--swap-memory {size(config.swap_memory, math.ceil)} is more than the "
+            f"{size(facts.free_host_memory, math.floor)} free on the host: lower it"
         )
     if config.device == "cuda" and not facts.has_cuda:
-        raise ConfigError("device cuda was asked for, but torch finds no CUDA device: use --device cpu")
+        raise ConfigError("--device cuda was asked for, but torch finds no CUDA device: use --device cpu")
 
 
 def _check_request_window(num_tokens: int, facts: ModelFacts) -> None:
-    if num_tokens < 0:
-        raise ConfigError(f"kv_request_window must be at least 0, found {num_tokens}")
     if num_tokens == 0:
         return
     if facts.window is None:
         raise ConfigError(
-            f"kv_request_window {num_tokens} is for quantized caches: this one reads every token in full precision"
+            f"--kv-request-window {num_tokens} is for quantized caches: this one reads every token in full precision"
         )
     if num_tokens <= facts.window:
         raise ConfigError(
-            f"kv_request_window {num_tokens} gives a request nothing beyond the {facts.window} tokens of the policy's "
-            "own window: choose more, or leave it out"
+            f"--kv-request-window {num_tokens} gives a request nothing beyond the {facts.window} tokens of the "
+            "policy's own window: choose more, or leave it out"
         )
     if num_tokens > facts.max_position:
         raise ConfigError(
-            f"kv_request_window {num_tokens} exceeds the {facts.max_position} positions of the checkpoint"
+            f"--kv-request-window {num_tokens} exceeds the {facts.max_position} positions of the checkpoint"
         )
 
 
@@ -180,22 +187,23 @@ def _num_pages(config: EngineConfig, facts: ModelFacts, max_model_len: int) -> t
     most = config.max_num_seqs * math.ceil(max_model_len / config.page_size)
     if config.kv_memory is not None:
         if config.kv_memory > max(free, 0):
+            asked, there_are = size(config.kv_memory, math.ceil), size(max(free, 0), math.floor)
             raise ConfigError(
-                f"kv_memory {config.kv_memory:,} bytes is more than the {max(free, 0):,} that are free beside the "
-                f"weights{' and the swap space' if shared else ''}: lower --kv-memory"
+                f"--kv-memory {asked} is more than the {there_are} that are free beside the weights"
+                f"{' and the swap space' if shared else ''}: lower it"
             )
         num_pages = _pages_within(config.kv_memory, config, facts)
         if num_pages < 1:
-            least = _cache_bytes(1, config, facts)
-            raise ConfigError(f"kv_memory {config.kv_memory:,} bytes holds no page: one needs {least:,} bytes")
+            least = size(_cache_bytes(1, config, facts), math.ceil)
+            raise ConfigError(f"--kv-memory {size(config.kv_memory)} holds no page: raise it to {least} or more")
     else:
         share = KV_SHARE_ON_GPU if config.device == "cuda" else KV_SHARE_OF_FREE_MEMORY
         num_pages = min(most, _pages_within(int(max(free, 0) * share), config, facts))
         if num_pages < 1:
+            swap = f", the swap space {size(shared)}" if shared else ""
             raise ConfigError(
-                f"{facts.free_memory:,} bytes are free and the weights take {facts.weight_bytes:,}"
-                f"{f', the swap space {shared:,}' if shared else ''}: no room is left for a KV cache. Use a smaller "
-                "model or free memory, or set --kv-memory yourself"
+                f"{size(facts.free_memory)} are free and the weights take {size(facts.weight_bytes)}{swap}: no room is "
+                "left for a KV cache. Use a smaller model or free memory, or set --kv-memory yourself"
             )
     return num_pages, _recent_pages(num_pages, config, facts)
 
@@ -233,3 +241,10 @@ def _pages_within(num_bytes: int, config: EngineConfig, facts: ModelFacts) -> in
         else:
             high = middle - 1
     return low
+
+
+def size(num_bytes: float, rounded: Callable[[float], int] = round) -> str:
+    """12.3 MiB. rounded: math.ceil for what is needed, math.floor for what there is."""
+    power = max((i for i in range(len(UNITS)) if num_bytes >= 1024**i), default=0)
+    digits = 0 if power == 0 else 1
+    return f"{rounded(num_bytes / 1024**power * 10**digits) / 10**digits:.{digits}f} {UNITS[power]}"

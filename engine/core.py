@@ -30,7 +30,7 @@ from engine.messages import (
 from engine.precision import PrecisionRefused, window_of
 from engine.request import Request, Sequence
 from engine.runner import Runner
-from engine.sampling import BadLogits, Draw, Sampler, fault_in
+from engine.sampling import BadLogits, Draw, Sampler
 from engine.scheduler import Scheduler, Slice
 from kvcache.manager import KVCacheManager
 from kvcache.recent import ReadRule
@@ -179,8 +179,6 @@ class EngineCore:
             return Failed(submit.id, "invalid", f"token id {outside[0]} is outside the vocabulary of {vocab_size}")
         if submit.n < 1:
             return Failed(submit.id, "invalid", f"n must be at least 1, found {submit.n}")
-        if (fault := fault_in(sampling)) is not None:
-            return Failed(submit.id, "invalid", fault)
         if total > plan.max_model_len:
             return Failed(
                 submit.id,

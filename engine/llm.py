@@ -1,4 +1,4 @@
-"""The engine as a library: a batch of prompts in, completions out, no server.
+"""The engine as a library: prompts in, completions out, no server. docs/python.md is its manual.
 
 from engine import LLM, Sampling
 
@@ -8,17 +8,41 @@ for answer in llm.generate(["Once upon a time"], Sampling(max_tokens=32, tempera
 """
 
 import itertools
+import operator
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.assembly import build
+from tokenizers.decoders import DecodeStream
+
+from engine.assembly import StartError, build
+from engine.checkpoint.errors import CheckpointError
 from engine.checkpoint.gguf_choice import SUFFIX
 from engine.client import file_tokenizer, locate_model
 from engine.config import EngineConfig
-from engine.messages import Cancel, Done, Failed, FinishReason, Logprobs, Sampling, Submit, Token
+from engine.messages import (
+    Cancel,
+    Done,
+    Event,
+    Failed,
+    FinishReason,
+    Logprobs,
+    PromptLogprobs,
+    Sampling,
+    Submit,
+    Token,
+)
+
+Prompt = str | Sequence[int]  # text, or token ids
+Message = Mapping[str, str]  # "role" and "content", and what else the chat template reads
+
+DEFAULT_MAX_TOKENS = 128
+SETTINGS = EngineConfig.__struct_fields__[1:]  # all but the model
+FLAG = re.compile(r"--([a-z][a-z-]*)")
 
 
 class GenerationError(RuntimeError):
@@ -29,62 +53,177 @@ class GenerationError(RuntimeError):
 class Completion:
     """One answer to one prompt."""
 
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)  # without the token that stopped it
-    logprobs: list[Logprobs] = field(default_factory=list)  # when the sampling asked for them
+    text: str = ""  # without special tokens
+    token_ids: list[int] = field(default_factory=list)  # without the one that stopped it
+    logprobs: list[Logprobs] = field(default_factory=list)  # of each of them, if num_logprobs was set
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # of the prompt's but the first, likewise
     finish_reason: FinishReason = "length"
 
 
 class LLM:
-    """A loaded checkpoint: a folder, a GGUF file or a name on the hub. Keyword arguments are those of EngineConfig."""
+    """A model, loaded in this process. One call at a time, from one thread."""
 
-    def __init__(self, model: str, revision: str | None = None, offline: bool = False, **settings: Any) -> None:
-        path = locate_model(model, revision, offline)
-        self._core, self.plan = build(EngineConfig(str(path), **settings))
+    def __init__(self, model: str | Path, revision: str | None = None, offline: bool = False, **settings: Any) -> None:
+        """model: a folder, a GGUF file, a name on the hub, or owner/name:file.gguf. revision: a branch, tag or commit
+        of a hub model. offline: look for it on this machine only. settings: fields of EngineConfig.
+
+        Raises TypeError for a setting that there is none of, ValueError for one of another type or range and for a
+        model that cannot be found, and StartError for a model that cannot be served, or not with these settings.
+        """
+        for name in settings:
+            if name not in SETTINGS:
+                raise TypeError(f"LLM has no setting {name!r}; it has {', '.join(SETTINGS)}")
+        named = {"model": model} | settings
+        wishes: dict[str, Any] = {
+            name: str(value) if isinstance(value, Path) else value for name, value in named.items()
+        }
+        EngineConfig(**wishes)  # before anything is fetched
+        try:
+            path = locate_model(wishes["model"], revision, offline)
+            self._core, self.plan = build(EngineConfig(**wishes | {"model": str(path)}))
+        except (CheckpointError, StartError) as error:
+            raise type(error)(in_python(str(error))) from error
         self._tokenizer = _tokenizer(path)
         self._ids = itertools.count()
+        self._is_running = False
 
-    def generate(self, prompts: Sequence[str | list[int]], sampling: Sampling | None = None) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling | None = None, kv_policy: str | None = None
+    ) -> list[Completion]:
         """Complete all prompts in one running batch; answers come in the order of the prompts.
 
-        A prompt is text or token ids. Raises TypeError for a single text in place of a list of them, and
-        GenerationError when one can never fit or the sampling makes no sense; the others are dropped with it.
+        A prompt is text or token ids. Without `sampling` an answer has at most 128 tokens, fewer where the context ends
+        before, drawn at temperature 1. kv_policy: a longer window in float16, or "f16", where kv_request_window allows
+        it. Raises TypeError for what are no prompts, and GenerationError when one can never fit; the others are dropped
+        with it.
         """
-        if isinstance(prompts, str):
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise TypeError("prompts must be a list: write generate([text])")
-        requests: list[Submit] = []
-        for prompt in prompts:
-            ids = self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
-            requests.append(Submit(str(next(self._ids)), ids, sampling or Sampling(max_tokens=128), time.monotonic()))
-        try:
-            return self._run(requests)
-        finally:  # refused, failed or interrupted: nothing of this call may stay in the batch
-            self._core.step([Cancel(request.id) for request in requests])
-
-    def _run(self, requests: list[Submit]) -> list[Completion]:
+        requests = [self._request(prompt, sampling, kv_policy) for prompt in prompts]
         answers = {request.id: Completion() for request in requests}
-        events = self._core.step(requests)
-        while events or self._core.has_work:
-            for event in events:
-                if isinstance(event, Failed):
-                    raise GenerationError(event.message)
-                if isinstance(event, Token):
-                    answers[event.id].token_ids.append(event.token)
-                    if event.logprobs is not None:
-                        answers[event.id].logprobs.append(event.logprobs)
-                elif isinstance(event, Done):
-                    self._end(answers[event.id], event)
-            events = self._core.step([])
-        return [answers[request.id] for request in requests]
+        with closing(self._steps(requests)) as steps:
+            for event in itertools.chain.from_iterable(steps):
+                self._hear(answers[event.id], event)
+        return list(answers.values())
 
-    def _end(self, answer: Completion, done: Done) -> None:
-        answer.finish_reason = done.reason
-        if done.stop_token is not None:
-            answer.token_ids.pop()
-        answer.text = str(self._tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None, kv_policy: str | None = None) -> Iterator[str]:
+        """The text of one answer, piece by piece as its tokens come: `generate` of this prompt, cut up.
+
+        Close it, or let go of it, to stop the answer. Until then nothing else can be generated. Raises as `generate`.
+        """
+        return self._pieces(self._request(prompt, sampling, kv_policy))
+
+    def chat(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        sampling: Sampling | None = None,
+        kv_policy: str | None = None,
+    ) -> list[Completion]:
+        """Answer each conversation, in one running batch: `generate` of their `chat_prompt`."""
+        if conversations and isinstance(conversations[0], Mapping):
+            raise TypeError("conversations must be a list of lists of messages: write chat([messages])")
+        return self.generate([self.chat_prompt(messages) for messages in conversations], sampling, kv_policy)
+
+    def chat_prompt(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """The token ids that the checkpoint's chat template makes of a conversation, the answer's turn opened.
+
+        variables: of the template, such as enable_thinking. Raises ValueError when the model has no template, or with
+        the template's own words when it takes no such messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise ValueError("this model has no chat template: use generate")
+        options = {"add_generation_prompt": True} | variables
+        try:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        except Exception as error:  # whatever a template raises is about the messages it was given
+            raise ValueError(f"the chat template refused the messages: {error}") from error
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes them itself
+
+    def _request(self, prompt: Prompt, sampling: Sampling | None, kv_policy: str | None) -> Submit:
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling must be a Sampling; found {sampling!r}")
+        ids = self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else _token_ids(prompt)
+        if sampling is None:
+            sampling = Sampling(max_tokens=max(1, min(DEFAULT_MAX_TOKENS, self.plan.max_model_len - len(ids))))
+        return Submit(str(next(self._ids)), ids, sampling, time.monotonic(), kv_policy=kv_policy)
+
+    def _pieces(self, request: Submit) -> Iterator[str]:
+        decoder, answer, num_shown = DecodeStream(skip_special_tokens=True), Completion(), 0
+        with closing(self._steps([request])) as steps:
+            for events in steps:
+                num_tokens = len(answer.token_ids)
+                for event in events:
+                    self._hear(answer, event)
+                for token in answer.token_ids[num_tokens:]:
+                    piece = decoder.step(self._tokenizer.backend_tokenizer, token)
+                    if piece:
+                        num_shown += len(piece)
+                        yield piece
+        if len(answer.text) > num_shown:  # bytes that no token made a character
+            yield answer.text[num_shown:]
+
+    def _steps(self, requests: Sequence[Submit]) -> Generator[list[Event], None, None]:
+        """What each step of the engine says of the requests, until all have ended. Raises GenerationError."""
+        if self._is_running:
+            raise GenerationError("this LLM still streams an answer: read it to its end, or close() it")
+        self._is_running = True
+        try:
+            events = self._core.step(requests)
+            while events or self._core.has_work:
+                for event in events:
+                    if isinstance(event, Failed):
+                        raise GenerationError(in_python(event.message))
+                yield events
+                events = self._core.step([])
+        finally:  # refused, failed, left or interrupted: nothing of this call may stay in the batch
+            self._core.step([Cancel(request.id) for request in requests])
+            self._is_running = False
+
+    def _hear(self, answer: Completion, event: Event) -> None:
+        if isinstance(event, Token):
+            answer.token_ids.append(event.token)
+            if event.logprobs is not None:
+                answer.logprobs.append(event.logprobs)
+        elif isinstance(event, PromptLogprobs):
+            answer.prompt_logprobs = event.entries
+        elif isinstance(event, Done):
+            answer.finish_reason = event.reason
+            if event.stop_token is not None:
+                del answer.token_ids[-1:], answer.logprobs[-1:]
+            ids = answer.token_ids
+            answer.text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def in_python(message: str) -> str:
+    """A message of the engine, which names settings as the command line does, with the names that they have here."""
+
+    def name(flag: re.Match[str]) -> str:
+        argument = {"kv": "kv_policy"}.get(flag[1], flag[1].replace("-", "_"))
+        return argument if argument in (*SETTINGS, "offline") else flag[0]
+
+    return FLAG.sub(name, message)
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    """Raises TypeError for anything but whole numbers; those of numpy and torch are fine."""
+    try:
+        if not isinstance(prompt, bytes):
+            return [operator.index(token) for token in prompt]
+    except TypeError:
+        pass
+    raise TypeError(f"a prompt must be text or a list of token ids; found {prompt!r}")
 
 
 def _tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
+    """As the server's: the file as it is, where there is one."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    return file_tokenizer(path)[0] if path.suffix == SUFFIX else AutoTokenizer.from_pretrained(path)
+    if path.suffix == SUFFIX:
+        backend, template = file_tokenizer(path)
+        backend.chat_template = template
+        return backend
+    is_file = (path / "tokenizer.json").exists()
+    backend = (PreTrainedTokenizerFast if is_file else AutoTokenizer).from_pretrained(str(path), local_files_only=True)
+    if getattr(backend, "backend_tokenizer", None) is None:
+        raise ValueError(f"{type(backend).__name__} of {path} is not backed by the tokenizers library")
+    return backend

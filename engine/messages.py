@@ -6,32 +6,44 @@
 A Submit with n choices ends in exactly n Done (one per choice index), or in exactly one Failed.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
+from engine.checks import check
+
+INT64 = 2**63 - 1
+NotNegative = Annotated[int, Meta(ge=0, le=INT64)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 FinishReason = Literal["stop", "length", "cancelled"]
 FailureKind = Literal["invalid", "capacity", "engine"]
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How ids are drawn from logits. Neutral values switch a rule off."""
+    """How ids are drawn from logits. Neutral values switch a rule off. Raises ValueError naming a field that makes no
+    sense."""
 
-    max_tokens: int
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0 keeps all
-    min_p: float = 0.0
+    max_tokens: NotNegative  # of the answer, at most
+    temperature: Annotated[float, Meta(ge=0)] = 1.0  # 0 is greedy
+    top_p: Share = 1.0
+    top_k: Annotated[int, Meta(ge=-1, le=INT64)] = 0  # 0 and -1 keep all
+    min_p: Share = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] = {}
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
+    logit_bias: dict[NotNegative, float] = {}
     seed: int | None = None
-    min_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: NotNegative = 0
+    stop_token_ids: tuple[NotNegative, ...] = ()
     ignore_eos: bool = False
-    num_logprobs: int | None = None  # None: none; k >= 0: the chosen token's and the k most likely
-    num_prompt_logprobs: int | None = None  # likewise, for every prompt token but the first
+    num_logprobs: NotNegative | None = None  # None: none; k: the chosen token's and the k most likely
+    num_prompt_logprobs: NotNegative | None = None  # likewise, for every prompt token but the first
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

@@ -50,24 +50,6 @@ class Draw:
         )
 
 
-def fault_in(sampling: Sampling) -> str | None:
-    """What is wrong with the rules, naming the one at fault, or None. NaN is outside of every range."""
-    ranges = (
-        ("max_tokens", sampling.max_tokens, 0, math.inf),
-        ("temperature", sampling.temperature, 0, math.inf),
-        ("top_p", sampling.top_p, 0, 1),
-        ("min_p", sampling.min_p, 0, 1),
-        ("presence_penalty", sampling.presence_penalty, -math.inf, math.inf),
-        ("frequency_penalty", sampling.frequency_penalty, -math.inf, math.inf),
-        ("repetition_penalty", sampling.repetition_penalty, 1e-6, 1e6),
-        ("min_tokens", sampling.min_tokens, 0, math.inf),
-    )
-    for name, value, lowest, highest in ranges:
-        if not lowest <= value <= highest:
-            return f"{name} must be from {lowest} to {highest}, found {value}"
-    return None
-
-
 @dataclass(frozen=True)
 class Sampler:
     """The rules, on the kernel that was chosen at load."""

@@ -192,10 +192,10 @@ def test_the_longest_prompt_always_fits(folder: Path) -> None:
     assert any("context limited to 96" in note for note in plan.notes)
     assert any("--kv-prefill exact" in note for note in plan.notes)
     run(core, [seeded("longest", prompt_of(0, 0, 96), max_tokens=0)])
-    with pytest.raises(StartError, match=r"max_model_len 192 needs .* or use --kv-prefill windowed"):
+    with pytest.raises(StartError, match=r"--max-model-len 192 needs .* or use --kv-prefill windowed"):
         build(msgspec.structs.replace(config, kv_memory=least, max_model_len=192))
 
 
 def test_a_cache_without_quantized_layers_refuses_the_setting(folder: Path) -> None:
-    with pytest.raises(StartError, match="kv_prefill exact is for quantized caches"):
+    with pytest.raises(StartError, match="--kv-prefill exact is for quantized caches"):
         build(EngineConfig(str(folder), kv_policy="f16", kv_prefill="exact"))

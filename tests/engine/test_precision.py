@@ -193,7 +193,7 @@ def test_a_float16_server_takes_its_own_name_only(folder: Path) -> None:
         (event,) = core.step([asking(asked, submit("it", [1]))])
         assert isinstance(event, Failed)
         assert "it keeps f16 for every request" in event.message
-    with pytest.raises(StartError, match="kv_request_window 64 is for quantized caches"):
+    with pytest.raises(StartError, match="--kv-request-window 64 is for quantized caches"):
         build(EngineConfig(str(folder), kv_policy="f16", kv_request_window=64))
 
 

@@ -63,6 +63,26 @@ def test_zero_top_p_keeps_one_token_and_minus_one_keeps_all() -> None:
     assert sampling.top_k == 0
 
 
+@pytest.mark.parametrize("end", [0, 1], ids=["least", "most"])
+def test_what_the_schema_allows_the_engine_takes(end: int) -> None:
+    """Bug: a limit of the engine's tighter than the API's: 500 in place of an answer."""
+    limits: dict[str, tuple[Any, Any]] = {
+        "temperature": (0, 2),
+        "top_p": (0, 1),
+        "top_k": (-1, 2**63 - 1),
+        "min_p": (0, 1),
+        "presence_penalty": (-2, 2),
+        "frequency_penalty": (-2, 2),
+        "repetition_penalty": (0.01, 100),
+        "logit_bias": ({"0": -100}, {str(VOCAB_SIZE - 1): 100}),
+        "seed": (-(2**63), 2**63 - 1),
+        "stop_token_ids": ([0], [VOCAB_SIZE - 1]),
+        "min_tokens": (0, 8),
+    }
+    sampling = admit([1], Limits(8, None, 0, 0), **{name: ends[end] for name, ends in limits.items()}).submit.sampling
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(sampling), type=Sampling) == sampling
+
+
 def test_defaults_shrink_to_the_room_left() -> None:
     """Bug: a prompt that leaves 3 tokens of context is refused because the default of 16 does not fit."""
     room = 3
