@@ -199,6 +199,23 @@ class SamplingKernel(Kernel, Protocol):
 
 
 @dataclass(frozen=True)
+class RowDraw:
+    """One id to draw from one row of a step's logits."""
+
+    row: int
+    filters: Filters | None  # None takes the largest
+    uniform: float = 0.0  # in [0, 1)
+
+
+class StepSamplingKernel(Kernel, Protocol):
+    """One back end that draws for a whole step, where its logits are; what is drawn is as SamplingKernel has it."""
+
+    def draw_all(self, logits: Tensor, draws: Sequence[RowDraw]) -> Tensor:
+        """logits: [num_rows, vocab] float32 -> [num_draws] int32, on their device; -1 is left to a SamplingKernel."""
+        ...
+
+
+@dataclass(frozen=True)
 class Choice(Generic[KernelT]):
     """The back end that will run, and why the faster ones will not."""
 

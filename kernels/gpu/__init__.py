@@ -13,8 +13,8 @@ MISSING = (
 )
 
 
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no Triton kernel can serve activations of `dtype` on `device`, or None."""
+def device_refusal(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on `device`, or None."""
     if device.type != "cuda":
         return f"triton kernels run on CUDA devices, not on {device.type}"
     if MISSING is not None:
@@ -25,6 +25,13 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return "triton kernels are compiled and checked for NVIDIA GPUs only"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "triton kernels need compute capability 8.0 or newer, for bfloat16"
+    return None
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel can serve activations of `dtype` on `device`, or None."""
+    if (reason := device_refusal(device)) is not None:
+        return reason
     if dtype != torch.bfloat16:
         return f"triton kernels take bfloat16 activations, not {dtype}"
     return None

@@ -49,6 +49,7 @@ class Case:
     num_warps: int
     num_stages: int = 1
     is_fused: bool = True  # whether a product and a sum may become one operation
+    sizes: tuple[str, ...] = ("in_features", "out_features", "width", "half", "vocab")  # that are multiples of 16
 
     def __str__(self) -> str:
         return f"{self.name}, sm_{self.architecture}"
@@ -166,7 +167,7 @@ def build(case: Case) -> Any:
     kernel: Any = getattr(importlib.import_module(f"kernels.gpu.{case.module}"), case.kernel)
     names: list[str] = kernel.arg_names
     signature = {name: "constexpr" if name in case.constants else case.types.get(name, "i32") for name in names}
-    even = [n for n in names if signature[n].startswith("*") or n in ("in_features", "out_features", "width", "half")]
+    even = [n for n in names if signature[n].startswith("*") or n in case.sizes]
     divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.is_fused}
     source = ASTSource(kernel, signature, case.constants, divisible)

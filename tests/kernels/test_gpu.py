@@ -1,11 +1,6 @@
 """The Triton kernels without a GPU: under the interpreter against their references, and compiled within a budget."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,21 +12,14 @@ from kernels.gpu.packing import pack_words, packed_refusal, plane_of
 from kernels.linear.affine.gpu import AffineTriton
 from kernels.linear.bitstream import pack_codes
 from kernels.linear.table.gpu import TableTriton
-from tests.kernels.gpu_checks import check_budget, needs_interpreter, needs_triton
+from tests.kernels.gpu_checks import check_budget, check_interpreted, check_names, needs_interpreter, needs_triton
 from tests.kernels.gpu_compile import BUDGET, Case, cases
 from tests.kernels.weights import random_affine
-
-ROOT = Path(__file__).parents[2]
 
 
 @needs_interpreter
 def test_kernels_agree_with_their_references_under_the_interpreter() -> None:
-    """Triton reads TRITON_INTERPRET when it is imported: these tests need a process of their own."""
-    files = ["tests/kernels/interpreted.py", "tests/kernels/interpreted_graphs.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    check_interpreted("interpreted", "interpreted_graphs")
 
 
 @needs_triton
@@ -44,7 +32,7 @@ def test_kernels_compile_within_their_budget(
 
 
 def test_the_budget_is_of_the_cases_that_exist() -> None:
-    assert list(json.loads(BUDGET.read_text())["cases"]) == [str(case) for case in cases()]
+    check_names(BUDGET, cases())
 
 
 def test_a_half_word_holds_one_code_of_each_plane() -> None:

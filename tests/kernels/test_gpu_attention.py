@@ -1,11 +1,5 @@
 """The Triton kernels of both caches without a GPU: interpreted, compiled within a budget, and how a step is cut up."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -18,19 +12,13 @@ from kernels.attention.quantized.layout import ChunkLayout, RowLayout
 from kernels.contract import AttentionInputs, AttentionSpec
 from kernels.gpu.steps import Launch, Tiling, launches
 from tests.kernels.gpu_attention_compile import BUDGET, cases
-from tests.kernels.gpu_checks import check_budget, needs_interpreter, needs_triton
+from tests.kernels.gpu_checks import check_budget, check_interpreted, check_names, needs_interpreter, needs_triton
 from tests.kernels.gpu_compile import Case
-
-ROOT = Path(__file__).parents[2]
 
 
 @needs_interpreter
 def test_kernels_agree_with_their_references_under_the_interpreter() -> None:
-    """Triton reads TRITON_INTERPRET when it is imported: these tests need a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted_attention.py"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    check_interpreted("interpreted_attention")
 
 
 @needs_triton
@@ -44,7 +32,7 @@ def test_kernels_compile_within_their_budget(
 
 
 def test_the_budget_is_of_the_cases_that_exist() -> None:
-    assert list(json.loads(BUDGET.read_text())["cases"]) == [str(case) for case in cases()]
+    check_names(BUDGET, cases())
 
 
 def rows_of(launch: Launch) -> list[tuple[int, int, int]]:
