@@ -1,4 +1,4 @@
-"""How many tokens a cache takes in, against float16 in the same memory:  python -m benchmarks.kv_capacity
+"""How many tokens a cache takes in, against float16 in the same memory:  python -m benchmarks.kv_capacity [--help]
 
 For each model, context and policy: sequences of that context are submitted to the scheduler over the plan that
 `resolve` makes of the memory, and those that run together to their end without preemption are counted. So all is in it:
@@ -7,6 +7,7 @@ seats and knows nothing of the context; `seats` has as many seats as sequences o
 windows are provided for. No tensors are made.
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from engine.request import Request
 from engine.request import Sequence as Choice
 from engine.scheduler import Scheduler
 from kvcache.layout import PageLayout
-from kvcache.policy import read_policy
+from kvcache.policy import PolicyError, read_policy
 
 MODELS = ("llama-3.2-1b", "llama-3-8b")
 NUM_F16 = 16  # sequences that the memory holds in float16
@@ -74,7 +75,17 @@ class Case:
 
 
 def main() -> None:
-    rows = [row for model in MODELS for context in CONTEXTS for row in compare(model, context)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=MODELS, metavar="MODEL")
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="tokens of one sequence")
+    parser.add_argument("--policies", nargs="+", default=POLICIES, help="of the KV cache")
+    args = parser.parse_args()
+    try:
+        for policy in args.policies:
+            read_policy(policy)
+    except PolicyError as error:
+        parser.error(f"--policies: {error}")
+    rows = [row for model in args.models for context in args.contexts for row in compare(model, context, args.policies)]
     print(json.dumps({"benchmark": "kv_capacity", "rows": rows}))
 
 

@@ -1,9 +1,10 @@
-"""What book-keeping costs per step as live requests grow:  python -m benchmarks.scheduler
+"""What book-keeping costs per step as live requests grow:  python -m benchmarks.scheduler [--live 10 100 1000]
 
 Times scheduling, page bookkeeping, prefix hashing and batch building with no model behind them: N sequences decode at
 a context of 512 tokens, all of them in every step.
 """
 
+import argparse
 import json
 import statistics
 import time
@@ -16,20 +17,25 @@ from kvcache.manager import KVCacheManager
 
 PAGE_SIZE = 64  # tokens
 CONTEXT = 512  # tokens of every sequence when timing starts
-NUM_STEPS = 50
 BATCH_TOKENS = 4096
 
 
 def main() -> None:
-    rows = [measure(num_live) for num_live in (10, 100, 1000)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--live", type=int, nargs="+", default=[10, 100, 1000], help="sequences that decode")
+    parser.add_argument("--steps", type=int, default=50, help="that are timed; the median counts")
+    args = parser.parse_args()
+    if min(*args.live, args.steps) < 1:
+        parser.error("--live and --steps must be at least 1")
+    rows = [measure(num_live, args.steps) for num_live in args.live]
     for row in rows:
         print(f"{row['num_live']:>6} live: {row['ms_per_step']:8.3f} ms a step, {row['us_per_sequence']:6.2f} us each")
     print(json.dumps({"benchmark": "scheduler", "context": CONTEXT, "rows": rows}))
 
 
-def measure(num_live: int) -> dict[str, float]:
-    """Median milliseconds of one step with `num_live` decoding sequences."""
-    num_steps = num_live * CONTEXT // BATCH_TOKENS + NUM_STEPS + 3  # the first to start decodes while others prefill
+def measure(num_live: int, num_timed: int) -> dict[str, float]:
+    """Median milliseconds of `num_timed` steps with `num_live` decoding sequences."""
+    num_steps = num_live * CONTEXT // BATCH_TOKENS + num_timed + 3  # the first to start decodes while others prefill
     num_pages = num_live * ((CONTEXT + 2 * num_steps) // PAGE_SIZE + 2)
     manager = KVCacheManager(num_pages, PAGE_SIZE, salt="benchmark")
     scheduler = Scheduler(manager, max_num_seqs=num_live, max_batch_tokens=BATCH_TOKENS)
@@ -39,7 +45,7 @@ def measure(num_live: int) -> dict[str, float]:
         scheduler.add(Sequence(i, Request(submit, i, seed=0), 0, list(prompt)))
     while scheduler.num_waiting or not all(s.is_decoding for s in scheduler.sequences()):
         step(scheduler, manager)
-    seconds = [step(scheduler, manager) for _ in range(NUM_STEPS)]
+    seconds = [step(scheduler, manager) for _ in range(num_timed)]
     median = statistics.median(seconds)
     return {"num_live": num_live, "ms_per_step": median * 1e3, "us_per_sequence": median / num_live * 1e6}
 
