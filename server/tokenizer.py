@@ -188,6 +188,8 @@ class HubTokenizer:
                 raise TokenizerError(f"{reason}. Correct it, or give another with --chat-template") from error
             if isinstance(cause, ImportError):  # a Jinja too old for transformers
                 raise TokenizerError(str(cause)) from error
+        if "messages" not in self.template_variables:
+            raise TokenizerError("the chat template never reads messages: all conversations would be one prompt")
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         try:

@@ -226,6 +226,15 @@ def test_a_template_that_is_not_jinja_is_found_at_load(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_a_file_that_is_no_template_is_not_taken_for_one(tmp_path: Path) -> None:
+    """Bug: --chat-template with the name of another text: each conversation is answered as if that had been asked."""
+    byte_level()._hub.save_pretrained(tmp_path)
+    file = tmp_path / "notes.txt"
+    file.write_text("{# messages #} Buy milk. {{ bos_token }}")
+    with pytest.raises(TokenizerError, match="never reads messages"):
+        load_tokenizer(tmp_path, file)
+
+
 def test_a_template_may_refuse_a_conversation(tmp_path: Path) -> None:
     """Bug: a template that insists on a system message, or on tools, taken for one that cannot be used."""
     byte_level()._hub.save_pretrained(tmp_path)
@@ -243,7 +252,7 @@ def test_templates_without_a_default_are_refused(tmp_path: Path) -> None:
     made._hub.chat_template = {"tool_use": "x", "rag": "y"}
     with pytest.raises(TokenizerError, match=r"\(tool_use, rag\) is called default: choose one with --chat-template"):
         made.check_template()
-    made._hub.chat_template = {"default": "x", "rag": "y"}
+    made._hub.chat_template = {"default": "{{ messages }}", "rag": "y"}
     made.check_template()
 
 
