@@ -44,3 +44,11 @@ def test_families_and_kernels_are_those_of_the_registry() -> None:
 def test_formats_name_families_that_exist() -> None:
     for row in table("Formats"):
         assert set(row[2].split(", ")) <= set(families("kernels.linear")), row[0]
+
+
+def test_the_readme_names_every_format() -> None:
+    """Bug: a format that is served, and whose users never learn of it."""
+    (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| formats |")]
+    named = re.sub(r"[^a-z0-9]", "", row.lower())
+    readers = {reader for row in table("Formats") for reader in quoted(row[1])} - {"dense.py", "nibble.py"}
+    assert [reader for reader in sorted(readers) if re.sub(r"_|\.py", "", reader) not in named] == []
