@@ -141,7 +141,6 @@ def inspect_command(config_file: Path | None, as_json: bool | None, **flags: Any
         screen.print_inspection(Console(highlight=False), inspection)
 
 
-@cli.command("convert", no_args_is_help=True)
 def convert_command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A folder or a Hugging Face id, in 16 or 32 bits.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; it must not exist.")],
@@ -162,7 +161,8 @@ def convert_command(
 ) -> None:
     """Write a checkpoint in Nibble's container: quantize its linear layers, or recover the codes they already hold.
 
-    Started again after an interruption it continues with the first shard that is not written.
+    Takes --scheme or --recover, one of the two. Started again after an interruption it continues with the first shard
+    that is not written.
     """
     if recover == (scheme is not None):
         fail("nibble convert takes either --recover or --scheme", 2)
@@ -185,7 +185,6 @@ def convert_command(
         screen.print_conversion(Console(highlight=False), conversion)
 
 
-@cli.command("calibrate", no_args_is_help=True)
 def calibrate_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hugging Face id.")],
     data: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text of the kind that will be served.")],
@@ -327,7 +326,8 @@ def _option(name: str, field: FieldInfo) -> Any:
     extra = field.json_schema_extra
     assert isinstance(extra, dict)
     shown = screen.size(field.default) if field.default and config.Size in config.kinds(field) else field.default
-    default = "" if field.default in (None, True, False) else f" Default: {shown}."
+    shown = "on" if field.default is True else shown
+    default = "" if field.default in (None, False) else f" Default: {shown}."
     return typer.Option(
         f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag,
         help=f"{field.description}{default}",
@@ -352,6 +352,8 @@ def _metavar(field: FieldInfo) -> str:
 cli.command()(with_settings(serve, list(config.ServerConfig.model_fields)))
 JSON = _parameter("as_json", Annotated[bool | None, typer.Option("--json", help="Print one JSON object.")])
 cli.command("inspect")(with_settings(inspect_command, config.ENGINE_SETTINGS, JSON))
+cli.command("convert", no_args_is_help=True)(convert_command)
+cli.command("calibrate", no_args_is_help=True)(calibrate_command)
 
 
 if __name__ == "__main__":

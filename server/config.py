@@ -90,7 +90,12 @@ class ServerConfig(BaseSettings):
     offline: bool = setting(False, "Model", "Use only what is already on this machine.")
     served_name: Text | None = setting(None, "Model", "Name clients give as `model`. Default: hub id or folder name.")
     chat_template: Path | None = setting(None, "Model", "Jinja file to use instead of the checkpoint's chat template.")
-    max_model_len: int | None = setting(None, "Model", "Most tokens of one request, prompt and answer.", ge=1)
+    max_model_len: int | None = setting(
+        None,
+        "Model",
+        "Most tokens of one request, prompt and answer. Default: the model's, as far as the cache holds them.",
+        ge=1,
+    )
 
     host: Text = setting("127.0.0.1", "Server", "Address to listen on; 0.0.0.0 for all.")
     port: int = setting(8000, "Server", "Port to listen on; 0 picks a free one.", ge=0, le=65535)
@@ -110,12 +115,14 @@ class ServerConfig(BaseSettings):
     ops_port: int | None = setting(
         None,
         "Server",
-        "One more port, for /metrics, /health and /ready; /metrics is then nowhere else.",
+        "One more port, for /metrics, /health and /ready; /metrics is then nowhere else. Default: none.",
         ge=0,
         le=65535,
     )
     otlp_endpoint: Text | None = setting(
-        None, "Server", "OpenTelemetry collector that gets a trace of each request, like http://localhost:4318."
+        None,
+        "Server",
+        "OpenTelemetry collector that gets a trace of each request, like http://localhost:4318. Default: none.",
     )
     api_key: Text | None = setting(
         None, "Access", "Key that clients must send; better set as NIBBLE_API_KEY.", repr=False
@@ -173,7 +180,7 @@ class ServerConfig(BaseSettings):
     swap_memory: Size = setting(
         0,
         "KV cache",
-        "Host memory for sequences that had to wait, like 2GiB. 0: their tokens are computed again.",
+        "Host memory for sequences that had to wait, like 2GiB. Default: none, their tokens are computed again.",
         ge=0,
     )
     page_size: int = setting(64, "KV cache", f"Tokens of one page: {', '.join(map(str, PAGE_SIZES))}.")

@@ -40,7 +40,7 @@ class Lengths:
 
     def __post_init__(self) -> None:
         if self.input_words < 1 or self.output_tokens < 1 or not 0 <= self.spread < 1:
-            raise BenchError("lengths must be at least 1, and their spread in [0, 1)")
+            raise BenchError("--input-len and --output-len must be at least 1, --spread from 0 to below 1")
 
     def draw(self, rng: random.Random) -> tuple[int, int]:
         """(words of a prompt, tokens of its answer)."""

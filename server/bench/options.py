@@ -33,7 +33,9 @@ class Asked:
     """What is sent, whatever the rate."""
 
     url: Annotated[str, typer.Argument(metavar="URL", help="The server, like http://localhost:8000.")]
-    model: Annotated[str | None, typer.Option(help="Default: the first that the server lists.")] = None
+    model: Annotated[
+        str | None, typer.Option(help="The name to ask for. Default: the first that the server lists.")
+    ] = None
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Sent as a bearer token.")] = None
     endpoint: Annotated[Endpoint, typer.Option(help="Which route is asked.")] = "completions"
     dataset: Annotated[Dataset, typer.Option(help="Where prompts come from.")] = "random"
@@ -42,17 +44,17 @@ class Asked:
     output_len: Annotated[int | None, typer.Option(help="Most tokens of an answer. Default: 128, or as recorded.")] = (
         None
     )
-    spread: Annotated[float, typer.Option(help="Made-up lengths vary by this share, 0 to 1.")] = 0.0
+    spread: Annotated[float, typer.Option(help="Made-up lengths vary by this share, from 0 to below 1.")] = 0.0
     prefixes: Annotated[int, typer.Option(help="shared-prefix: how many beginnings there are.")] = 4
     prefix_len: Annotated[int, typer.Option(help="shared-prefix: words of a beginning.")] = 256
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Answers of full length, where servers can.")] = False
     temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0
     seed: Annotated[int, typer.Option(help="The same seed sends the same requests at the same times.")] = 0
-    warm_up: Annotated[int, typer.Option(help="Requests sent before, one by one, and not counted.")] = 1
+    warm_up: Annotated[int, typer.Option(min=0, help="Requests sent before, one by one, and not counted.")] = 1
     metrics_url: Annotated[
         str | None, typer.Option(help="Where hits of the prefix cache are. Default: URL/metrics.")
     ] = None
-    timeout: Annotated[float, typer.Option(help="Longest silence of the server, in seconds.")] = 600.0
+    timeout: Annotated[float, typer.Option(min=0.1, help="Longest silence of the server, in seconds.")] = 600.0
 
     @property
     def base_url(self) -> str:
@@ -132,7 +134,7 @@ class Steps:
 
     slo: Annotated[str, typer.Option(help="Limits, like ttft=500ms,tpot=50ms or e2el=10s.")]
     rate: Annotated[float, typer.Option(help="Where to begin, in requests a second.")] = 1.0
-    duration: Annotated[float, typer.Option(help="Seconds of sending at each rate.")] = 20.0
+    duration: Annotated[float, typer.Option(min=1, help="Seconds of sending at each rate.")] = 20.0
     share: Annotated[float, typer.Option(help="Of requests that must keep the limits.")] = 0.99
     precision: Annotated[float, typer.Option(help="Of the rate found, as a share of it.")] = 0.1
     burstiness: Annotated[float, typer.Option(help=BURSTINESS)] = 1.0

@@ -1,11 +1,13 @@
 """The command line: help, and mistakes that end with a sentence."""
 
 import json
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from engine.config import EngineConfig
@@ -39,7 +41,14 @@ def test_help_lists_every_setting_in_its_panel() -> None:
     assert "--no-prefix-caching" in text
     assert "Default: 8000." in text
     assert "Default: 16.0 MiB." in text
+    assert re.search(r"--no-prefix-caching.*Default: on\.", text)
     assert text.count("SIZE") == 3
+
+
+def test_help_begins_with_what_most_people_want() -> None:
+    """Bug: two commands that few need stand before the one that serves."""
+    group = typer.main.get_group(cli.cli)
+    assert list(group.commands) == ["serve", "inspect", "convert", "calibrate", "bench"]
 
 
 def test_version() -> None:

@@ -339,6 +339,15 @@ def test_options_without_effect_are_refused(options: dict[str, Any], complaint: 
         Asked("http://test", **options).prompts(1, 0)
 
 
+@pytest.mark.parametrize("option", ["--warm-up=-1", "--timeout=0", "--duration=-5"])
+def test_numbers_that_mean_nothing_are_refused(option: str) -> None:
+    """Bug: a warm-up of less than none, and rates that hold because hardly anything is sent."""
+    command = ["sweep", "--slo", "ttft=1s"] if "duration" in option else ["serve"]
+    result = CliRunner().invoke(cli, ["bench", *command, "http://test", option])
+    assert result.exit_code == 2
+    assert option.split("=", maxsplit=1)[0] in result.output
+
+
 @pytest.mark.parametrize(
     ("url", "complaint"),
     [
