@@ -66,7 +66,8 @@ class Rounding:
         """x: [num_tokens, width] -> x^, x's dtype."""
         width, num_channels = x.shape[-1], self.channels or x.shape[-1]
         padded = torch.nn.functional.pad(x.float(), (0, -width % num_channels))
-        groups = padded.view(*padded.shape[:-1], -1, num_channels)  # [num_tokens, groups, channels]
+        num_groups = padded.shape[-1] // num_channels
+        groups = padded.view(*x.shape[:-1], num_groups, num_channels)  # [num_tokens, groups, channels]
         scale, zero = self._scale(groups)
         codes = self._codes(groups / scale + zero)
         return ((codes - zero) * scale).flatten(-2)[..., :width].to(x.dtype)

@@ -35,6 +35,24 @@ class Group:
     def __init__(self, members: Sequence[Packed]) -> None: ...
     def run(self, x: int, num_tokens: int, outs: Sequence[int]) -> None: ...
 
+class Int8Group:
+    """Matrices of integers that read activations rounded to integers by token: code = round(x / scale + zero).
+
+    Without a scale it follows the largest magnitude of a token (symmetric), or its largest and smallest value, and so
+    does zero. code_sums: int32 [N, blocks] for each matrix, where activations have a zero point. Raises ValueError.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Packed],
+        bits: int,
+        symmetric: bool,
+        scale: float | None,
+        zero: int,
+        code_sums: Sequence[Tensor],
+    ) -> None: ...
+    def run(self, x: int, num_tokens: int, outs: Sequence[int]) -> None: ...
+
 def pack(
     bits: int,
     num_channels: int,

@@ -9,20 +9,21 @@
 
 namespace nibble {
 
-// Matrices that share activations: run(x, num_tokens, outs) takes the addresses of x and of one output for each matrix.
+// run(x, num_tokens, outs) of matrices that share activations: the addresses of x and of one output for each matrix.
+template <class Group>
+void run_group(const Group& group, uintptr_t x, int64_t num_tokens, const std::vector<uintptr_t>& outs) {
+  std::vector<float*> pointers;
+  for (uintptr_t out : outs) pointers.push_back((float*)out);
+  group.run((const float*)x, num_tokens, pointers);
+}
+
 template <class Group, class Matrix>
 void bind_group(nanobind::module_& m, const char* name) {
   using namespace nanobind::literals;
   nanobind::class_<Group>(m, name)
       .def(nanobind::init<std::vector<const Matrix*>>(), "members"_a, nanobind::keep_alive<1, 2>())
-      .def(
-          "run",
-          [](const Group& group, uintptr_t x, int64_t num_tokens, const std::vector<uintptr_t>& outs) {
-            std::vector<float*> pointers;
-            for (uintptr_t out : outs) pointers.push_back((float*)out);
-            group.run((const float*)x, num_tokens, pointers);
-          },
-          "x"_a, "num_tokens"_a, "outs"_a, nanobind::call_guard<nanobind::gil_scoped_release>());
+      .def("run", &run_group<Group>, "x"_a, "num_tokens"_a, "outs"_a,
+           nanobind::call_guard<nanobind::gil_scoped_release>());
 }
 
 void bind_linear(nanobind::module_& m);

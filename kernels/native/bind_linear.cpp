@@ -10,6 +10,7 @@
 
 #include "bind.hpp"
 #include "group.hpp"
+#include "int8_group.hpp"
 #include "packed.hpp"
 #include "refuse.hpp"
 
@@ -150,6 +151,20 @@ Packed pack_arrays(int bits, int64_t num_channels, int64_t group_size, const Arr
   return pack(from);
 }
 
+// In place: members, the rounding of their activations (scale: None where it follows the token), and sums of codes.
+void make_int8_group(Int8Group* group, const std::vector<const Packed*>& members, int bits, bool symmetric,
+                     std::optional<float> scale, int32_t zero, const std::vector<Array>& code_sums) {
+  std::vector<const int32_t*> sums;
+  for (size_t i = 0; i < code_sums.size(); i++) {
+    const Array& a = code_sums[i];
+    require(i < members.size() && is<int32_t>(a) && is_matrix(a, members[i]->num_rows) &&
+                (int)a.shape(1) == members[i]->num_blocks,
+            "sums of codes must be a contiguous int32 matrix, one for each row and block");
+    sums.push_back((const int32_t*)a.data());
+  }
+  new (group) Int8Group(members, {bits, symmetric, scale.has_value(), scale.value_or(0.0f), zero}, sums);
+}
+
 }  // namespace
 
 void bind_linear(nb::module_& m) {
@@ -164,6 +179,10 @@ void bind_linear(nb::module_& m) {
         "scale_steps"_a.none() = nb::none(), "offset_steps"_a.none() = nb::none(),
         nb::call_guard<nb::gil_scoped_release>());
   bind_group<Group, Packed>(m, "Group");
+  nb::class_<Int8Group>(m, "Int8Group")
+      .def("__init__", &make_int8_group, "members"_a, "bits"_a, "symmetric"_a, "scale"_a.none(), "zero"_a,
+           "code_sums"_a, nb::keep_alive<1, 2>())
+      .def("run", &run_group<Int8Group>, "x"_a, "num_tokens"_a, "outs"_a, nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace nibble

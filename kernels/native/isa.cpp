@@ -5,6 +5,7 @@
 
 #include "attention.hpp"
 #include "dense.hpp"
+#include "int8.hpp"
 #include "linear.hpp"
 #include "probe.hpp"
 #include "quantized.hpp"
@@ -13,8 +14,9 @@
 namespace nibble {
 namespace {
 
-#define NIBBLE_TABLE(isa)                                                                                        \
-  { #isa, &isa::linear_ops, &isa::dense_ops, &isa::attention_ops, &isa::quantized_ops, &isa::rows_ops, &isa::probe_ops }
+#define NIBBLE_TABLE(isa)                                                                                             \
+  { #isa, &isa::linear_ops, &isa::int8_ops, &isa::dense_ops, &isa::attention_ops, &isa::quantized_ops, &isa::rows_ops, \
+    &isa::probe_ops }
 
 #if defined(__x86_64__)
 bool has_avx512() {

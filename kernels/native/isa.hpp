@@ -7,6 +7,7 @@
 namespace nibble {
 
 struct LinearOps;
+struct Int8Ops;
 struct DenseOps;
 struct AttentionOps;
 struct QuantizedOps;
@@ -17,6 +18,7 @@ struct ProbeOps;
 struct Isa {
   const char* name;
   const LinearOps* linear;
+  const Int8Ops* int8;
   const DenseOps* dense;
   const AttentionOps* attention;
   const QuantizedOps* quantized;

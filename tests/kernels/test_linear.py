@@ -14,9 +14,10 @@ from kernels.linear.dense.layout import DenseWeights
 from kernels.linear.int8.layout import Int8Weights
 from kernels.linear.lowrank.layout import LowRankWeights
 from kernels.linear.registry import kernels_for
+from kernels.linear.rounding import Rounding
 from kernels.linear.weights import Term
 from kernels.registry import families
-from tests.kernels.weights import affine_by_hand, example, random_affine, random_dense, random_minima
+from tests.kernels.weights import affine_by_hand, example, random_affine, random_dense, random_int8, random_minima
 from tests.tolerance import EPS, assert_within, dot_bound
 
 SHAPES = [  # num_tokens, in_features, out_features, group_size
@@ -105,6 +106,16 @@ def test_affine_with_offsets(kernel: LinearKernel, num_tokens: int, k: int, n: i
 @pytest.mark.parametrize("kernel", kernels_for("dense"), ids=named)
 def test_dense(kernel: LinearKernel, stored: torch.dtype, num_tokens: int, k: int, n: int, group: int) -> None:
     check(kernel, random_dense(k, n, stored, seed=group), num_tokens)
+
+
+@pytest.mark.parametrize(("num_tokens", "k", "n", "group"), SHAPES)
+@pytest.mark.parametrize("bits", range(2, MAX_BITS + 1))
+@pytest.mark.parametrize("kernel", kernels_for("int8"), ids=named)
+def test_int8(kernel: LinearKernel, bits: int, num_tokens: int, k: int, n: int, group: int) -> None:
+    """By token, with a zero point that follows it, and in groups of channels."""
+    roundings = (Rounding("int", 8), Rounding("int", 4, symmetric=False), Rounding("int", 8, 32))
+    for rounding in roundings:
+        check(kernel, random_int8(bits, k, n, group, rounding, seed=bits), num_tokens)
 
 
 @pytest.mark.parametrize("family", families("kernels.linear"))
