@@ -2,14 +2,17 @@
 
 import json
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import typer
 from prometheus_client import Metric
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from server import cli
 from server.app import create_app
 from server.bench.options import Asked, Output, Pace, Steps
 from server.config import ServerConfig
@@ -93,3 +96,25 @@ def test_flags_in_the_operations_guide_exist() -> None:
     of_other_programs = {"--help", "--config", "--profile", "--build", "--cacert", "--minutes", "--rate", "--seconds"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", OPERATIONS))
     assert named <= settings | options | of_other_programs
+
+
+def commands() -> list[str]:
+    """Every call of nibble in the code of a document."""
+    texts = [path.read_text(encoding="utf-8") for path in (*DOCS.glob("*.md"), DOCS.parent / "README.md")]
+    return [
+        found.group(1)
+        for text in texts
+        for found in re.finditer(r"^(?:NIBBLE_\w+=\S+ +| {4})?nibble (\w[^\n]*)$", text, re.M)
+    ]
+
+
+def test_commands_in_documents_can_be_given() -> None:
+    """Bug: an example with an option that was renamed, or that belongs to another command."""
+    assert len(commands()) >= 10
+    for line in commands():
+        command: object = typer.main.get_group(cli.cli)
+        words = shlex.split(line, comments=True)
+        while isinstance(command, typer.core.TyperGroup):
+            command = command.commands[words.pop(0)]
+        assert isinstance(command, typer.core.TyperCommand)
+        command.make_context("nibble", [word for word in words if word != "--help"])
