@@ -25,14 +25,13 @@ def inspect(config: EngineConfig, on_loading: OnLoading | None = None) -> Inspec
 
 def cache_memory(layout: PageLayout, plan: PlanSummary) -> CacheMemory:
     """What the plan's cache holds, and what sequences take of it."""
-    num_bytes = plan.num_pages * layout.bytes_per_page + plan.num_recent_pages * layout.bytes_per_recent_page
     f16_bytes = RECENT_BYTES * layout.elements_per_token
     lengths = sorted({n for n in (*LENGTHS, plan.max_model_len) if n <= plan.max_model_len})
     return CacheMemory(
         bits=layout.effective_bits,
-        num_bytes=num_bytes,
+        num_bytes=plan.kv_bytes,
         num_tokens=plan.num_pages * plan.page_size,
-        num_f16_tokens=num_bytes // (f16_bytes * plan.page_size) * plan.page_size,
+        num_f16_tokens=plan.kv_bytes // (f16_bytes * plan.page_size) * plan.page_size,
         f16_bytes_per_token=f16_bytes,
         break_even_tokens=layout.break_even_tokens,
         sequences=[sequence_memory(layout, n) for n in lengths],

@@ -201,6 +201,16 @@ class PlanSummary(msgspec.Struct, frozen=True):
     notes: tuple[str, ...] = ()  # what a user should know: limits that came from the model or from memory
 
     @property
+    def recent_bytes(self) -> int:
+        """Of the cache, for recent pages."""
+        return self.num_recent_pages * self.bytes_per_recent_page
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of the whole cache, pages of both kinds."""
+        return self.num_pages * self.bytes_per_page + self.recent_bytes
+
+    @property
     def kv_bits(self) -> float:
         """Bits of a page for each number of keys and values, parameters included."""
         return 8 * self.kv_bytes_per_token / max(self.kv_elements_per_token, 1)

@@ -174,15 +174,22 @@ def _facts(plan: PlanSummary, name: str) -> list[tuple[str, str]]:
     facts += [
         (
             "KV cache",
-            f"{plan.kv_policy}{_bits(plan)}, {size(tokens * plan.kv_bytes_per_token)}, prefix caching {prefix}",
+            f"{plan.kv_policy}{_bits(plan)}, {size(plan.kv_bytes)}, prefix caching {prefix}",
         ),
-        ("", f"{tokens:,} tokens fit: {plan.num_pages:,} pages of {plan.page_size}"),
+        ("", f"{tokens:,} tokens fit: {plan.num_pages:,} pages of {plan.page_size}{_parts(plan)}"),
         *([("", f"{size(plan.swap_bytes)} of host memory to swap to")] if plan.swap_bytes else []),
         ("context", f"{plan.max_model_len:,} tokens at most for one request, prompt and answer"),
         ("batch", f"{plan.max_num_seqs} sequences, {plan.max_batch_tokens} tokens a step"),
         ("speed", f"{plan.decode_tokens_per_s:,.1f} tokens/s for one sequence; loaded in {plan.load_seconds:.1f} s"),
     ]
     return [*facts, *(("note", note) for note in plan.notes)]
+
+
+def _parts(plan: PlanSummary) -> str:
+    """What the memory of a cache with two kinds of pages is divided into."""
+    if not plan.recent_bytes:
+        return ""
+    return f" in {size(plan.kv_bytes - plan.recent_bytes)}; {size(plan.recent_bytes)} for recent tokens in f16"
 
 
 def _kernels(plan: PlanSummary) -> list[str]:

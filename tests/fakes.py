@@ -41,6 +41,7 @@ PLAN = PlanSummary(
     page_size=16,
     num_pages=64,
     kv_bytes_per_token=1024,
+    bytes_per_page=16 * 1024,
     weight_bytes=1 << 20,
     max_model_len=512,
     max_num_seqs=4,

@@ -1,5 +1,7 @@
 """What the cache of a plan takes, beside one of float16."""
 
+from typing import Any
+
 import msgspec
 
 from engine.inspection import cache_memory, sequence_memory
@@ -32,13 +34,16 @@ def test_short_sequences_are_made_of_their_window() -> None:
 def test_what_fits_is_counted_with_the_recent_pages() -> None:
     """Bug: a comparison with float16 in which the quantized side has memory that is not counted."""
     layout = layout_of("k2v2")
-    plan = msgspec.structs.replace(PLAN, page_size=64, num_pages=100, num_recent_pages=50, max_model_len=5000)
+    bytes_of = {"bytes_per_page": layout.bytes_per_page, "bytes_per_recent_page": layout.bytes_per_recent_page}
+    sizes: dict[str, Any] = {"page_size": 64, "num_pages": 100, "max_model_len": 5000, **bytes_of}
+    plan = msgspec.structs.replace(PLAN, num_recent_pages=50, **sizes)
     kv = cache_memory(layout, plan)
     assert kv.num_bytes == 100 * 64 * 18_432 + 50 * 2 * 2**20
     assert kv.num_tokens == 6400
     assert kv.num_f16_tokens == kv.num_bytes // (64 * 131_072) * 64
     assert [one.num_tokens for one in kv.sequences] == [1024, 4096, 5000]
     assert kv.bits == 2.25
-    plain = cache_memory(layout_of("f16"), plan)
+    sizes["bytes_per_page"] = layout_of("f16").bytes_per_page
+    plain = cache_memory(layout_of("f16"), msgspec.structs.replace(PLAN, **sizes))
     assert (plain.bits, plain.num_f16_tokens, plain.break_even_tokens) == (16, 6400, 0)
     assert all(one.recent_bytes == 0 and one.page_bytes == one.f16_bytes for one in plain.sequences)

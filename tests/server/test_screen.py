@@ -41,6 +41,13 @@ def test_one_screen_has_every_decision() -> None:
     assert text.count("\n") <= 24
 
 
+def test_memory_of_the_cache_is_all_of_it() -> None:
+    """Bug: pages alone here, pages and recent pages in nibble inspect."""
+    text = screen(kv_policy="k4v4", num_recent_pages=8, bytes_per_recent_page=1 << 17)
+    assert "k4v4, 2.0 MiB, prefix caching on" in text
+    assert "64 pages of 16 in 1.0 MiB; 1.0 MiB for recent tokens in f16" in text
+
+
 def test_kernels_with_the_same_story_share_a_line() -> None:
     """Bug: a screen of six lines that all say the same, in which the one that differs is not seen."""
     slow = [KernelUse(what, "reference", "") for what in ("42 x affine", "25 x norm", "6 x swiglu")]
