@@ -42,7 +42,7 @@ install: $(INSTALLED)
 
 # HOST counts behind make alone: shells and compilers put another meaning into the environment.
 serve: install
-	$(BIN)/nibble serve $(MODEL) $(if $(PORT),--port $(PORT)) $(if $(filter command,$(origin HOST)),--host $(HOST)) $(ARGS)
+	$(BIN)/nibble serve $(if $(MODEL),'$(MODEL)') $(if $(PORT),--port $(PORT)) $(if $(filter command,$(origin HOST)),--host $(HOST)) $(ARGS)
 
 test: install check
 

@@ -285,7 +285,8 @@ def served_name(model: str | None) -> str:
     """The name clients use: the hub id, or the last part of a path, without ".gguf"."""
     if model is None:
         return "demo"
-    return Path(model).resolve().name.removesuffix(GGUF) if Path(model).exists() else model
+    path = Path(model).expanduser()
+    return path.resolve().name.removesuffix(GGUF) if path.exists() else model
 
 
 def address(host: str, port: int, scheme: str = "http") -> str:

@@ -94,11 +94,14 @@ def test_address_works_on_this_machine(host: str, url: str) -> None:
     assert cli.address(host, 80) == url
 
 
-def test_served_names(tmp_path: Path) -> None:
+def test_served_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: clients must ask for "~/my-model", a path of the server, where no shell has seen the variable."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "my-model"
     folder.mkdir()
     assert cli.served_name(None) == "demo"
     assert cli.served_name(f"{folder}/") == "my-model"
+    assert cli.served_name("~/my-model") == "my-model"
     assert cli.served_name("org/model") == "org/model"
 
 

@@ -26,8 +26,8 @@ def make(*words: str, **variables: str) -> tuple[int, str]:
 def test_what_is_set_behind_make_reaches_the_server() -> None:
     """Bug: make serve PORT=9000 serves on port 8000."""
     assert make("serve") == (0, ".venv/bin/nibble serve")
-    words = ("MODEL=a/model", "PORT=9000", "HOST=0.0.0.0", "ARGS=--kv f16")
-    assert make("serve", *words) == (0, ".venv/bin/nibble serve a/model --port 9000 --host 0.0.0.0 --kv f16")
+    words = ("MODEL=a model", "PORT=9000", "HOST=0.0.0.0", "ARGS=--kv f16")
+    assert make("serve", *words) == (0, ".venv/bin/nibble serve 'a model' --port 9000 --host 0.0.0.0 --kv f16")
 
 
 def test_a_host_of_the_environment_is_not_the_address() -> None:
