@@ -95,6 +95,7 @@ def _allocate(layout: PageLayout, plan: Plan) -> PageStorage:
 def _runner(loaded: LoadedModel, storage: PageStorage, plan: Plan) -> tuple[Runner, str | None]:
     """What runs steps, and a note where it is not the fastest way. Raises StartError."""
     try:
+        loaded.sampler.prepare(loaded.model.config.vocab_size, torch.device(plan.device))
         return runner_for(loaded.model, storage.layers, plan)
     except torch.OutOfMemoryError as error:
         raise StartError(f"no memory is left to run a step: lower --kv-memory or --max-num-seqs ({error})") from error
@@ -205,13 +206,12 @@ def _calibration_note(layout: PageLayout) -> tuple[str, ...]:
 
 
 def _recent_note(layout: PageLayout, plan: Plan) -> tuple[str, ...]:
-    """What the bytes of a token leave out."""
+    """What is not read at the policy's precision."""
     if plan.num_recent_pages == 0:
         return ()
     policy, limit = layout.policy, plan.kv_request_window
     asked = f"; up to {limit:,} tokens of a request that asks for it are" if limit else ""
     prompts = "; prompts read all of their tokens in float16 (--kv-prefill exact)" if plan.kv_prefill == "exact" else ""
-    num_bytes = plan.num_recent_pages * layout.bytes_per_recent_page
     own = f"the last {policy.window} tokens and the first {policy.num_sinks} of a sequence are read in float16"
     said = f"{own}{asked}{prompts}" if policy.window or policy.num_sinks else f"{asked}{prompts}".removeprefix("; ")
-    return (f"{said}, in {size(num_bytes)} of the cache",)
+    return (said,)

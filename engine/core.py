@@ -7,6 +7,7 @@ core runs behind ZeroMQ (process.py) and inside a test.
 import itertools
 import os
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -209,6 +210,7 @@ class EngineCore:
 
     def _advance(self, slices: Items[Slice], rows: Items[BatchRow], logits: Tensor) -> None:
         """Account for what the step stored, and sample for every sequence that is caught up."""
+        drawn = self._choose_on_gpu(slices, rows, logits)
         first = 0  # row of `logits`
         for item, row in zip(slices, rows, strict=True):
             sequence = item.sequence
@@ -220,9 +222,26 @@ class EngineCore:
             own = logits[first : first + row.num_logits]  # [row.num_logits, vocab]
             first += row.num_logits
             if sequence.wants_prompt_logprobs:
-                self._collect_prompt_logprobs(item, own)
+                self._collect_prompt_logprobs(item, own.cpu())
             if item.completes:
-                self._complete(sequence, own[-1])
+                self._complete(sequence, own[-1], drawn)
+
+    def _choose_on_gpu(
+        self, slices: Items[Slice], rows: Items[BatchRow], logits: Tensor
+    ) -> dict[tuple[int, int], int | None]:
+        """What the step's choices draw where the logits are, by sequence and choice; empty where that is the CPU."""
+        if self.parts.sampler.on_gpu is None:
+            return {}
+        keys: list[tuple[int, int]] = []
+        draws: list[tuple[int, Draw]] = []
+        row = -1  # the last of the slice's rows of `logits`
+        for item, part in zip(slices, rows, strict=True):
+            row += part.num_logits
+            sequence = item.sequence
+            for index in sequence.indices if item.completes else ():
+                keys.append((sequence.id, index))
+                draws.append((row, self._draw(sequence, index)))
+        return dict(zip(keys, self.parts.sampler.choose_on_gpu(logits, draws), strict=True))
 
     def _collect_prompt_logprobs(self, item: Slice, logits: Tensor) -> None:
         """logits: [item.num_tokens, vocab]; the row at position p scores the prompt token at p + 1."""
@@ -234,14 +253,20 @@ class EngineCore:
                 entry = self.parts.sampler.logprobs_of(logits[offset], submit.prompt[target], num_top)
                 item.sequence.request.prompt_logprobs.append(entry)
 
-    def _complete(self, sequence: Sequence, logits: Tensor) -> None:
-        """A sequence is caught up: fork its siblings off if it has just finished the prompt, then sample."""
+    def _complete(self, sequence: Sequence, logits: Tensor, drawn: Mapping[tuple[int, int], int | None]) -> None:
+        """A sequence is caught up: fork its siblings off if it has just finished the prompt, then sample.
+
+        logits: [vocab], which only choices that have not been drawn look at.
+        """
         if sequence.wants_prompt_logprobs:
             self._events.append(PromptLogprobs(sequence.request.submit.id, sequence.request.prompt_logprobs))
         family = [sequence, *self._fork(sequence)]
-        for member in family:
+        tokens = [drawn.get((sequence.id, member.index)) for member in family]
+        if None in tokens:
+            logits = logits.cpu()
+        for member, token in zip(family, tokens, strict=True):
             if member.finished is None:  # a failure of one choice ends them all
-                self._sample(member, logits)
+                self._sample(member, logits, token)
 
     def _fork(self, leader: Sequence) -> list[Sequence]:
         """Start the other choices on the leader's pages. Those without room wait, and find the prompt in the index."""
@@ -263,16 +288,20 @@ class EngineCore:
 
     # -- sample ----------------------------------------------------------------------------------------------------
 
-    def _sample(self, sequence: Sequence, logits: Tensor) -> None:
-        """Draw one token and emit it, or end the choice.  logits: [vocab]."""
+    def _draw(self, sequence: Sequence, index: int) -> Draw:
+        eos = self.parts.eos_token_ids
+        request = sequence.request
+        return Draw(request.submit.sampling, request.seed, index, sequence.tokens, sequence.num_prompt, eos)
+
+    def _sample(self, sequence: Sequence, logits: Tensor, token: int | None) -> None:
+        """Draw one token, unless it has been, and emit it, or end the choice.  logits: [vocab]."""
         request, sampling = sequence.request, sequence.request.submit.sampling
         if sequence.num_generated >= sampling.max_tokens:  # max_tokens 0: the prompt was all that was wanted
             self._finish(sequence, "length")
             return
-        eos = self.parts.eos_token_ids
-        draw = Draw(sampling, request.seed, sequence.index, sequence.tokens, sequence.num_prompt, eos)
         try:
-            token = self.parts.sampler.choose(logits, draw)
+            if token is None:
+                token = self.parts.sampler.choose(logits, self._draw(sequence, sequence.index))
         except BadLogits as error:
             self._fail(request, str(error))
             return
@@ -283,7 +312,7 @@ class EngineCore:
             sequence.first_token_at = time.monotonic()
         sequence.tokens.append(token)
         self._events.append(Token(request.submit.id, sequence.index, token, entry))
-        if token in sampling.stop_token_ids or (token in eos and not sampling.ignore_eos):
+        if token in sampling.stop_token_ids or (token in self.parts.eos_token_ids and not sampling.ignore_eos):
             self._finish(sequence, "stop", token)
         elif sequence.num_generated >= sampling.max_tokens:
             self._finish(sequence, "length")
@@ -296,8 +325,7 @@ class EngineCore:
         submit = sequence.request.submit
         admitted = sequence.admitted_at or now
         first_token = sequence.first_token_at or now
-        indices = [sequence.index, *range(1, sequence.num_waiting_forks + 1)]
-        for index in indices:
+        for index in sequence.indices:
             self._events.append(
                 Done(
                     submit.id,

@@ -166,13 +166,13 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
-        """Run one step; mutates the cache. Returns [num_logits, vocab] float32 on the CPU."""
+        """As Runner's; what it returns is overwritten by the next step."""
         size = size_for(batch, self.sizes)
         if size is None:
             return super().run(batch)
         graph = self.graphs[size]
         fill(graph.inputs, padded(batch, size, self.page_size, self.has_recent))
-        return graph.replay()[: len(batch.logit_rows)].cpu()
+        return graph.replay()[: len(batch.logit_rows)]
 
     def _recorded(self, size: Size) -> Graph:
         row = BatchRow([0], size.context_len - 1, [0] * -(-size.context_len // self.page_size), self.page_size, 1)

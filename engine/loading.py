@@ -19,7 +19,6 @@ import kernels.attention.registry
 import kernels.linear.registry
 import kernels.norm
 import kernels.rope
-import kernels.sampling
 from engine.calibration.fingerprint import fingerprint
 from engine.checkpoint.errors import TensorError
 from engine.checkpoint.format import Format, detect
@@ -38,7 +37,7 @@ from engine.models.decoder import Decoder
 from engine.models.gguf import describe as describe_gguf
 from engine.models.layers import BoundTerm, Embedding, FusedProjections, Linear, Projections, RMSNorm, Rope
 from engine.models.registry import ModelDescription, describe
-from engine.sampling import Sampler
+from engine.sampling import Sampler, sampler_for
 from kernels.attention.quantized.cache import QuantizedKernel, QuantizedSpec
 from kernels.contract import (
     ActivationKernel,
@@ -273,9 +272,10 @@ class CheckpointParts:
         return self._choose_row_op("swiglu", kernels.activation.KERNELS, spec)
 
     def sampler(self, config: ModelConfig) -> Sampler:
-        """Logits come to the CPU in float32 wherever they were computed."""
-        spec = RowSpec(config.vocab_size, torch.device("cpu"), torch.float32)
-        return Sampler(self._choose_row_op("sampling", kernels.sampling.KERNELS, spec))
+        sampler, uses = sampler_for(config.vocab_size, self._device, self._plan.kernel)
+        for what, choice in uses:
+            self._note(what, choice)
+        return sampler
 
     def chosen(self) -> list[KernelUse]:
         """What every layer so far runs on, equal ones counted."""

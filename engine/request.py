@@ -46,6 +46,11 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def indices(self) -> tuple[int, ...]:
+        """Of its own choice, and of those that are to start from it."""
+        return (self.index, *range(1, self.num_waiting_forks + 1))
+
+    @property
     def num_uncomputed(self) -> int:
         """Tokens to run before the next one can be sampled: 1 while decoding, more while prefilling."""
         return len(self.tokens) - self.num_computed

@@ -26,5 +26,5 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
-        """Run one step; mutates the cache. Returns [num_logits, vocab] float32 on the CPU, where ids are drawn."""
-        return self._model.forward(batch.to(self._caches[0].device), self._caches).cpu()
+        """Run one step; mutates the cache. Returns [num_logits, vocab] float32 on the model's device."""
+        return self._model.forward(batch.to(self._caches[0].device), self._caches)

@@ -1,5 +1,8 @@
 """Logits to ids. Every row is drawn by itself, so a request's tokens do not depend on its neighbours.
 
+Logits that lie on a GPU are drawn from there, a step's rows at once; only those of rows that need more than an id, or
+rules that no kernel has there, come to the CPU.
+
 Order of the rules: bias, penalties, min_tokens, temperature, then min_p, top_k and top_p, then one draw. The draw takes
 one uniform number that is a pure function of (seed, choice, position): replaying a request replays its tokens, whatever
 ran beside it and however often it was preempted.
@@ -8,14 +11,26 @@ ran beside it and however often it was preempted.
 import math
 import struct
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import kernels.sampling
 from engine.messages import Logprobs, Sampling
-from kernels.contract import Filters, SamplingKernel
+from kernels.contract import (
+    Choice,
+    Filters,
+    KernelRefused,
+    RowDraw,
+    RowSpec,
+    SamplingKernel,
+    StepSamplingKernel,
+    select,
+)
 
 
 class BadLogits(RuntimeError):
@@ -38,26 +53,60 @@ class Draw:
         return len(self.tokens) - self.num_prompt
 
     @property
-    def is_plain_greedy(self) -> bool:
-        """Whether the largest raw logit wins, nothing else to apply."""
+    def is_plain(self) -> bool:
+        """Whether nothing is to be applied to the raw logits before the temperature."""
         s = self.sampling
         return (
-            s.temperature == 0
-            and not s.logit_bias
+            not s.logit_bias
             and s.presence_penalty == s.frequency_penalty == 0
             and s.repetition_penalty == 1
             and self.num_generated >= s.min_tokens
         )
 
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the largest raw logit wins, nothing else to apply."""
+        return self.sampling.temperature == 0 and self.is_plain
+
+    @property
+    def filters(self) -> Filters | None:
+        """None is greedy."""
+        s = self.sampling
+        return None if s.temperature == 0 else Filters(s.temperature, s.top_k, s.top_p, s.min_p)
+
+    @property
+    def uniform(self) -> float:
+        return uniform_at(self.seed, self.index, self.num_generated)
+
 
 @dataclass(frozen=True)
 class Sampler:
-    """The rules, on the kernel that was chosen at load."""
+    """The rules, on the kernels that were chosen at load."""
 
-    kernel: SamplingKernel
+    kernel: SamplingKernel  # of one row on the CPU
+    on_gpu: StepSamplingKernel | None = None
+
+    def prepare(self, vocab_size: int, device: torch.device) -> None:
+        """Compile what a step may need, so that no request waits for it."""
+        if self.on_gpu is not None:
+            draws = [RowDraw(0, None), RowDraw(0, Filters(1.0, top_k=1))]
+            self.on_gpu.draw_all(torch.zeros(1, vocab_size, device=device), draws)
+
+    def choose_on_gpu(self, logits: Tensor, draws: Sequence[tuple[int, Draw]]) -> list[int | None]:
+        """The ids of a step's draws, each from a row of `logits`; None is for `choose` to choose or to refuse.
+
+        logits: [num_logits, vocab] float32. Waits for the GPU once, for 4 bytes a draw.
+        """
+        ids: list[int | None] = [None] * len(draws)
+        able = [i for i, (_, draw) in enumerate(draws) if draw.is_plain and draw.sampling.num_logprobs is None]
+        if self.on_gpu is not None and able:
+            asked = [RowDraw(row, draw.filters, draw.uniform) for row, draw in (draws[i] for i in able)]
+            for i, token in zip(able, self.on_gpu.draw_all(logits, asked).tolist(), strict=True):
+                ids[i] = token if token >= 0 else None
+        return ids
 
     def choose(self, logits: Tensor, draw: Draw) -> int:
-        """Choose one token id.  logits: [vocab] float32. Raises BadLogits."""
+        """Choose one token id.  logits: [vocab] float32 on the CPU. Raises BadLogits."""
         best = self.kernel.argmax(logits)
         if best is None:
             raise BadLogits("the model produced logits that are not finite")
@@ -67,15 +116,33 @@ class Sampler:
         best = self.kernel.argmax(logits)
         if best is None:
             raise BadLogits("bias, penalties and min_tokens leave no logit that is finite")
-        s = draw.sampling
-        if s.temperature == 0:
-            return best
-        uniform = uniform_at(draw.seed, draw.index, draw.num_generated)
-        return self.kernel.draw(logits, Filters(s.temperature, s.top_k, s.top_p, s.min_p), uniform)
+        filters = draw.filters
+        return best if filters is None else self.kernel.draw(logits, filters, draw.uniform)
 
     def logprobs_of(self, logits: Tensor, token: int, num_top: int) -> Logprobs:
-        """The raw model's log-probability of `token` and of the `num_top` most likely.  logits: [vocab] float32."""
+        """The raw model's log-probability of `token` and of the `num_top` most likely.  logits: [vocab] likewise."""
         return Logprobs(token, *self.kernel.log_probs(logits, token, num_top))
+
+
+def sampler_for(
+    vocab_size: int, device: torch.device, insisted: str | None
+) -> tuple[Sampler, list[tuple[str, Choice[Any]]]]:
+    """The sampler of logits on `device`, and what the start screen says of it: (what, choice).
+
+    insisted: the back end that the user asks for; one that no sampler has binds none. Raises KernelRefused.
+    """
+    cpu, on_gpu = RowSpec(vocab_size, torch.device("cpu"), torch.float32), kernels.sampling.ON_GPU
+    is_of_cpu = any(kernel.name == insisted for kernel in kernels.sampling.KERNELS)
+    choice = select(kernels.sampling.KERNELS, cpu, insisted if is_of_cpu else None)
+    if device.type == "cpu":
+        return Sampler(choice.kernel), [("sampling", choice)]
+    reason = f"not the requested {insisted!r}" if is_of_cpu else on_gpu.refuses(replace(cpu, device=device))
+    if reason is None:
+        return Sampler(choice.kernel, on_gpu), [("sampling", Choice(on_gpu, ())), ("sampling left to the CPU", choice)]
+    if insisted == on_gpu.name:
+        raise KernelRefused(f"no kernel serves sampling on {device.type}: {on_gpu.name}: {reason}")
+    refusals = (f"{on_gpu.name}: {reason}", *choice.refusals)
+    return Sampler(choice.kernel), [("sampling", Choice(choice.kernel, refusals))]
 
 
 def _adjust(logits: Tensor, draw: Draw) -> Tensor:

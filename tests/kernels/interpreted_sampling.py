@@ -91,6 +91,13 @@ def test_what_top_p_keeps_is_bounded_likewise() -> None:
     assert SamplingTriton(PIECE, 64).draw_all(row[None], draws).tolist() == ids
 
 
+def test_top_p_is_a_share_of_what_top_k_leaves() -> None:
+    """Of ten equal ids 0.55 are six; of all 45 it would be more than ten."""
+    draw = RowDraw(0, Filters(1.0, top_k=10, top_p=0.55), 1 - 2**-53)
+    check(torch.zeros(1, 45), [draw])
+    assert expected(torch.zeros(1, 45), draw) == 5
+
+
 def test_zeros_of_either_sign_tie() -> None:
     """Bug: -0 sorted behind 0, because its bits are."""
     row = torch.tensor([-1.0, -0.0, 0.0, -0.0, 0.0])

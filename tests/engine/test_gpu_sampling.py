@@ -1,0 +1,137 @@
+"""Steps whose ids are drawn beside the logits, by a kernel that stands for a GPU's."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+import kernels.sampling
+from engine.core import EngineCore
+from engine.messages import Event, Submit
+from engine.sampling import Draw, Sampler, sampler_for
+from kernels.contract import KernelRefused, RowDraw, RowSpec
+from kernels.sampling.reference import SamplingReference
+from tests.engine.worlds import make_core, run, submit, tokens_of
+from tests.kernels.interpreted_sampling import expected
+
+
+@dataclass
+class OnGpu:
+    """Draws what the definition draws; every `left`-th draw is left to the CPU."""
+
+    left: int = 1 << 30
+    name: str = "triton"
+    num_drawn: int = 0
+    refusal: str | None = None
+
+    def refuses(self, spec: RowSpec) -> str | None:
+        return self.refusal
+
+    def draw_all(self, logits: Tensor, draws: Sequence[RowDraw]) -> Tensor:
+        ids = []
+        for draw in draws:
+            self.num_drawn += 1
+            ids.append(-1 if self.num_drawn % self.left == 0 else expected(logits, draw))
+        return torch.tensor(ids, dtype=torch.int32)
+
+
+@dataclass
+class Watched(SamplingReference):
+    """How many rows the CPU looked at."""
+
+    rows: list[Tensor] = field(default_factory=list)
+
+    def argmax(self, logits: Tensor) -> int | None:
+        self.rows.append(logits)
+        return super().argmax(logits)
+
+
+REQUESTS: list[tuple[dict[str, Any], bool]] = [  # and whether the CPU must see the logits
+    ({"num_prompt_logprobs": 2}, False),  # first, so that its rows stand before others'
+    ({}, False),
+    ({"temperature": 0.8, "seed": 3}, False),
+    ({"temperature": 1.0, "seed": 4, "top_k": 5, "top_p": 0.9, "min_p": 0.01}, False),
+    ({"temperature": 1.5, "seed": 5, "n": 3}, False),
+    ({"num_logprobs": 0}, True),
+    ({"logit_bias": {7: 4.0}}, True),
+    ({"temperature": 0.7, "seed": 6, "presence_penalty": 0.5}, True),
+    ({"repetition_penalty": 1.3}, True),
+    ({"min_tokens": 8}, True),
+    ({"max_tokens": 0}, False),
+]
+
+
+def events_of(sampler: Sampler, submits: Sequence[Submit]) -> list[Event]:
+    core = EngineCore(replace(make_core().parts, sampler=sampler))
+    return [without_times(event) for event in run(core, submits)]
+
+
+def without_times(event: Event) -> Event:
+    times = {name: 0.0 for name in ("queued_s", "prefill_s", "decode_s") if hasattr(event, name)}
+    return msgspec.structs.replace(event, **times)
+
+
+def every_request() -> list[Submit]:
+    """Prompts of several lengths, some longer than a step."""
+    return [submit(f"r{i}", list(range(1, 4 + 5 * i)), **rules) for i, (rules, _) in enumerate(REQUESTS)]
+
+
+@pytest.mark.parametrize("left", [1 << 30, 3, 1])
+def test_events_are_those_of_the_cpu(left: int) -> None:
+    """Bug: an id of another row or choice, one drawn where a rule was to be applied, or -1 sent as a token."""
+    on_gpu = OnGpu(left)
+    found = events_of(Sampler(SamplingReference(), on_gpu), every_request())
+    assert found == events_of(Sampler(SamplingReference()), every_request())
+    assert on_gpu.num_drawn > 40
+
+
+@pytest.mark.parametrize(("rules", "is_seen"), REQUESTS, ids=str)
+def test_the_cpu_sees_what_it_must_see(rules: dict[str, Any], is_seen: bool) -> None:
+    """Bug: half a megabyte copied for every token of a request that needs an id."""
+    watched = Watched()
+    events_of(Sampler(watched, OnGpu()), [submit("r", [1, 2, 3], **rules)])
+    assert bool(watched.rows) == is_seen
+
+
+def test_min_tokens_are_banned_no_longer_than_that() -> None:
+    watched, on_gpu = Watched(), OnGpu()
+    events = events_of(Sampler(watched, on_gpu), [submit("r", [1, 2, 3], min_tokens=3, max_tokens=8)])
+    assert len(tokens_of(events, "r")) == 8
+    assert on_gpu.num_drawn == 5
+
+
+def test_broken_logits_fail_the_request_that_has_them() -> None:
+    """Bug: -1 where the largest is not finite, taken for a row that the CPU can draw from."""
+    draw = Draw(submit("r", [1]).sampling, 0, 0, [1], 1, ())
+    logits = torch.tensor([[1.0, math.nan], [1.0, 2.0]])
+    sampler = Sampler(SamplingReference(), OnGpu())
+    assert sampler.choose_on_gpu(logits, [(1, draw), (0, draw)]) == [1, None]
+    with pytest.raises(RuntimeError, match="not finite"):
+        sampler.choose(logits[0], draw)
+
+
+def test_what_serves_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a GPU whose logits go through the CPU without a word, or a back end that was not asked for."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+
+    def said(device: torch.device, insisted: str | None = None) -> list[tuple[str, str]]:
+        return [(what, str(choice)) for what, choice in sampler_for(1000, device, insisted)[1]]
+
+    monkeypatch.setattr(kernels.sampling, "ON_GPU", OnGpu())
+    assert [what for what, _ in said(cpu)] == ["sampling"]
+    assert said(cuda)[0] == ("sampling", "triton")
+    assert said(cuda)[1][0] == "sampling left to the CPU"
+    assert said(cuda, "triton-fixed") == said(cuda, "triton") == said(cuda)
+    (asked,) = said(cuda, "reference")
+    assert asked[1].startswith("reference (triton: not the requested 'reference'")
+    monkeypatch.setattr(kernels.sampling, "ON_GPU", OnGpu(refusal="it is too small"))
+    ((_, refused),) = said(cuda)
+    assert "triton: it is too small" in refused
+    assert sampler_for(1000, cuda, None)[0].on_gpu is None
+    with pytest.raises(KernelRefused, match="no kernel serves sampling on cuda: triton: it is too small"):
+        sampler_for(1000, cuda, "triton")
