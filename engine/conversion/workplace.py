@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -85,9 +86,12 @@ class Workplace:
         return self._state.shards
 
     def add(self, file: str, tensors: dict[str, Tensor], shard: Shard) -> None:
-        """Write what the source's `file` became; it counts once its record is written."""
+        """Write what the source's `file` became; it counts once its record is written. Raises OSError."""
         path = self._folder / self._names[file]
-        save_file(tensors, path.with_suffix(".tmp"), metadata={"format": "pt"})
+        try:
+            save_file(tensors, path.with_suffix(".tmp"), metadata={"format": "pt"})
+        except SafetensorError as error:  # no ValueError: what is finished stays, and the conversion may be continued
+            raise OSError(f"{path.name} cannot be written: {error}") from error
         os.replace(path.with_suffix(".tmp"), path)
         self._state.shards[file] = shard
         self._write_json(STATE, msgspec.to_builtins(self._state))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -163,6 +164,19 @@ def test_a_place_where_no_folder_can_be_made_is_named(source: Path, tmp_path: Pa
     (tmp_path / "a file").touch()
     with pytest.raises(ConversionRefused, match=rf"^{tmp_path / parent / 'new'} cannot be written: making .* failed: "):
         convert(source, tmp_path / parent / "new", RTN)
+
+
+def test_a_full_disk_is_an_error_of_the_system(source: Path, tmp_path: Path) -> None:
+    """Bug: a traceback from inside the library that writes, or the loss of the shards that are finished."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"safetensors cannot be written: "):
+            convert(source, tmp_path / "new", RTN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / ".new.partial").is_dir()
+    convert(source, tmp_path / "new", RTN)
 
 
 def test_two_conversions_to_one_place(source: Path, tmp_path: Path) -> None:
