@@ -59,7 +59,7 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
 
     speed = measure_decode(core(make_manager(plan, layout, "measurement")), plan)
     salt = f"{checkpoint.folder.resolve()}:{layout.salt}"
-    notes = tuple(note for note in (policy_note, graph_note) if note is not None)
+    notes = tuple(note for note in (policy_note, graph_note, runner.note) if note is not None)
     summary = _summary(checkpoint, plan, replace(loaded, notes=(*loaded.notes, *notes)), (load_seconds, speed))
     return core(make_manager(plan, layout, salt)), summary
 

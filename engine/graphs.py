@@ -19,6 +19,7 @@ from engine.batch import Batch, BatchRow, build_batch
 from engine.config import Plan
 from engine.models.decoder import Decoder
 from engine.runner import Model, Runner
+from engine.tapes import runner_of
 from kernels.attention.quantized.layout import RECENT_TOKENS
 from kernels.contract import RecentInputs
 from kernels.gpu.steps import refill
@@ -188,9 +189,9 @@ def runner_for(
 
     Raises torch.OutOfMemoryError.
     """
-    plain = Runner(model, caches)
     if plan.device != "cuda":
-        return plain, None
+        return runner_of(model, caches), None
+    plain = Runner(model, caches)
     others = sorted({layer.attention.kernel.name for layer in model.layers} - {"triton"})
     if others:
         return plain, f"decode steps are launched kernel by kernel: attention on {', '.join(others)} waits for the host"

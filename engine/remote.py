@@ -101,6 +101,7 @@ class RemoteClient(StreamingClient):
                 await asyncio.wait_for(asyncio.shield(self._process.wait()), STOP_GRACE_S)
             if self._process is not None and self._process.returncode is None:
                 self._process.kill()
+                await self._process.wait()  # or what was killed stays a zombie until this process ends
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):

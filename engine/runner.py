@@ -21,10 +21,15 @@ class Runner:
     """A model bound to its cache."""
 
     def __init__(self, model: Model, caches: Sequence[Any]) -> None:
-        self._model = model
-        self._caches = caches  # one per layer: pages, or a QuantizedCache
+        self.model = model
+        self.caches = caches  # one per layer: pages, or a QuantizedCache
+
+    @property
+    def note(self) -> str | None:
+        """What the start screen says of how steps are run, once one was."""
+        return None
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Run one step; mutates the cache. Returns [num_logits, vocab] float32 on the model's device."""
-        return self._model.forward(batch.to(self._caches[0].device), self._caches)
+        return self.model.forward(batch.to(self.caches[0].device), self.caches)

@@ -5,6 +5,7 @@ The model's forward pass as the engine runs it: the same batches, cache and kern
 
 import importlib.metadata
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from engine.config import EngineConfig
 from engine.loading import HEAD_GROUP
 from engine.messages import PlanSummary
 from kernels import native
+from kernels.attention.quantized.layout import RECENT_TOKENS
 
 FORMATS = {
     "g32": Affine(4, 32),  # as many bits as Q4_0; with 8 bits as Q8_0
@@ -65,6 +67,7 @@ class Nibble:
         self._parts = core.parts
         pages_each = -(-setup.work.num_positions // plan.page_size)
         self._tables = [list(range(i * pages_each, (i + 1) * pages_each)) for i in range(setup.work.batch)]
+        self._recent = RecentPages(plan.num_recent_pages // setup.work.batch)
         if not setup.work.prefill:
             for sequence in range(setup.work.batch):
                 self._prefill(sequence, setup.work.context)
@@ -102,9 +105,30 @@ class Nibble:
         """One forward pass of (sequence, tokens, position of the first)."""
         size = self._parts.plan.page_size
         batch = build_batch(
-            [BatchRow(tokens, start, self._tables[sequence], size, num_logits) for sequence, tokens, start in rows]
+            [
+                BatchRow(
+                    tokens, start, self._tables[sequence], size, num_logits, self._recent.of(sequence, start, tokens)
+                )
+                for sequence, tokens, start in rows
+            ]
         )
         self._parts.runner.run(batch)
+
+
+@dataclass(frozen=True)
+class RecentPages:
+    """Pages for what is kept in high precision: each sequence has the first for its sinks, the rest in a ring."""
+
+    num_each: int  # 0: the cache has none
+
+    def of(self, sequence: int, start: int, tokens: list[int]) -> dict[int, int]:
+        """position // RECENT_TOKENS -> page, for rows at `start` and all before them that are not overwritten yet."""
+        if self.num_each == 0:
+            return {}
+        ring, last = self.num_each - 1, (start + len(tokens) - 1) // RECENT_TOKENS
+        first = sequence * self.num_each
+        held = {at: first + 1 + at % ring for at in range(max(1, last - ring + 1), last + 1)}
+        return {0: first, **held}
 
 
 def _shape(setup: Setup) -> Shape:

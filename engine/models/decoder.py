@@ -16,7 +16,8 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.models.config import ModelConfig
-from engine.models.layers import MLP, Attention, Embedding, Linear, Parts, RMSNorm, Rope
+from engine.models.layers import MLP, Attention, Embedding, Linear, Parts, RMSNorm, Rope, Rotation
+from kernels.contract import AttentionInputs
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,21 @@ class Layer:
     attention: Attention
     post_attention_norm: RMSNorm
     mlp: MLP
+
+    def __call__(self, stream: "Stream", cache: Any, inputs: AttentionInputs) -> "Stream":
+        """Stores the rows' keys and values in `cache`."""
+        x, normed = self.input_norm.add(stream.x, stream.delta)
+        x, normed = self.post_attention_norm.add(x, self.attention(normed, stream.rotation, cache, inputs))
+        return Stream(x, self.mlp(normed), stream.rotation)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What goes from layer to layer."""
+
+    x: Tensor  # [num_tokens, hidden_size], the residual stream
+    delta: Tensor  # [num_tokens, hidden_size], what the next norm adds to it before it reads it
+    rotation: Rotation  # the same for all layers
 
 
 @dataclass(frozen=True)
@@ -42,14 +58,19 @@ class Decoder:
 
     def forward(self, batch: Batch, caches: Sequence[Any]) -> Tensor:
         """Store the batch's keys and values in `caches`, one per layer; return [num_logits, vocab] float32."""
-        x = self.embedding(batch.input_ids)  # [num_tokens, hidden_size]
-        rotation = self.rope.angles(batch.positions)
-        delta = torch.zeros_like(x)  # what the next norm adds to the residual stream before it reads it
+        stream = self.embed(batch)
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, normed = layer.input_norm.add(x, delta)
-            x, normed = layer.post_attention_norm.add(x, layer.attention(normed, rotation, cache, batch.attention))
-            delta = layer.mlp(normed)
-        rows = batch.logit_rows
+            stream = layer(stream, cache, batch.attention)
+        return self.logits(stream, batch.logit_rows)
+
+    def embed(self, batch: Batch) -> Stream:
+        """What the first layer reads."""
+        x = self.embedding(batch.input_ids)  # [num_tokens, hidden_size]
+        return Stream(x, torch.zeros_like(x), self.rope.angles(batch.positions))
+
+    def logits(self, stream: Stream, rows: Tensor) -> Tensor:
+        """What the last layer gave -> [num_logits, vocab] float32; rows: [num_logits]."""
+        x, delta = stream.x, stream.delta
         if len(rows) < len(x):  # some tokens are of an unfinished prompt
             x, delta = x.index_select(0, rows), delta.index_select(0, rows)
         _, wanted = self.final_norm.add(x, delta)

@@ -21,6 +21,15 @@ def quantize_rows(
     weights: int, type: FloatType, num_rows: int, num_channels: int, group: int, codes: int, scales: int
 ) -> None: ...
 
+class Tape:
+    """Calls of this thread, kept between start and stop, to be made again by run: tape.hpp says what is kept."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def run(self) -> None: ...
+    @property
+    def num_calls(self) -> int: ...
+
 class Packed:
     @property
     def num_rows(self) -> int: ...
@@ -98,6 +107,9 @@ def rotate(
 ) -> None:
     """q, k: (input, output), [num_tokens, heads, head_dim]; cos, sin: [num_tokens, head_dim / 2]."""
 
+def add_rows(x: int, y: int, num_rows: int, width: int, repeated: bool, out: int, /) -> None:
+    """out = x + y; repeated: y is one row."""
+
 def swiglu(gate: int, up: int, count: int, out: int, /) -> None: ...
 def argmax(logits: int, size: int, /) -> int:
     """-1 when a logit is NaN or the largest is not finite."""
@@ -125,6 +137,8 @@ class PagedAttention:
         block_tables: tuple[int, int, int],  # address, rows, pages of a row
         slots: tuple[int, int],  # address, number
     ) -> None: ...
+    def become(self, other: PagedAttention) -> None:
+        """Take over what another step was prepared with, and leave it empty."""
     def store(self, k: int, v: int, pages: int) -> None: ...
     def attend(self, q: int, pages: int, out: int, num_heads: int, scale: float) -> None: ...
 
@@ -152,6 +166,8 @@ class QuantizedAttention:
         slots: tuple[int, int],  # address, number
         recent: tuple[int, int, int],  # address of the tables, pages of a row, address of the slots
     ) -> None: ...
+    def become(self, other: QuantizedAttention) -> None:
+        """Take over what another step was prepared with, and leave it empty."""
     def store(self, k: int, v: int, layer: QuantizedLayer) -> None: ...
     def attend(self, q: int, layer: QuantizedLayer, out: int, num_heads: int, scale: float) -> None: ...
 

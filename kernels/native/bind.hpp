@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "tape.hpp"
+
 namespace nibble {
 
 // run(x, num_tokens, outs) of matrices that share activations: the addresses of x and of one output for each matrix.
@@ -14,7 +16,7 @@ template <class Group>
 void run_group(const Group& group, uintptr_t x, int64_t num_tokens, const std::vector<uintptr_t>& outs) {
   std::vector<float*> pointers;
   for (uintptr_t out : outs) pointers.push_back((float*)out);
-  group.run((const float*)x, num_tokens, pointers);
+  make([&group, x, num_tokens, pointers] { group.run((const float*)x, num_tokens, pointers); });
 }
 
 template <class Group, class Matrix>

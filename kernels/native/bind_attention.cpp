@@ -32,16 +32,17 @@ void bind_attention(nb::module_& m) {
                                        (const int64_t*)slots.first, slots.second});
           },
           "shape"_a, "half"_a, "query_starts"_a, "context_lens"_a, "block_tables"_a, "slots"_a)
+      .def("become", [](PagedAttention& self, PagedAttention& other) { self = std::move(other); }, "other"_a)
       .def(
           "store",
           [](const PagedAttention& self, uintptr_t k, uintptr_t v, uintptr_t pages) {
-            self.store((const float*)k, (const float*)v, (uint8_t*)pages);
+            make([=, &self] { self.store((const float*)k, (const float*)v, (uint8_t*)pages); });
           },
           "k"_a, "v"_a, "pages"_a, nb::call_guard<nb::gil_scoped_release>())
       .def(
           "attend",
           [](PagedAttention& self, uintptr_t q, uintptr_t pages, uintptr_t out, int num_heads, float scale) {
-            self.attend((const float*)q, (const uint8_t*)pages, (float*)out, num_heads, scale);
+            make([=, &self] { self.attend((const float*)q, (const uint8_t*)pages, (float*)out, num_heads, scale); });
           },
           "q"_a, "pages"_a, "out"_a, "num_heads"_a, "scale"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def(

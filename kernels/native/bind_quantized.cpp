@@ -78,16 +78,17 @@ void bind_quantized(nb::module_& m) {
           },
           "shape"_a, "formats"_a, "high"_a, "recent_pages"_a, "query_starts"_a, "context_lens"_a, "block_tables"_a,
           "slots"_a, "recent"_a)
+      .def("become", [](QuantizedAttention& self, QuantizedAttention& other) { self = std::move(other); }, "other"_a)
       .def(
           "store",
           [](const QuantizedAttention& self, uintptr_t k, uintptr_t v, const Layer& layer) {
-            self.store((const float*)k, (const float*)v, layer.layer);
+            make([=, &self, &layer] { self.store((const float*)k, (const float*)v, layer.layer); });
           },
           "k"_a, "v"_a, "layer"_a, nb::call_guard<nb::gil_scoped_release>())
       .def(
           "attend",
           [](QuantizedAttention& self, uintptr_t q, const Layer& layer, uintptr_t out, int num_heads, float scale) {
-            self.attend((const float*)q, layer.layer, (float*)out, num_heads, scale);
+            make([=, &self, &layer] { self.attend((const float*)q, layer.layer, (float*)out, num_heads, scale); });
           },
           "q"_a, "layer"_a, "out"_a, "num_heads"_a, "scale"_a, nb::call_guard<nb::gil_scoped_release>());
 }

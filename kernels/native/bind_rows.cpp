@@ -40,28 +40,36 @@ void bind_rows(nb::module_& m) {
   m.def(
       "rms_norm",
       [](Address x, Address weight, int64_t num_rows, int64_t width, float eps, Address normed) {
-        rms_norm({floats(x), nullptr, floats(weight), nullptr, floats(normed), num_rows, width}, eps);
+        NormRows rows{floats(x), nullptr, floats(weight), nullptr, floats(normed), num_rows, width};
+        make([=] { rms_norm(rows, eps); });
       },
       release);
   m.def(
       "add_rms_norm",
       [](Address x, Address delta, Address weight, int64_t num_rows, int64_t width, float eps, Address sum,
          Address normed) {
-        rms_norm({floats(x), floats(delta), floats(weight), floats(sum), floats(normed), num_rows, width}, eps);
+        NormRows rows{floats(x), floats(delta), floats(weight), floats(sum), floats(normed), num_rows, width};
+        make([=] { rms_norm(rows, eps); });
       },
       release);
   m.def(
       "rotate",
       [](std::pair<Address, Address> q, int64_t q_heads, std::pair<Address, Address> k, int64_t k_heads, Address cos,
          Address sin, int64_t num_tokens, int64_t head_dim) {
-        rotate({floats(q.first), floats(q.second), q_heads}, {floats(k.first), floats(k.second), k_heads}, floats(cos),
-               floats(sin), num_tokens, head_dim);
+        HeadRows queries{floats(q.first), floats(q.second), q_heads}, keys{floats(k.first), floats(k.second), k_heads};
+        make([=] { rotate(queries, keys, floats(cos), floats(sin), num_tokens, head_dim); });
       },
       release);
   m.def(
       "swiglu",
       [](Address gate, Address up, int64_t count, Address out) {
-        swiglu(floats(gate), floats(up), count, floats(out));
+        make([=] { swiglu(floats(gate), floats(up), count, floats(out)); });
+      },
+      release);
+  m.def(
+      "add_rows",
+      [](Address x, Address y, int64_t num_rows, int64_t width, bool repeated, Address out) {
+        make([=] { add_rows(floats(x), floats(y), num_rows, width, repeated, floats(out)); });
       },
       release);
   m.def("argmax", [](Address logits, int64_t size) { return argmax(floats(logits), size); }, release);

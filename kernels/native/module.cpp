@@ -6,12 +6,13 @@
 #include "isa.hpp"
 #include "pool.hpp"
 #include "quantize.hpp"
+#include "tape.hpp"
 
 namespace nb = nanobind;
 
 NB_MODULE(_native, m) {
   using namespace nibble;
-  m.attr("INTERFACE") = 6;  // one more here and in __init__.py whenever a binding changes
+  m.attr("INTERFACE") = 7;  // one more here and in __init__.py whenever a binding changes
   m.def("isa", [] { return std::string(active_isa().name); });
   m.def("supported_isas", &supported_isas);
   m.def("use_isa", &use_isa, nb::arg("name"));
@@ -29,6 +30,12 @@ NB_MODULE(_native, m) {
       },
       nb::arg("weights"), nb::arg("type"), nb::arg("num_rows"), nb::arg("num_channels"), nb::arg("group"),
       nb::arg("codes"), nb::arg("scales"), nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<Tape>(m, "Tape")
+      .def(nb::init<>())
+      .def("start", &Tape::start)
+      .def("stop", &Tape::stop)
+      .def("run", &Tape::run, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("num_calls", &Tape::num_calls);
   bind_linear(m);
   bind_dense(m);
   bind_attention(m);

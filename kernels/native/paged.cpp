@@ -65,6 +65,8 @@ struct PagedWork::Progress {
 };
 
 PagedWork::~PagedWork() = default;
+PagedWork::PagedWork(PagedWork&&) = default;
+PagedWork& PagedWork::operator=(PagedWork&&) = default;
 
 PagedWork::PagedWork(const PagedInputs& in)
     : shape_(in.shape), query_starts_(in.query_starts), context_lens_(in.context_lens), max_pages_(in.max_pages) {

@@ -38,6 +38,8 @@ class PagedWork {
   // that do not exist.
   explicit PagedWork(const PagedInputs& inputs);
   ~PagedWork();
+  PagedWork(PagedWork&&);
+  PagedWork& operator=(PagedWork&&);
 
   const std::vector<int64_t>& slots() const { return slots_; }
   int64_t num_rows() const { return query_starts_.back(); }

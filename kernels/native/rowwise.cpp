@@ -49,6 +49,15 @@ void rotate(const HeadRows& q, const HeadRows& k, const float* cos, const float*
   });
 }
 
+void add_rows(const float* x, const float* y, int64_t num_rows, int64_t width, bool repeated, float* out) {
+  share(num_rows, width, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const float *a = x + row * width, *b = repeated ? y : y + row * width;
+      for (int64_t i = 0; i < width; i++) out[row * width + i] = a[i] + b[i];
+    }
+  });
+}
+
 void swiglu(const float* gate, const float* up, int64_t count, float* out) {
   auto gated = active_isa().rows->swiglu;
   share(count, 1, [&](int64_t first, int64_t last) { gated(gate + first, up + first, last - first, out + first); });

@@ -25,6 +25,9 @@ struct HeadRows {  // the heads of every token turn by the token's angles
 void rotate(const HeadRows& q, const HeadRows& k, const float* cos, const float* sin, int64_t num_tokens,
             int64_t head_dim);
 
+// out = x + y; `repeated`: y is one row, which every row of x is given.
+void add_rows(const float* x, const float* y, int64_t num_rows, int64_t width, bool repeated, float* out);
+
 void swiglu(const float* gate, const float* up, int64_t count, float* out);
 
 }  // namespace nibble

@@ -50,7 +50,7 @@ class F16Native:
         check_memory("keys", k)
         check_memory("values", v)
         k, v = k.contiguous(), v.contiguous()
-        _step(inputs, pages).store(k.data_ptr(), v.data_ptr(), pages.data_ptr())
+        self.step(pages, inputs).store(k.data_ptr(), v.data_ptr(), pages.data_ptr())
 
     def attend(self, q: Tensor, pages: Tensor, inputs: AttentionInputs, scale: float) -> Tensor:
         """q: [num_tokens, num_heads, head_dim] float32 -> the same shape."""
@@ -61,23 +61,27 @@ class F16Native:
         check_memory("queries", q)
         q = q.contiguous()
         result = torch.empty_like(q)
-        _step(inputs, pages).attend(q.data_ptr(), pages.data_ptr(), result.data_ptr(), q.shape[1], scale)
+        self.step(pages, inputs).attend(q.data_ptr(), pages.data_ptr(), result.data_ptr(), q.shape[1], scale)
         return result
 
+    def step(self, pages: Tensor, inputs: AttentionInputs) -> "_native.PagedAttention":
+        """What the layers of one step share, made by the first. Raises ValueError for pages that do not exist."""
+        check_memory("pages", pages, CACHE_DTYPES)
+        if not pages.is_contiguous():
+            raise ValueError("the pages of a layer must be contiguous")
+        key = ("f16", pages.shape, pages.dtype)
+        step: _native.PagedAttention | None = inputs.prepared.get(key)
+        if step is None:
+            step = inputs.prepared[key] = self.new_step(pages, inputs)
+        return step
 
-def _step(inputs: AttentionInputs, pages: Tensor) -> "_native.PagedAttention":
-    """What the layers of one step share: made for the first of them. Raises ValueError for pages that do not exist."""
-    check_memory("pages", pages, CACHE_DTYPES)
-    if not pages.is_contiguous():
-        raise ValueError("the pages of a layer must be contiguous")
-    key = ("f16", pages.shape, pages.dtype)
-    step: _native.PagedAttention | None = inputs.prepared.get(key)
-    if step is None:
+    def new_step(self, pages: Tensor, inputs: AttentionInputs) -> "_native.PagedAttention":
+        """The same, shared with nobody."""
         check_memory("block_tables", inputs.block_tables, INT64)
         check_memory("slots", inputs.slots, INT64)
         num_pages, _, num_kv_heads, page_size, head_dim = pages.shape
         tables, slots = inputs.block_tables.contiguous(), inputs.slots.contiguous()
-        step = inputs.prepared[key] = _native.PagedAttention(
+        return _native.PagedAttention(
             (num_pages, num_kv_heads, head_dim, page_size),
             pages.dtype == torch.float16,
             inputs.query_starts,
@@ -85,4 +89,3 @@ def _step(inputs: AttentionInputs, pages: Tensor) -> "_native.PagedAttention":
             (tables.data_ptr(), tables.shape[0], tables.shape[1]),
             (slots.data_ptr(), slots.shape[0]),
         )
-    return step

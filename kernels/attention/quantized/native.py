@@ -60,7 +60,7 @@ class QuantizedNative:
         k = k if codec.key_shift is None else codec.prepare_keys(k.clamp(-LIMIT, LIMIT))
         k, v = _turned(k, codec.key_transform), _turned(v, codec.value_transform)
         layer = _layer(cache)
-        _step(inputs, cache, layer).store(k.data_ptr(), v.data_ptr(), layer.memory)
+        self.step(cache, inputs).store(k.data_ptr(), v.data_ptr(), layer.memory)
 
     def attend(self, q: Tensor, cache: QuantizedCache, inputs: AttentionInputs, scale: float) -> Tensor:
         """QuantizedKernel.attend; q is float32."""
@@ -74,9 +74,40 @@ class QuantizedNative:
         q = q.contiguous() if _is_native(codec.key_transform) else codec.key_transform.apply(q).contiguous()
         result = torch.empty_like(q)
         layer = _layer(cache)
-        step = _step(inputs, cache, layer)
-        step.attend(q.data_ptr(), layer.memory, result.data_ptr(), q.shape[1], scale)
+        self.step(cache, inputs).attend(q.data_ptr(), layer.memory, result.data_ptr(), q.shape[1], scale)
         return result if _is_native(codec.value_transform) else codec.value_transform.invert(result)
+
+    def step(self, cache: QuantizedCache, inputs: AttentionInputs) -> "_native.QuantizedAttention":
+        """What the layers of one step share: made by the first of a layout. Raises ValueError for pages that do not
+        exist and for positions whose recent page is missing."""
+        key = (_layer(cache).key, tuple(cache.windows(inputs)))
+        step: _native.QuantizedAttention | None = inputs.prepared.get(key)
+        if step is None:
+            step = inputs.prepared[key] = self.new_step(cache, inputs)
+        return step
+
+    def new_step(self, cache: QuantizedCache, inputs: AttentionInputs) -> "_native.QuantizedAttention":
+        """The same, shared with nobody."""
+        check_memory("block_tables", inputs.block_tables, INT64)
+        check_memory("slots", inputs.slots, INT64)
+        tables, slots = inputs.block_tables.contiguous(), inputs.slots.contiguous()
+        recent = (0, 0, 0)
+        if inputs.recent is not None:
+            check_memory("recent tables", inputs.recent.tables, INT64)
+            check_memory("recent slots", inputs.recent.slots, INT64)
+            recent_tables, recent_slots = inputs.recent.tables.contiguous(), inputs.recent.slots.contiguous()
+            recent = (recent_tables.data_ptr(), recent_tables.shape[1], recent_slots.data_ptr())
+        return _native.QuantizedAttention(
+            (cache.pages.shape[0], cache.num_kv_heads, cache.layout.head_dim, cache.layout.page_size),
+            _layer(cache).formats,
+            (tuple(cache.windows(inputs)), cache.codec.num_sinks),
+            (cache.recent.dtype == torch.float16, cache.recent.shape[0]),
+            inputs.query_starts,
+            inputs.context_lens,
+            (tables.data_ptr(), *tables.shape),
+            (slots.data_ptr(), slots.shape[0]),
+            recent,
+        )
 
 
 def query_levels(bits: float) -> int:
@@ -133,36 +164,6 @@ def _addresses(codec: RowCodec) -> tuple[int, int, bool]:
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous float32, not {tensor.dtype}")
     return codec.clip.data_ptr(), codec.prescale.data_ptr(), codec.mode == "origin"
-
-
-def _step(inputs: AttentionInputs, cache: QuantizedCache, layer: _Layer) -> "_native.QuantizedAttention":
-    """What the layers of one step share: made for the first of a layout. Raises ValueError for pages that do not exist
-    and for positions whose recent page is missing."""
-    windows = tuple(cache.windows(inputs))
-    key = (layer.key, windows)
-    step: _native.QuantizedAttention | None = inputs.prepared.get(key)
-    if step is None:
-        check_memory("block_tables", inputs.block_tables, INT64)
-        check_memory("slots", inputs.slots, INT64)
-        tables, slots = inputs.block_tables.contiguous(), inputs.slots.contiguous()
-        recent = (0, 0, 0)
-        if inputs.recent is not None:
-            check_memory("recent tables", inputs.recent.tables, INT64)
-            check_memory("recent slots", inputs.recent.slots, INT64)
-            recent_tables, recent_slots = inputs.recent.tables.contiguous(), inputs.recent.slots.contiguous()
-            recent = (recent_tables.data_ptr(), recent_tables.shape[1], recent_slots.data_ptr())
-        step = inputs.prepared[key] = _native.QuantizedAttention(
-            (cache.pages.shape[0], cache.num_kv_heads, cache.layout.head_dim, cache.layout.page_size),
-            layer.formats,
-            (windows, cache.codec.num_sinks),
-            (cache.recent.dtype == torch.float16, cache.recent.shape[0]),
-            inputs.query_starts,
-            inputs.context_lens,
-            (tables.data_ptr(), *tables.shape),
-            (slots.data_ptr(), slots.shape[0]),
-            recent,
-        )
-    return step
 
 
 def _format(row: RowLayout, transform: HeadTransform) -> _Format:
