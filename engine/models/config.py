@@ -95,11 +95,22 @@ def read_json(folder: Path) -> dict[str, Any]:
 
 def load_hf_config(folder: Path) -> Any:
     """The checkpoint's configuration with transformers' defaults filled in. No code of the checkpoint is run."""
+    _refuse_dtype(read_json(folder))
     try:
         with _without_compiler():
             return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except INVALID as error:
-        raise UnsupportedModel(f"{folder / 'config.json'} is not a valid configuration: {error}") from error
+        reason = " ".join(str(error).split())  # transformers spreads it over lines
+        raise UnsupportedModel(f"{folder / 'config.json'} is not a valid configuration: {reason}") from error
+
+
+def _refuse_dtype(raw: Mapping[str, Any]) -> None:
+    """transformers takes some that are none, and does not name the setting when it refuses others."""
+    for name in ("dtype", "torch_dtype"):
+        value = raw.get(name)
+        dtype = getattr(torch, value, None) if isinstance(value, str) else None
+        if value is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise UnsupportedModel(f"{name} {value!r} is not what a model computes in: float32, float16 or bfloat16")
 
 
 @contextmanager
@@ -160,12 +171,16 @@ def _refuse_unserved(hf: Any) -> None:
         size = getattr(hf, name, None)
         if size is not None and not 1 <= size <= largest:
             raise UnsupportedModel(f"{name} must be at least 1, and at most {largest:,}; found {size}")
+    if not 0 <= hf.rms_norm_eps < math.inf:
+        raise UnsupportedModel(f"rms_norm_eps must be at least 0, and finite; found {hf.rms_norm_eps}")
 
 
 def _sliding_window(hf: Any) -> int | None:
     """The window that limits attention in at least one layer, or None."""
     window: int | None = getattr(hf, "sliding_window", None)
     layer_types = getattr(hf, "layer_types", None)
+    if window is not None and (type(window) is not int or window < 1):
+        raise UnsupportedModel(f"sliding_window must be a whole number of at least 1, or null; found {window!r}")
     if window is None or (layer_types is not None and "sliding_attention" not in layer_types):
         return None
     return window

@@ -8,7 +8,7 @@ from engine.checkpoint.gguf_file import Settings
 from engine.models import llama, qwen2, qwen3
 from engine.models.config import ModelConfig, UnsupportedModel
 from engine.models.registry import Architecture, ModelDescription
-from engine.models.rope import RopeConfig
+from engine.models.rope import RopeConfig, RopeRefused
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({"llama": llama, "qwen2": qwen2, "qwen3": qwen3})
 CONTROL = 3  # of tokenizer.ggml.token_type: markup, not text
@@ -58,7 +58,13 @@ def _config(
     if num_heads % num_kv_heads:
         raise UnsupportedModel(f"attention.head_count {num_heads} is not a multiple of {num_kv_heads} key-value heads")
     vocab_size = shapes["token_embd.weight"][0]
-    rope = _rope(settings, name, _head_dim(settings, name, hidden_size, num_heads), frequency_factors)
+    try:
+        rope = _rope(settings, name, _head_dim(settings, name, hidden_size, num_heads), frequency_factors)
+    except RopeRefused as error:
+        raise UnsupportedModel(str(error)) from error
+    eps = settings.number(f"{name}.attention.layer_norm_rms_epsilon")
+    if eps < 0:
+        raise UnsupportedModel(f"{name}.attention.layer_norm_rms_epsilon must be at least 0, found {eps}")
     context_len, notes = _context_len(settings, name, rope)
     return ModelConfig(
         architecture=ARCHITECTURES[name].NAME,
@@ -69,7 +75,7 @@ def _config(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=rope.head_dim,
-        rms_norm_eps=settings.number(f"{name}.attention.layer_norm_rms_epsilon"),
+        rms_norm_eps=eps,
         rope=rope,
         qkv_bias="blk.0.attn_q.bias" in shapes,
         output_bias="blk.0.attn_output.bias" in shapes,
@@ -106,8 +112,6 @@ def _rope(settings: Settings, name: str, head_dim: int, frequency_factors: tuple
     theta = settings.number(f"{name}.rope.freq_base", 10_000.0)
     kind = settings.text(f"{name}.rope.scaling.type", "none")
     factor = settings.number(f"{name}.rope.scaling.factor", settings.number(f"{name}.rope.scale_linear", 1.0))
-    if theta <= 1 or factor <= 0:
-        raise UnsupportedModel(f"RoPE with freq_base {theta} and factor {factor} makes no sense")
     if frequency_factors:
         if len(frequency_factors) != head_dim // 2 or not all(0 < value < math.inf for value in frequency_factors):
             raise UnsupportedModel(f"rope_freqs.weight must hold {head_dim // 2} positive numbers")

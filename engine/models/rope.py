@@ -26,7 +26,7 @@ KINDS = ("default", "linear", "dynamic", "llama3", "yarn")  # of Hugging Face co
 
 
 class RopeRefused(ValueError):
-    """The RoPE variant is not served; the message names it and those that are."""
+    """The RoPE variant is not served; the message names it and those that are, or the number that makes no sense."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,21 @@ class RopeConfig:
     attention_factor: float = 1.0  # yarn: multiplies cos and sin
     factors: tuple[float, ...] = ()  # factors
 
+    def __post_init__(self) -> None:
+        """Raises RopeRefused for numbers that make no angles."""
+        for name, value, least in (
+            ("rope_theta", self.theta, 1),
+            ("factor", self.factor, 0),
+            ("original_max_position_embeddings", self.original_max_position, -1),
+            ("low_freq_factor", self.low_freq_factor, 0),
+            ("high_freq_factor", self.high_freq_factor, self.low_freq_factor),
+            ("beta_fast", self.beta_fast, 0),
+            ("beta_slow", self.beta_slow, 0),
+            ("attention_factor", self.attention_factor, 0),
+        ):
+            if not least < value < math.inf:
+                raise RopeRefused(f"{name} of RoPE must be more than {least}, and finite; found {value}")
+
 
 def read_rope(hf: Any) -> RopeConfig:
     """Translate the rope_parameters of a transformers configuration. Raises RopeRefused."""
@@ -61,20 +76,25 @@ def read_rope(hf: Any) -> RopeConfig:
     if head_dim % 2:
         raise RopeRefused(f"head_dim {head_dim} is odd: RoPE turns pairs of channels")
     original = int(parameters.get("original_max_position_embeddings") or hf.max_position_embeddings)
-    factor = float(parameters.get("factor") or hf.max_position_embeddings / original)
+    factor = _number(parameters, "factor", hf.max_position_embeddings / original)
     return RopeConfig(
         kind=kind,
         theta=float(parameters["rope_theta"]),
         head_dim=head_dim,
         factor=factor,
         original_max_position=original,
-        low_freq_factor=float(parameters.get("low_freq_factor") or 1.0),
-        high_freq_factor=float(parameters.get("high_freq_factor") or 4.0),
-        beta_fast=float(parameters.get("beta_fast") or 32.0),
-        beta_slow=float(parameters.get("beta_slow") or 1.0),
+        low_freq_factor=_number(parameters, "low_freq_factor", 1.0),
+        high_freq_factor=_number(parameters, "high_freq_factor", 4.0),
+        beta_fast=_number(parameters, "beta_fast", 32.0),
+        beta_slow=_number(parameters, "beta_slow", 1.0),
         truncate=bool(parameters.get("truncate", True)),
         attention_factor=_attention_factor(parameters, factor) if kind == "yarn" else 1.0,
     )
+
+
+def _number(parameters: dict[str, Any], name: str, default: float) -> float:
+    value = parameters.get(name)
+    return default if value is None else float(value)
 
 
 def inverse_frequencies(rope: RopeConfig) -> Tensor:
