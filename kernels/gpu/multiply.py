@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.contract import LinearSpec
 from kernels.gpu.configs import ANY, Config, grid_for
-from kernels.gpu.packing import LOOKUP, Packed
+from kernels.gpu.packing import LOOKUP, Packed, packed_refusal
 from kernels.linear.blocks import check_width
 
 SUM_BLOCK = 1024  # elements that one program of sum_splits adds up
@@ -24,6 +25,9 @@ class TritonKernel:
     def __init__(self, fixed: bool = False) -> None:
         self._fixed = fixed
         self.name = "triton-fixed" if fixed else "triton"
+
+    def refuses(self, spec: LinearSpec) -> str | None:
+        return packed_refusal(spec)
 
     def join(self, prepared: Sequence[Packed]) -> tuple[Packed, ...]:
         """Matrices run one after the other: a CUDA graph makes a launch cheap, and a copy would take their memory."""

@@ -12,6 +12,7 @@ meets V activations that follow each other. No plane crosses the border of a gro
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from torch import Tensor
 from kernels.contract import LinearSpec
 from kernels.gpu import refusal
 from kernels.linear.bitstream import unpack_codes
+
+if TYPE_CHECKING:  # their packages import this module
+    from kernels.linear.affine.layout import AffineWeights
+    from kernels.linear.table.layout import TableWeights
 
 HALF_WORD = 16  # bits
 PLANES = (64, 32, 16)  # channels; a product takes no less than 16
@@ -123,6 +128,26 @@ def plane_of(bits: int, in_features: int, group_size: int, meaning: int = LINEAR
     longest = min(MAX_BLOCK // planes, PLANES[1] if meaning == LOOKUP else PLANES[0])
     fitting = [plane for plane in fitting if plane <= longest]
     return min(fitting, key=lambda plane: -(-in_features // (planes * plane)) * plane)
+
+
+def pack(weights: "AffineWeights | TableWeights", scales: Tensor, meaning: int = LINEAR, **rest: Any) -> Packed:
+    """Canonical codes with scales [N, num_groups] and the `rest` of Packed's fields, as the kernels read them.
+
+    Raises ValueError for groups that no plane divides.
+    """
+    bits = STORED_BITS[weights.bits]
+    plane = plane_of(bits, weights.in_features, weights.group_size, meaning)
+    return Packed(
+        bits=bits,
+        in_features=weights.in_features,
+        out_features=weights.out_features,
+        group_size=min(weights.group_size, weights.in_features),
+        plane=plane,
+        words=pack_words(weights.codes, weights.bits, weights.in_features, plane),
+        scales=scales.T.contiguous(),
+        meaning=meaning,
+        **rest,
+    )
 
 
 def pack_words(codes: Tensor, bits: int, in_features: int, plane: int) -> Tensor:

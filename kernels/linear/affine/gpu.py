@@ -2,9 +2,8 @@
 
 import torch
 
-from kernels.contract import LinearSpec
 from kernels.gpu.multiply import TritonKernel
-from kernels.gpu.packing import STORED_BITS, Packed, Steps, pack_words, packed_refusal, plane_of
+from kernels.gpu.packing import Packed, Steps, pack
 from kernels.linear.affine.layout import AffineWeights, Nested
 
 
@@ -19,25 +18,15 @@ class AffineTriton(TritonKernel):
     and 2 T N K to multiply. Codes of 1 bit take 2, of 5 to 7 bits 8; those of 3 bits lie five to 16 bits, as 3.2.
     """
 
-    def refuses(self, spec: LinearSpec) -> str | None:
-        return packed_refusal(spec)
-
     def prepare(self, weights: AffineWeights) -> Packed:
         """Repack into plane-major half-words. Raises ValueError for groups that no plane divides."""
-        bits = STORED_BITS[weights.bits]
-        plane = plane_of(bits, weights.in_features, weights.group_size)
         zero, nested = constant_zero(weights), weights.nested
         scales, offsets = weights.scales, weights.offsets
         if nested is not None:
             scales, offsets = nested.scales, nested.offsets
-        return Packed(
-            bits=bits,
-            in_features=weights.in_features,
-            out_features=weights.out_features,
-            group_size=min(weights.group_size, weights.in_features),
-            plane=plane,
-            words=pack_words(weights.codes, weights.bits, weights.in_features, plane),
-            scales=scales.T.contiguous(),
+        return pack(
+            weights,
+            scales,
             zeros=weights.zeros.T.contiguous() if zero is None else None,
             offsets=None if offsets is None else offsets.T.contiguous(),
             steps=None if nested is None else steps_of(nested),

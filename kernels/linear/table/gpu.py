@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.contract import LinearSpec
 from kernels.gpu.multiply import TritonKernel
-from kernels.gpu.packing import E2M1, LINEAR, LOOKUP, STORED_BITS, Packed, pack_words, packed_refusal, plane_of
+from kernels.gpu.packing import E2M1, LINEAR, LOOKUP, STORED_BITS, Packed, pack
 from kernels.linear.table import tables
 from kernels.linear.table.layout import TableWeights
 
@@ -21,31 +20,15 @@ class TableTriton(TritonKernel):
     unpack and 2 T N K to multiply. Scales of one byte take two.
     """
 
-    def refuses(self, spec: LinearSpec) -> str | None:
-        return packed_refusal(spec)
-
     def prepare(self, weights: TableWeights) -> Packed:
         """Repack into plane-major half-words. Raises ValueError for groups that no plane divides."""
-        bits = STORED_BITS[weights.bits]
         meaning, center = meaning_of(weights.table)
-        plane = plane_of(bits, weights.in_features, weights.group_size, meaning)
         table = None
         if meaning == LOOKUP:
-            entries = weights.table + (0.0,) * ((1 << bits) - len(weights.table))
+            entries = weights.table + (0.0,) * ((1 << STORED_BITS[weights.bits]) - len(weights.table))
             table = torch.tensor(entries, dtype=torch.bfloat16, device=weights.codes.device)
-        return Packed(
-            bits=bits,
-            in_features=weights.in_features,
-            out_features=weights.out_features,
-            group_size=min(weights.group_size, weights.in_features),
-            plane=plane,
-            words=pack_words(weights.codes, weights.bits, weights.in_features, plane),
-            scales=widened(weights.scales).T.contiguous(),
-            center=center,
-            factor=weights.factor,
-            meaning=meaning,
-            table=table,
-        )
+        scales = widened(weights.scales)
+        return pack(weights, scales, meaning, center=center, factor=weights.factor, table=table)
 
 
 def meaning_of(table: tuple[float, ...]) -> tuple[int, int]:
