@@ -1,11 +1,12 @@
 """How fast the Triton kernels are on this machine's GPU:  python -m benchmarks.gpu [--json] [--model llama-3-8b]
 
-One layer's matrices at several numbers of rows, decode attention at several contexts, and ops on rows, beside what
-torch offers for the same work: bfloat16 products, its 4-bit product, scaled dot product attention; and a copy in device
-memory, which says what bandwidth there is. All of a group take turns, call by call; before each call 512 MB are
-written, so that nothing it reads lies in the L2 cache and the host is ahead of the GPU. Times are from CUDA events; a
-trial's time is the median of its rounds, its ratio the first case's time over a case's, and what is told is the median
-of the trials with the lowest and the highest ratio. Bytes are those that a call must read and write.
+One layer's matrices at several numbers of rows, decode attention at several contexts, ops on rows and sampling,
+beside what torch offers for the same work: bfloat16 products, its 4-bit product, scaled dot product attention, logits
+sorted or only copied to the CPU; and a copy in device memory, which says what bandwidth there is. All of a group take
+turns, call by call; before each call 512 MB are written, so that nothing it reads lies in the L2 cache and the host
+is ahead of the GPU. Times are from CUDA events; a trial's time is the median of its rounds, its ratio the first
+case's time over a case's, and what is told is the median of the trials with the lowest and the highest ratio. Bytes
+are those that a call must read and write.
 
 Without a CUDA device it ends with a message: benchmarks.gpu_instructions says what can be known then.
 """
@@ -31,9 +32,11 @@ from kernels.attention.f16.layout import page_shape
 from kernels.attention.quantized.cache import QuantizedCache, recent_page_shape
 from kernels.attention.quantized.gpu import QuantizedTriton
 from kernels.attention.quantized.layout import ChunkLayout
+from kernels.contract import Filters, RowDraw
 from kernels.linear.affine.gpu import AffineTriton
 from kernels.linear.affine.layout import AffineWeights
 from kernels.norm.gpu import NormTriton
+from kernels.sampling.gpu import SamplingTriton
 from kvcache.codecs import uncalibrated_codec
 from kvcache.policy import read_policy
 
@@ -43,6 +46,12 @@ ROWS = (1, 4, 16, 64, 512)
 CONTEXTS = (4096, 32768)
 BATCH = 8  # sequences of a decode step
 POLICIES = ("k4v4:w128:s4", "skvq:k2v2:w128:s4")
+SAMPLERS = {
+    "greedy": None,
+    "temperature": Filters(1.0),
+    "top-k 50": Filters(1.0, top_k=50),
+    "top-k 50, top-p 0.9": Filters(1.0, top_k=50, top_p=0.9),
+}
 PAGE_SIZE = 64  # tokens
 FLUSH_BYTES = 512 << 20
 COPY_BYTES = 512 << 20
@@ -163,6 +172,18 @@ def row_cases(shape: Shape, num_rows: int, device: torch.device) -> Iterator[Cas
     yield Case("swiglu", 6 * gate.numel(), partial(ActivationTriton().swiglu, gate, gate))
 
 
+def sampling_cases(shape: Shape, num_rows: int, device: torch.device) -> Iterator[Case]:
+    """A draw from each row. All must read the logits once."""
+    logits = 2 * torch.randn(num_rows, shape.vocab, device=device)
+    yield Case("logits to the CPU", logits.nbytes, logits.cpu)
+    yield Case("torch sort", logits.nbytes, partial(torch.sort, logits, descending=True, stable=True))
+    yield Case("torch argmax", logits.nbytes, partial(torch.argmax, logits, dim=-1))
+    kernel = SamplingTriton()
+    for name, filters in SAMPLERS.items():
+        draws = [RowDraw(row, filters, 0.4) for row in range(num_rows)]
+        yield Case(name, logits.nbytes, partial(kernel.draw_all, logits, draws))
+
+
 def judged(group: str, cases: Sequence[Case], trials: Sequence[Sequence[float]]) -> list[Result]:
     """trials: milliseconds by case. The first case is what the others are held against, the last one the copy."""
     milliseconds = [statistics.median(times) for times in zip(*trials, strict=True)]
@@ -185,6 +206,8 @@ def groups(shape: Shape, device: torch.device) -> Iterator[tuple[str, list[Case]
         yield f"attention, {BATCH} sequences of {context}", list(attention_cases(shape, context, device))
     for num_rows in (1, 512):
         yield f"ops on {num_rows} rows", list(row_cases(shape, num_rows, device))
+    for num_rows in (1, 64):
+        yield f"sampling, {num_rows} of {shape.vocab:,} ids", list(sampling_cases(shape, num_rows, device))
 
 
 def main() -> None:

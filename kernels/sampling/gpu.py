@@ -28,9 +28,9 @@ class SamplingTriton:
     target, on either side: only there may the two draw different ids or keep one more by top_p; by min_p, where a
     weight is within 2^-51 of it.
 
-    A draw reads the logits once to take the largest, twice for a draw, and again where candidates lie: 4 bytes an id
-    each time. About 60 operations in float64 an id and reading, ROOM log2(ROOM)^2 / 2 comparisons to sort. A draw's
-    result does not depend on the others.
+    Reads the logits once to take the largest, twice to draw, and once more where candidates lie: 4 bytes an id each
+    time. 34 operations in float64 an id of a draw; ROOM log2(ROOM)^2 / 2 comparisons to sort. A draw's result does not
+    depend on the others.
     """
 
     name = "triton"

@@ -23,7 +23,9 @@ def test_the_cases_of_a_step_can_be_made() -> None:
     cases = [*bench.attention_cases(SMALLEST, 256, cpu), *bench.row_cases(SMALLEST, 3, cpu)]
     assert [case.name for case in cases][:2] == ["torch sdpa bf16", "f16 pages"]
     assert cases[0].num_bytes == cases[1].num_bytes == 8 * 256 * 4 * 64  # sequences, tokens, bytes of a kv head
-    for case in (cases[0], cases[4]):
+    sampling = list(bench.sampling_cases(SMALLEST, 3, cpu))
+    assert {case.num_bytes for case in sampling} == {4 * 3 * SMALLEST.vocab}
+    for case in (cases[0], cases[4], *sampling[:3]):
         case.call()
 
 
