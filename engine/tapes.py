@@ -52,6 +52,7 @@ class TapeRunner(Runner):
         self.tapes: dict[int, Tape] = {}  # by number of rows
         self._buffers = Buffers(MAX_ROWS)
         self._note: str | None = None
+        self._has_run = False  # kernels and codecs make what they keep in the first step, which is not recorded
 
     @property
     def note(self) -> str | None:
@@ -67,7 +68,8 @@ class TapeRunner(Runner):
         """Run one step; mutates the cache. Returns [num_logits, vocab] float32."""
         num_rows = len(batch.input_ids)
         tape = self.tapes.get(num_rows)
-        if tape is None and (num_rows > MAX_ROWS or self._note is not None):
+        if tape is None and (num_rows > MAX_ROWS or self._note is not None or not self._has_run):
+            self._has_run = True
             return super().run(batch)
         stream = self.model.embed(batch)
         if tape is not None:

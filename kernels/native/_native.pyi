@@ -107,8 +107,17 @@ def rotate(
 ) -> None:
     """q, k: (input, output), [num_tokens, heads, head_dim]; cos, sin: [num_tokens, head_dim / 2]."""
 
-def add_rows(x: int, y: int, num_rows: int, width: int, repeated: bool, out: int, /) -> None:
-    """out = x + y; repeated: y is one row."""
+class Combine:
+    add: Combine
+    subtract: Combine
+    multiply: Combine
+
+def combine_rows(op: Combine, x: int, y: int, num_rows: int, width: int, repeated: bool, out: int, /) -> None:
+    """out = x op y; repeated: y is one row."""
+
+def clamp(x: int, low: float, high: float, count: int, out: int, /) -> None: ...
+def gather_heads(x: int, order: int, num_tokens: int, num_heads: int, head_dim: int, out: int, /) -> None:
+    """out[t, h, c] = x[t, h, order[h, c]]; order: [num_heads, head_dim] int64, inside a head."""
 
 def swiglu(gate: int, up: int, count: int, out: int, /) -> None: ...
 def argmax(logits: int, size: int, /) -> int:

@@ -66,10 +66,26 @@ void bind_rows(nb::module_& m) {
         make([=] { swiglu(floats(gate), floats(up), count, floats(out)); });
       },
       release);
+  nb::enum_<Combine>(m, "Combine")
+      .value("add", Combine::add)
+      .value("subtract", Combine::subtract)
+      .value("multiply", Combine::multiply);
   m.def(
-      "add_rows",
-      [](Address x, Address y, int64_t num_rows, int64_t width, bool repeated, Address out) {
-        make([=] { add_rows(floats(x), floats(y), num_rows, width, repeated, floats(out)); });
+      "combine_rows",
+      [](Combine op, Address x, Address y, int64_t num_rows, int64_t width, bool repeated, Address out) {
+        make([=] { combine_rows(op, floats(x), floats(y), num_rows, width, repeated, floats(out)); });
+      },
+      release);
+  m.def(
+      "clamp",
+      [](Address x, float low, float high, int64_t count, Address out) {
+        make([=] { clamp(floats(x), low, high, count, floats(out)); });
+      },
+      release);
+  m.def(
+      "gather_heads",
+      [](Address x, Address order, int64_t num_tokens, int64_t num_heads, int64_t head_dim, Address out) {
+        make([=] { gather_heads(floats(x), (const int64_t*)order, num_tokens, num_heads, head_dim, floats(out)); });
       },
       release);
   m.def("argmax", [](Address logits, int64_t size) { return argmax(floats(logits), size); }, release);

@@ -12,7 +12,7 @@ namespace nb = nanobind;
 
 NB_MODULE(_native, m) {
   using namespace nibble;
-  m.attr("INTERFACE") = 7;  // one more here and in __init__.py whenever a binding changes
+  m.attr("INTERFACE") = 8;  // one more here and in __init__.py whenever a binding changes
   m.def("isa", [] { return std::string(active_isa().name); });
   m.def("supported_isas", &supported_isas);
   m.def("use_isa", &use_isa, nb::arg("name"));

@@ -22,8 +22,9 @@ _ALLOCATE: frozenset[Any] = frozenset({_aten.new_empty, _aten.empty_like, _aten.
 # The input's memory under another shape. The last two copy what is not contiguous, and are looked at.
 _VIEW: frozenset[Any] = frozenset(
     {_aten.view, _aten._unsafe_view, _aten.alias, _aten.detach, _aten.slice, _aten.select, _aten.unsqueeze,
-     _aten.squeeze, _aten.reshape, _aten.flatten, _aten.contiguous}
+     _aten.squeeze, _aten.expand, _aten.reshape, _aten.flatten, _aten.contiguous}
 )  # fmt: skip
+_COMBINE: dict[Any, str] = {_aten.add: "add", _aten.sub: "subtract", _aten.mul: "multiply", _aten.mul_: "multiply"}
 
 
 class Unrecordable(RuntimeError):
@@ -78,7 +79,7 @@ class Buffers:
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch._python_dispatch is partly typed
     """While it is entered, native calls of this thread are made and kept. Raises Unrecordable from torch's functions
-    that compute; sums of float32 are made by a native call instead, which rounds as torch does."""
+    that compute, but for a few on float32 that native calls make instead, to the same bits."""
 
     def __init__(self, buffers: Buffers) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -112,8 +113,15 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch._p
             return self._allocate(name, args, kwargs)
         if name in _VIEW:
             return _view(func, args, kwargs)
-        if name is _aten.add and not kwargs and isinstance(args[1], Tensor):
-            return self._add(args[0], args[1])
+        if name in _COMBINE and not kwargs and isinstance(args[1], Tensor):
+            out = args[0] if name is _aten.mul_ else self._like(_floats(name, args[0]))
+            return _combine(_COMBINE[name], args[0], _floats(name, args[1]), out)
+        if name is _aten.clamp and not kwargs and all(isinstance(bound, float) for bound in args[1:]):
+            out = self._like(x := _floats(name, args[0]))
+            _native.clamp(x.data_ptr(), args[1], args[2], x.numel(), out.data_ptr())
+            return out
+        if name is _aten.gather and not kwargs:
+            return self._gather(_floats(name, args[0]), args[1], args[2])
         raise Unrecordable(f"torch computes {name.__name__}")
 
     def _allocate(self, name: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -122,17 +130,35 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch._p
         self._place += 1
         return self._buffers.take(self._turn, self._place, tuple(shape), dtype)
 
-    def _add(self, x: Tensor, y: Tensor) -> Tensor:
-        """x + y, y of x's shape or one row."""
-        repeated = y.dim() == 1 and x.dim() == 2
-        fits = y.shape == (x.shape[1:] if repeated else x.shape)
-        if not fits or not all(one.dtype == torch.float32 and one.is_contiguous() for one in (x, y)):
-            raise Unrecordable(f"torch adds {list(y.shape)} of {y.dtype} to {list(x.shape)} of {x.dtype}")
+    def _like(self, x: Tensor) -> Tensor:
         self._place += 1
-        out = self._buffers.take(self._turn, self._place, x.shape, x.dtype)
-        width = x.shape[-1]
-        _native.add_rows(x.data_ptr(), y.data_ptr(), x.numel() // width, width, repeated, out.data_ptr())
+        return self._buffers.take(self._turn, self._place, x.shape, x.dtype)
+
+    def _gather(self, x: Tensor, dim: int, index: Tensor) -> Tensor:
+        """Channels of each head in an order that all tokens share.  x, index: [num_tokens, num_heads, D]"""
+        fits = x.dim() == 3 and dim in (-1, 2) and index.shape == x.shape and index.dtype == torch.int64
+        if not fits or index.stride()[1:] != (x.shape[2], 1) or (len(x) > 1 and index.stride(0) != 0):
+            raise Unrecordable("torch gathers in orders that tokens do not share")
+        out = self._like(x)
+        num_tokens, num_heads, head_dim = x.shape
+        _native.gather_heads(x.data_ptr(), index.data_ptr(), num_tokens, num_heads, head_dim, out.data_ptr())
         return out
+
+
+def _floats(name: Any, x: Tensor) -> Tensor:
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        raise Unrecordable(f"torch computes {name.__name__} of {x.dtype} {list(x.shape)}")
+    return x
+
+
+def _combine(op: str, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """out = x op y; y has x's shape, or that of its last dimensions."""
+    if x.shape[x.dim() - y.dim() :] != y.shape or y.dim() == 0:
+        raise Unrecordable(f"torch combines {list(x.shape)} and {list(y.shape)}")
+    repeated, width = y.dim() < x.dim(), y.numel() if y.dim() < x.dim() else x.shape[-1]
+    rows = (x.numel() // width, width)
+    _native.combine_rows(getattr(_native.Combine, op), x.data_ptr(), y.data_ptr(), *rows, repeated, out.data_ptr())
+    return out
 
 
 def _view(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

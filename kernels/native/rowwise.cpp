@@ -49,12 +49,34 @@ void rotate(const HeadRows& q, const HeadRows& k, const float* cos, const float*
   });
 }
 
-void add_rows(const float* x, const float* y, int64_t num_rows, int64_t width, bool repeated, float* out) {
-  share(num_rows, width, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; row++) {
-      const float *a = x + row * width, *b = repeated ? y : y + row * width;
-      for (int64_t i = 0; i < width; i++) out[row * width + i] = a[i] + b[i];
-    }
+void combine_rows(Combine op, const float* x, const float* y, int64_t num_rows, int64_t width, bool repeated, float* out) {
+  auto all = [&](auto combine) {
+    share(num_rows, width, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; row++) {
+        const float *a = x + row * width, *b = repeated ? y : y + row * width;
+        for (int64_t i = 0; i < width; i++) out[row * width + i] = combine(a[i], b[i]);
+      }
+    });
+  };
+  switch (op) {
+    case Combine::add: return all([](float a, float b) { return a + b; });
+    case Combine::subtract: return all([](float a, float b) { return a - b; });
+    case Combine::multiply: return all([](float a, float b) { return a * b; });
+  }
+}
+
+void clamp(const float* x, float low, float high, int64_t count, float* out) {
+  share(count, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) out[i] = x[i] < low ? low : x[i] > high ? high : x[i];
+  });
+}
+
+void gather_heads(const float* x, const int64_t* order, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
+                  float* out) {
+  int64_t width = num_heads * head_dim;
+  share(num_tokens, width, [&](int64_t first, int64_t last) {
+    for (int64_t i = first * width; i < last * width; i += head_dim)
+      for (int64_t c = 0; c < head_dim; c++) out[i + c] = x[i + order[i % width + c]];
   });
 }
 

@@ -25,8 +25,16 @@ struct HeadRows {  // the heads of every token turn by the token's angles
 void rotate(const HeadRows& q, const HeadRows& k, const float* cos, const float* sin, int64_t num_tokens,
             int64_t head_dim);
 
-// out = x + y; `repeated`: y is one row, which every row of x is given.
-void add_rows(const float* x, const float* y, int64_t num_rows, int64_t width, bool repeated, float* out);
+// out = x op y. `repeated`: y is one row, which every row of x meets.
+enum class Combine : int { add, subtract, multiply };
+void combine_rows(Combine op, const float* x, const float* y, int64_t num_rows, int64_t width, bool repeated, float* out);
+
+// NaN stays what it is.
+void clamp(const float* x, float low, float high, int64_t count, float* out);
+
+// out[t, h, c] = x[t, h, order[h, c]]. out may not be x.
+void gather_heads(const float* x, const int64_t* order, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
+                  float* out);
 
 void swiglu(const float* gate, const float* up, int64_t count, float* out);
 
