@@ -137,6 +137,7 @@ def main() -> None:
     asked = Load(args.requests, args.clients, args.prompt_tokens, args.output_tokens)
     turns = Turns(args.rounds, args.patience, args.threads, SHAPES[args.shape].vocab)
     try:
+        program = find_program(args.peer_server)
         with ExitStack() as stack:
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folder = (args.keep or logs).resolve()
@@ -145,10 +146,8 @@ def main() -> None:
             setup = Setup(args.shape, args.layers, args.bits, args.format, args.cache, args.threads, str(folder), work)
             ours = our_server(write_files(sys.executable, OUR_FILES, setup), setup)
             setup = replace(setup, variant=args.peer_format, cache=args.peer_cache)
-            program = find_program(args.peer_server)
-            version = peer_version(program)
             path = write_files(args.peer_python, PEER_FILES, setup)
-            choices = [llama_server((program, version), path, setup, choice) for choice in peer_choices(setup.cache)]
+            choices = [llama_server(program, path, setup, choice) for choice in peer_choices(setup.cache)]
             peer = fastest(choices, replace(asked, num_requests=asked.num_clients), turns.vocab, logs)
             result = {"benchmark": "servers", "shape": args.shape, **compare(ours, peer, asked, turns, logs)}
     except SideFailed as error:
@@ -184,24 +183,25 @@ def llama_server(program: tuple[str, str], path: str, setup: Setup, choice: tupl
     command = [program[0], "-m", path, "--alias", MODEL, "-np", str(slots), "-c", str(slots * positions), "-cb"]
     command += ["-t", threads, "-tb", threads, "-ctk", setup.cache, "-ctv", setup.cache, "--cache-ram", "0", *choice]
     settings = {"weights": Path(path).name, "cache": setup.cache, "fastest of those tried": " ".join(choice)}
-    return Contender("llama-server", program[1], tuple(command), "/health", {"cache_prompt": False}, settings)
+    extra = {
+        "cache_prompt": False,
+        "samplers": ["top_k"],
+        "top_k": 1,
+    }  # greedy, without the samplers that change nothing
+    return Contender("llama-server", program[1], tuple(command), "/health", extra, settings)
 
 
-def find_program(name: str) -> str:
-    """The absolute path of a program, named by a path or as on the command line. Raises SideFailed."""
+def find_program(name: str) -> tuple[str, str]:
+    """(absolute path, version) of llama-server, named as on the command line. Raises SideFailed when it is none."""
     found = shutil.which(name)
     if found is None:
         raise SideFailed(f"--peer-server {name} is no program: build llama.cpp's llama-server and give its path")
-    return str(Path(found).absolute())
-
-
-def peer_version(program: str) -> str:
-    """What llama-server says of itself. Raises SideFailed when it is none."""
+    path = str(Path(found).absolute())
     try:
-        done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise SideFailed(f"--peer-server {program} cannot be run: {error}") from None
-    return parse_version(done.stdout + done.stderr)
+        raise SideFailed(f"--peer-server {path} cannot be run: {error}") from None
+    return path, parse_version(done.stdout + done.stderr)
 
 
 def parse_version(text: str) -> str:
@@ -291,6 +291,7 @@ def take_turns(ours: Running, peer: Running, asked: Load, turns: Turns) -> Measu
             busy, total = machine_seconds()
             own, idled, started_at = server.cpu_seconds + time.process_time(), waiting.cpu_seconds, time.perf_counter()
             rounds[server.url].append(ask(server, asked, turns.vocab, number))
+            print(f"{server.contender.name}, round {number}: {rounds[server.url][-1]}", file=sys.stderr)
             elapsed += time.perf_counter() - started_at
             own, idled = server.cpu_seconds + time.process_time() - own, waiting.cpu_seconds - idled
             busy, total = (after - before for after, before in zip(machine_seconds(), (busy, total), strict=True))
