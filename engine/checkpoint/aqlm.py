@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.errors import FormatRefused, TensorError
-from engine.checkpoint.linear import is_packed, present, read_bias, read_dense, read_settings
+from engine.checkpoint.linear import is_packed, read_bias, read_dense, read_settings
 from engine.checkpoint.source import FLOATS, Source
 from kernels.linear.codebook.layout import CodebookWeights
 from kernels.linear.transforms import Diagonal
 from kernels.linear.weights import LinearWeights
 
-PARTS = ("codes", "codebooks", "scales", "bias", "weight")
 WHERE = "AQLM config"
 INFORMATIONAL = frozenset({"quant_method", "linear_weights_not_to_quantize"})  # codes or weight: the tensors tell
 
@@ -46,9 +45,6 @@ class Aqlm:
 
     def describe(self) -> str:
         return f"AQLM {self.settings.num_codebooks}x{self.settings.nbits_per_codebook} g{self.settings.in_group_size}"
-
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return present(source, name, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         if not is_packed(source, name, "codes"):

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.checkpoint.errors import FormatRefused
-from engine.checkpoint.linear import present, read_bias, read_dense
+from engine.checkpoint.linear import read_bias, read_dense
 from engine.checkpoint.source import Source
 from kernels.linear.lowrank.layout import LowRankWeights
 from kernels.linear.weights import LinearWeights
 
 RANKS = "truncation_ranks"
-PARTS = ("BLinear.weight", "ALinear.weight", "ALinear.bias", "weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,6 @@ class Asvd:
 
     def describe(self) -> str:
         return f"ASVD, {len(self.ranks)} low-rank pairs"
-
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return present(source, name, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         if name not in self.ranks:

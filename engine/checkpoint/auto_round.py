@@ -96,9 +96,6 @@ class AutoRound:
         group = "per row" if self.layer.group_size == -1 else f"g{self.layer.group_size}"
         return f"AutoRound {self.layer.bits}-bit {group}"
 
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return gptq_layout.tensor_names(source, name)
-
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         if not is_packed(source, name, "qweight"):
             return read_dense(source, name, shape, bias)

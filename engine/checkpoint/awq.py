@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from engine.checkpoint.awq_layout import PARTS, read_gemm, read_gemv, read_gemv_fast
+from engine.checkpoint.awq_layout import read_gemm, read_gemv, read_gemv_fast
 from engine.checkpoint.errors import FormatRefused
-from engine.checkpoint.linear import is_packed, present, read_dense, read_settings, rename
+from engine.checkpoint.linear import is_packed, read_dense, read_settings, rename
 from engine.checkpoint.source import Source
 from kernels.linear.weights import LinearWeights
 
@@ -70,9 +70,6 @@ class Awq:
 
     def describe(self) -> str:
         return "AWQ 4-bit " + ("per row" if self.group_size == -1 else f"g{self.group_size}")
-
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return present(source, name, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         if not is_packed(source, name, "qweight"):

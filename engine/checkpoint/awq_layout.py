@@ -26,7 +26,6 @@ from kernels.linear.affine.layout import AffineWeights
 from kernels.linear.bitstream import pack_codes, unpack_codes
 from kernels.linear.weights import LinearWeights
 
-PARTS = ("qweight", "qzeros", "scales", "bias", "weight")
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # gemm: field of a word -> output
 PER_WORD = 8

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.errors import FormatRefused, TensorError
-from engine.checkpoint.linear import present, read_bias, read_dense, read_settings
+from engine.checkpoint.linear import read_bias, read_dense, read_settings
 from engine.checkpoint.source import FLOATS, Source
 from kernels.linear.bitstream import pack_codes
 from kernels.linear.table.layout import TableWeights
 from kernels.linear.table.tables import TERNARY
 from kernels.linear.weights import LinearWeights
 
-PARTS = ("weight", "weight_scale", "bias")
 WHERE = "BitNet config"
 INFORMATIONAL = frozenset({"quant_method", "modules_to_not_convert", "rms_norm_eps"})
 PER_BYTE = 4
@@ -47,9 +46,6 @@ class BitNet:
 
     def describe(self) -> str:
         return "BitNet ternary"
-
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return present(source, name, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         out_features, in_features = shape

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from engine.checkpoint.blocks import blocks_to_groups, num_blocks
 from engine.checkpoint.errors import FormatRefused, TensorError
-from engine.checkpoint.linear import check_finite, present, read_bias, read_dense, read_settings
+from engine.checkpoint.linear import check_finite, read_bias, read_dense, read_settings
 from engine.checkpoint.source import FLOATS, Source
 from kernels.linear.affine.layout import AffineWeights
 from kernels.linear.table.layout import TableWeights
@@ -40,15 +40,6 @@ from kernels.linear.weights import LinearWeights
 
 TABLES = {"nf4": NF4, "fp4": FP4}
 STATE = "weight.quant_state.bitsandbytes__"
-STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-PARTS = (
-    "weight",
-    "SCB",
-    "weight_format",
-    "bias",
-    *(f"weight.{part}" for part in STATISTICS),
-    *(STATE + kind for kind in TABLES),
-)
 WHERE = "bitsandbytes config"
 # How layers were chosen and computed by the tool; what they are made of stands beside each of them.
 INFORMATIONAL = frozenset(
@@ -96,9 +87,6 @@ class BitsAndBytes:
 
     def describe(self) -> str:
         return f"bitsandbytes {self.bits}-bit"
-
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return present(source, name, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         state = next((kind for kind in TABLES if f"{name}.{STATE}{kind}" in source), None)

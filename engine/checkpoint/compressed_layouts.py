@@ -37,19 +37,6 @@ from kernels.linear.table.tables import E2M1
 from kernels.linear.transforms import Permutation, Transform
 from kernels.linear.weights import Term
 
-PARTS = (
-    "weight",
-    "weight_packed",
-    "weight_scale",
-    "weight_global_scale",
-    "weight_zero_point",
-    "weight_g_idx",
-    "weight_shape",
-    "input_scale",
-    "input_zero_point",
-    "input_global_scale",
-    "bias",
-)
 INTEGERS = (torch.int32, torch.int64)
 WORD_BITS = 32
 NOT_A_SCALE = 255  # the one exponent of e8m0 that stands for NaN

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 import torch
 
-from engine.checkpoint.compressed_layouts import PARTS, READERS, Layer, Scheme
+from engine.checkpoint.compressed_layouts import READERS, Layer, Scheme
 from engine.checkpoint.compressed_transforms import LINEAR, Rotations, check_pattern, matches, read_rotations
 from engine.checkpoint.errors import FormatRefused
 from engine.checkpoint.linear import present, read_bias, read_dense, read_settings, take_scalar
@@ -100,9 +100,6 @@ class CompressedTensors:
         kinds = ", ".join(dict.fromkeys(group.describe() for group in self.groups))
         unused = "; its scales of a quantized KV cache are not used" if self.has_cache_scales else ""
         return f"compressed-tensors {kinds}{self.rotations.describe()}{unused}"
-
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return present(source, name, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         self._pass_cache_scales(source, name)

@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-from engine.checkpoint.linear import present, read_dense
+from engine.checkpoint.linear import read_dense
 from engine.checkpoint.source import Source
 from kernels.linear.weights import LinearWeights
-
-PARTS = ("weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -17,9 +15,6 @@ class Dense:
 
     def describe(self) -> str:
         return "unquantized"
-
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return present(source, name, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         return read_dense(source, name, shape, bias)

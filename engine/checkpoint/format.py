@@ -41,10 +41,6 @@ class Format(Protocol):
         """What the start screen shows: "GPTQ 4-bit g128"."""
         ...
 
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        """The tensors of the checkpoint that the linear layer `name` is made of."""
-        ...
-
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         """Read the linear layer `name`, "model.layers.0.self_attn.q_proj"; shape is (out_features, in_features).
 

@@ -26,7 +26,6 @@ from kernels.linear.rounding import Rounding
 from kernels.linear.weights import LinearWeights
 
 SCALES, INPUT_SCALES = ("weight_scale_inv", "weight_scale"), ("activation_scale", "input_scale")
-PARTS = ("weight", *SCALES, *INPUT_SCALES, "bias")
 WHERE = "fp8 config"
 # Layers that stay dense have no scale; a setting of transformers' own loading.
 INFORMATIONAL = frozenset({"quant_method", "modules_to_not_convert", "ignored_layers", "dequantize"})
@@ -51,9 +50,6 @@ class Fp8:
 
     def describe(self) -> str:
         return "FP8 " + ("per tensor" if self.block is None else f"{self.block[0]}x{self.block[1]}")
-
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return present(source, name, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         found = present(source, name, SCALES)

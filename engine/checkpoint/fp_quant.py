@@ -36,7 +36,6 @@ WHERE = "FP-Quant config"
 MATRIX = "forward_hadamard_matrix"
 BACKWARD = "backward_hadamard_matrix"  # of training
 OTHERS = ("weight", "dqweight", "qweight", "scales")  # empty where not in use
-PARTS = (MATRIX, BACKWARD, "weight_global_scale", "act_global_scale", "bias", *OTHERS)
 # The tensors tell, or it is about training.
 INFORMATIONAL = frozenset({"quant_method", "backward_dtype", "modules_to_not_convert", "transform_init"})
 NOT_A_SCALE = {"mxfp4": (255,), "nvfp4": (127, 255)}  # bytes that stand for NaN
@@ -64,9 +63,6 @@ class FpQuant:
 
     def describe(self) -> str:
         return f"FP-Quant {self.settings.forward_dtype.upper()}"
-
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return present(source, name, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         if f"{name}.{MATRIX}" not in source:

@@ -17,11 +17,10 @@ from torch import Tensor
 from engine.checkpoint.errors import TensorError
 from engine.checkpoint.gguf_blocks import to_term
 from engine.checkpoint.gguf_file import BlockType
-from engine.checkpoint.linear import present, read_bias
+from engine.checkpoint.linear import read_bias
 from engine.checkpoint.source import Source
 from kernels.linear.weights import LinearWeights
 
-PARTS = ("weight", "bias")
 SHOWN_TYPES = 3
 
 
@@ -37,9 +36,6 @@ class Gguf:
         """The types of most matrices, the commonest first: "GGUF Q4_K, Q6_K"."""
         matrices = Counter(block.name for name, block in self.types.items() if name.endswith("_proj.weight"))
         return "GGUF " + ", ".join(kind for kind, _ in matrices.most_common(SHOWN_TYPES))
-
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return present(source, name, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         term = to_term(self._turned(name, self._raw(source, name, shape)), self.types[f"{name}.weight"], name)

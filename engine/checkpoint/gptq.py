@@ -106,9 +106,6 @@ class Gptq:
         group = "per row" if self.layer.group_size == -1 else f"g{self.layer.group_size}"
         return f"GPTQ {self.layer.bits}-bit {group}" + (" act-order" if self.act_order else "")
 
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return gptq_layout.tensor_names(source, name)
-
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         if not is_packed(source, name, "qweight"):
             return read_dense(source, name, shape, bias)

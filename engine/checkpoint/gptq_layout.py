@@ -11,14 +11,13 @@ from torch import Tensor
 
 from engine.checkpoint.codes import input_order, num_words, reorder_codes, words_to_stream, words_to_zeros
 from engine.checkpoint.errors import TensorError
-from engine.checkpoint.linear import present, read_bias, take_scales
+from engine.checkpoint.linear import read_bias, take_scales
 from engine.checkpoint.source import Source
 from kernels.linear.affine.layout import AffineWeights
 from kernels.linear.bitstream import pack_codes, unpack_codes
 from kernels.linear.transforms import Permutation
 from kernels.linear.weights import LinearWeights
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias", "weight")
 ONE_IN_EVERY_FIELD = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # bits -> word
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}  # bits of each plane; other widths have one
 PER_BLOCK = 32  # codes whose planes stand together
@@ -33,11 +32,6 @@ class GptqLayout:
     group_size: int  # -1: the whole row
     minus_one: bool  # qzeros hold z - 1
     planar: bool = False
-
-
-def tensor_names(source: Source, name: str) -> tuple[str, ...]:
-    """The tensors of the layer `name` in this layout."""
-    return present(source, name, PARTS)
 
 
 def read_layer(source: Source, name: str, shape: tuple[int, int], bias: bool, layout: GptqLayout) -> LinearWeights:

@@ -50,12 +50,6 @@ INFORMATIONAL_PARTS = (
     "view_as_float",
 )
 OFF_PARTS = ("quant_scale", "quant_zero")  # scales and zero points that are themselves quantized
-PARTS = (
-    MARK,
-    *("scale", "zero", "shape", "nbits", "group_size", "axis", "channel_wise", "bias", "weight"),
-    *OFF_PARTS,
-    *INFORMATIONAL_PARTS,
-)
 INFORMATIONAL = frozenset({"quant_config", "quant_method", "skip_modules"})
 NUMBERS = (torch.uint8, torch.int32, torch.int64, *FLOATS)
 SLICES = MappingProxyType({1: 8, 2: 4, 3: 10, 4: 2, 5: 1, 6: 1, 8: 1})  # bits -> codes that share a word
@@ -75,9 +69,6 @@ class Hqq:
 
     def describe(self) -> str:
         return "HQQ"
-
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return present(source, name, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         if f"{name}.{MARK}" not in source:

@@ -28,7 +28,6 @@ from kernels.linear.transforms import Diagonal, Transform
 from kernels.linear.weights import LinearWeights, Term
 
 CACHE_PARTS = ("k_scale", "v_scale", "q_scale")
-PARTS = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "bias", *CACHE_PARTS)
 WHERE = "ModelOpt config"
 # config_groups repeats quant_algo; layers that stay dense have no scale.
 INFORMATIONAL = frozenset({"quant_method", "producer", "ignore", "exclude_modules", "config_groups", "targets"})
@@ -63,9 +62,6 @@ class ModelOpt:
         kinds = ", ".join(dict.fromkeys(self.layers.values())) or self.algorithm
         unused = "; its scales of a quantized KV cache are not used" if self.has_cache_scales else ""
         return f"ModelOpt {kinds}{unused}"
-
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return present(source, name, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         if self.has_cache_scales:

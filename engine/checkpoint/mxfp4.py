@@ -14,13 +14,12 @@ import msgspec
 import torch
 
 from engine.checkpoint.errors import FormatRefused, TensorError
-from engine.checkpoint.linear import present, read_bias, read_dense, read_settings
+from engine.checkpoint.linear import read_bias, read_dense, read_settings
 from engine.checkpoint.source import Source
 from kernels.linear.table.layout import TableWeights
 from kernels.linear.table.tables import E2M1
 from kernels.linear.weights import LinearWeights
 
-PARTS = ("weight", "weight_blocks", "weight_scales", "bias")
 WHERE = "MXFP4 config"
 INFORMATIONAL = frozenset({"quant_method", "modules_to_not_convert", "dequantize"})
 GROUP = 32
@@ -39,9 +38,6 @@ class Mxfp4:
 
     def describe(self) -> str:
         return "MXFP4"
-
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return present(source, name, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         expert = next((key for key in source.names() if ".experts." in key and key.endswith("_blocks")), None)

@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from engine.checkpoint.errors import CheckpointError, FormatRefused, TensorError
-from engine.checkpoint.linear import present, read_bias, read_dense
+from engine.checkpoint.linear import read_bias, read_dense
 from engine.checkpoint.source import Source
 from engine.checkpoint.terms import Step, Tensors, Term, of_term, of_transform
 from kernels.linear.transforms import Transform
@@ -61,12 +61,6 @@ class Container:
 
     def describe(self) -> str:
         return f"Nibble container, {self.settings.made_by}" if self.settings.made_by else "Nibble container"
-
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        parts = tuple(
-            key for key in source.names() if key.startswith((f"{name}.terms.", f"{name}.pre.", f"{name}.post."))
-        )
-        return parts + present(source, name, ("weight", "bias"))
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         if name not in self.settings.modules:

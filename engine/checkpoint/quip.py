@@ -25,7 +25,7 @@ from torch import Tensor
 
 from engine.checkpoint.errors import CheckpointError, FormatRefused, TensorError
 from engine.checkpoint.hadamards import hadamard_of
-from engine.checkpoint.linear import present, read_bias, read_dense, read_settings, take_scales
+from engine.checkpoint.linear import read_bias, read_dense, read_settings, take_scales
 from engine.checkpoint.quip_codes import (
     ROWS_PER_TILE,
     VECTOR,
@@ -44,7 +44,6 @@ from kernels.linear.weights import LinearWeights
 PARAMS = "quip_params"  # of config.json
 WHERE = "quip_params"
 MARK = "Qidxs"
-PARTS = (MARK, "SU", "SV", "Wscale", "codebook_id", "fuse_scales", "bias", "weight")
 # The tensors tell; train_mode is of the tool's own finetuning.
 INFORMATIONAL = frozenset(
     {"codesz", "packsz", "idx_dtype", "model_version", "ocs_down_size", "fused", "skip_list", "train_mode"}
@@ -101,10 +100,6 @@ class Quip:
 
     def describe(self) -> str:
         return f"QuIP# {self.kind.bits}-bit"
-
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        fused = self._fused_name(source, name)
-        return present(source, name if fused is None else fused, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         """A part of a fused layer alone comes back dense, in float32: its rows exist only behind the transform."""

@@ -33,7 +33,6 @@ from kernels.linear.weights import LinearWeights
 WHERE = "torchao config"
 PREFIX = "_weight_"
 QDATA, SCALE, ZERO = f"{PREFIX}qdata", f"{PREFIX}scale", f"{PREFIX}zero_point"
-PARTS = (QDATA, SCALE, ZERO, "bias", "weight")
 UNSUPPORTED_PARTS = ("act_pre_scale", "act_quant_scale", "act_quant_zero_point", "per_tensor_scale", "scale_and_zero")
 # Which layers were quantized and how stands beside each of them.
 INFORMATIONAL = frozenset(
@@ -75,9 +74,6 @@ class TorchAo:
 
     def describe(self) -> str:
         return "torchao"
-
-    def tensor_names(self, source: Source, name: str) -> tuple[str, ...]:
-        return present(source, name, PARTS)
 
     def linear(self, source: Source, name: str, shape: tuple[int, int], bias: bool) -> LinearWeights:
         if f"{name}.{QDATA}" not in source:

@@ -71,10 +71,8 @@ def test_a_model_that_takes_what_it_wants_leaves_nothing(name: str) -> None:
         if layer not in shapes and tensor.endswith("_proj.weight"):
             shapes[layer] = (source.shape(tensor)[0], source.shape(tensor)[1])
     for layer, shape in shapes.items():
-        names = form.tensor_names(source, layer)
         read = form.linear(source, layer, shape, f"{layer}.bias" in source)
         assert (read.out_features, read.in_features) == shape
-        assert set(names) <= set(source.names()) - set(source.unread())
     for tensor in source.unread():
         assert "proj" not in tensor
         source.tensor(tensor)

@@ -44,7 +44,7 @@ def dense_weights(folder: Path, model: Any) -> dict[str, Tensor]:
     for name, parameter in model.state_dict().items():
         layer = name.removesuffix(".weight")
         if layer.split(".")[-1] in LINEAR and not name.endswith("bias"):
-            tied = layer == "lm_head" and not form.tensor_names(source, layer)
+            tied = layer == "lm_head" and not any(tensor.startswith("lm_head.") for tensor in source.names())
             shape = (parameter.shape[0], parameter.shape[1])
             has_bias = f"{layer}.bias" in source
             weights[name] = (
