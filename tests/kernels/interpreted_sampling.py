@@ -2,6 +2,7 @@
 of its own. A draw takes it a tenth of a second: rows are short, and pieces of them shorter."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -9,9 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.core import EngineCore
+from engine.messages import Token
+from engine.sampling import Sampler
 from kernels.contract import Filters, RowDraw
 from kernels.sampling.gpu import SamplingTriton
 from kernels.sampling.reference import SamplingReference
+from tests.engine.worlds import make_core, run, submit
 from tests.kernels.test_sampling import FILTERS, KINDS, random_row
 
 PIECE = 16  # ids; the shipped kernel has 4,096
@@ -132,3 +137,16 @@ def test_what_is_no_draw_is_refused() -> None:
     with pytest.raises(ValueError, match="must be float32"):
         kernel.draw_all(torch.zeros(2, 5, dtype=torch.bfloat16), [RowDraw(0, None)])
     assert kernel.draw_all(torch.zeros(2, 5), []).shape == (0,)
+
+
+def test_an_engine_answers_as_without_it() -> None:
+    """Bug: what the runner returns is no memory that the kernel takes, or ids come back as no Python numbers."""
+    submits = [submit("greedy", [5, 6], max_tokens=3), submit("drawn", [7], max_tokens=3, temperature=2.0, seed=1, n=2)]
+
+    def tokens(sampler: Sampler) -> list[Token]:
+        events = run(EngineCore(replace(make_core().parts, sampler=sampler)), submits)
+        return [event for event in events if isinstance(event, Token)]
+
+    found = tokens(Sampler(REFERENCE, SamplingTriton(PIECE, 64)))
+    assert len(found) == 9
+    assert found == tokens(Sampler(REFERENCE))
