@@ -64,7 +64,6 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool  # RMSNorm of every query and key head before RoPE
     tied_head: bool  # the output head is the embedding
-    sliding_window: int | None  # tokens a query sees, when some layer limits them
     context_len: int  # the longest sequence that is served exactly
     notes: tuple[str, ...]  # what a user should know about context_len
     eos_token_ids: tuple[int, ...]
@@ -157,7 +156,6 @@ def read_config(folder: Path, hf: Any, biases: Biases, qk_norm: bool) -> ModelCo
         mlp_bias=biases.mlp,
         qk_norm=qk_norm,
         tied_head=bool(hf.tie_word_embeddings),
-        sliding_window=window,
         context_len=context_len,
         notes=notes,
         eos_token_ids=_eos_token_ids(folder, hf),

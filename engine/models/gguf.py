@@ -82,7 +82,6 @@ def _config(
         mlp_bias="blk.0.ffn_down.bias" in shapes,
         qk_norm="blk.0.attn_q_norm.weight" in shapes,
         tied_head="output.weight" not in shapes,
-        sliding_window=settings.integer(f"{name}.attention.sliding_window", 0) or None,
         context_len=context_len,
         notes=notes,
         eos_token_ids=_eos_token_ids(settings, vocab_size),
