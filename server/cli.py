@@ -26,6 +26,7 @@ from server import config, lifecycle, screen
 from server.app import create_app, create_ops_app
 from server.bench.cli import bench
 from server.calibration import CalibrationBar, print_calibration
+from server.gate import AccessLogHandler
 from server.keys import KeyRing
 from server.tokenizer import GGUF, load_tokenizer
 from server.tracing import Tracing
@@ -263,7 +264,7 @@ def set_up_logging(level: config.LogLevel) -> None:
     access = logging.getLogger("nibble.access")  # JSON lines, whatever the level of the rest
     access.setLevel(logging.INFO)
     access.propagate = False
-    access.handlers = [logging.StreamHandler(sys.stdout)]
+    access.handlers = [AccessLogHandler(sys.stdout)]
 
 
 def model_folder(settings: config.ServerConfig) -> Path:

@@ -5,12 +5,14 @@ Both are plain ASGI, so that streams pass through event by event.
 
 import json
 import logging
+import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -81,6 +83,20 @@ class AccessLog:
             self._answered(entry["status"])
         if self._enabled:
             _write(scope, entry, request_id, seconds)
+
+
+class AccessLogHandler(logging.StreamHandler[TextIO]):
+    """Lines for whoever reads standard output, which may be a program that ends before the server does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Where nobody reads any more, say so once and write to nobody: what is buffered would fail again at exit."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            nobody = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nobody, self.stream.fileno())
+            os.close(nobody)
+            logging.getLogger(__name__).warning("the reader of the access log is gone: its lines are dropped")
+        else:
+            super().handleError(record)
 
 
 class Gate:

@@ -87,7 +87,9 @@ async def find_model(client: httpx.AsyncClient, url: str) -> str:
             f"{url}/v1/models answered {error.response.status_code}: {error.response.text[:200]}"
         ) from None
     except httpx.HTTPError as error:
-        raise BenchError(f"no answer from {url}/v1/models ({type(error).__name__}: {error}); is it running?") from None
+        distrust = "CERTIFICATE_VERIFY_FAILED" in str(error)
+        advice = "name its certificate: SSL_CERT_FILE=cert.pem nibble bench ..." if distrust else "is it running?"
+        raise BenchError(f"no answer from {url}/v1/models ({type(error).__name__}: {error}); {advice}") from None
     except (ValueError, LookupError, TypeError):
         raise BenchError(f"{url}/v1/models is not an OpenAI-compatible list of models; name one with --model") from None
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from server.app import create_app
 from server.config import ServerConfig
+from server.gate import AccessLogHandler
 from server.keys import KeyRing
 from tests.fakes import ByteTokenizer, FakeEngine, Script
 from tests.server.conftest import TEXT
@@ -167,3 +169,17 @@ async def test_answers_are_counted_by_status_and_probes_are_not() -> None:
     text = (await world.http.get("/metrics")).text
     assert 'nibble_http_responses_total{status="200"} 1.0' in text
     assert 'nibble_http_responses_total{status="401"} 1.0' in text
+
+
+def test_an_access_log_that_nobody_reads_any_more_costs_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: nibble serve --access-log | head -1 writes a traceback for every request from the second on."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    record = logging.LogRecord("nibble.access", logging.INFO, "", 0, "{}", None, None)
+    with os.fdopen(writer, "w") as stream:
+        handler = AccessLogHandler(stream)
+        for _ in range(3):
+            handler.emit(record)
+    assert [line.getMessage() for line in caplog.records] == [
+        "the reader of the access log is gone: its lines are dropped"
+    ]

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from server.bench import datasets, report, view
 from server.bench.arrivals import Arrivals
-from server.bench.client import Outcome, Target, ask
+from server.bench.client import Outcome, Target, ask, find_model
 from server.bench.datasets import Lengths, Prompt
 from server.bench.errors import BenchError
 from server.bench.load import Run, run
@@ -337,6 +337,20 @@ def test_options_without_effect_are_refused(options: dict[str, Any], complaint: 
     """Bug: a run that is not the one that was asked for."""
     with pytest.raises(BenchError, match=complaint):
         Asked("http://test", **options).prompts(1, 0)
+
+
+def test_a_certificate_that_is_not_trusted_is_not_taken_for_silence() -> None:
+    """Bug: "is it running?" of a server that answers, over a certificate of its owner's making."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate")
+
+    async def go() -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+            await find_model(client, "https://test")
+
+    with pytest.raises(BenchError, match=r"self-signed certificate\); name its certificate: SSL_CERT_FILE=cert\.pem"):
+        asyncio.run(go())
 
 
 @pytest.mark.parametrize("option", ["--warm-up=-1", "--timeout=0", "--duration=-5"])
