@@ -202,15 +202,8 @@ void all_tokens(const Packed& w, int64_t first, int64_t last, const TokenCodes& 
 
 void row_blocks(const Packed& w, int64_t first, int64_t last, const TokenCodes& x, const int32_t* code_sums,
                 float* out) {
-  switch (w.codes) {
-    case Codes::u2: return all_tokens<U2>(w, first, last, x, code_sums, out);
-    case Codes::u3: return all_tokens<U3>(w, first, last, x, code_sums, out);
-    case Codes::u4: return all_tokens<U4>(w, first, last, x, code_sums, out);
-    case Codes::u5: return all_tokens<U5>(w, first, last, x, code_sums, out);
-    case Codes::u6: return all_tokens<U6>(w, first, last, x, code_sums, out);
-    case Codes::u8: return all_tokens<U8>(w, first, last, x, code_sums, out);
-    case Codes::ternary: return;  // integers of 2 bits or more have no such form
-  }
+  if (w.codes == Codes::u4) return all_tokens<U4>(w, first, last, x, code_sums, out);
+  all_tokens<U8>(w, first, last, x, code_sums, out);
 }
 
 // ---- activations ----------------------------------------------------------------------------------------------------

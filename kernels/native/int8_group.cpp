@@ -28,7 +28,8 @@ void check(const Packed& w, const Packed& first) {
           "matrices that share activations must have the same channels in the same groups");
   require(w.zero_type == first.zero_type && w.zero == first.zero,
           "matrices that share rounded activations must have the same constant zero point, or none");
-  require(w.num_planes == 0 && w.codes != Codes::ternary, "weights from a table are no integers");
+  require(w.num_planes == 0, "weights from a table are no integers");
+  require(w.codes == Codes::u4 || w.codes == Codes::u8, "integers must be packed in 4 or 8 bits");
   require(w.zero_type == ZeroType::u8 || (w.zero_type == ZeroType::constant && w.zero >= 0 && w.zero <= 255),
           "zero points must be codes, 0 to 255");
 }

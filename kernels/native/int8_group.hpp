@@ -13,7 +13,7 @@ class Int8Group {
  public:
   // The matrices must outlive the group. code_sums: for each of them the sums of its codes, [num_rows, num_blocks];
   // none at all where the rounding has no zero point. Throws std::invalid_argument when the matrices differ in channels,
-  // groups or a constant zero point, or hold no integers, and for a rounding of other than 2 to 8 bits.
+  // groups or a constant zero point, or hold no integers of 4 or 8 bits, and for a rounding of other than 2 to 8 bits.
   Int8Group(std::vector<const Packed*> members, const TokenRounding& rounding,
             const std::vector<const int32_t*>& code_sums);
 

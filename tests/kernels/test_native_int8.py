@@ -219,12 +219,14 @@ def test_what_cannot_be_joined_is_refused_by_name() -> None:
     row, groups = (KERNEL.prepare(random_int8(8, 64, 5, group, ROUNDINGS["token"], seed=1)) for group in (64, 32))
     codes, scales = torch.zeros(5, 32, dtype=torch.uint8), torch.ones(5, 1)
     table = _native.pack(4, 64, 64, codes, scales, table=[0.0, 1.0])
+    ternary = _native.pack(2, 64, 64, codes[:, :16].contiguous(), scales, zero=1, ternary=True)
     floats = _native.pack(4, 64, 64, codes, scales, zeros=torch.ones(5, 1))
     sums = torch.zeros(5, 1, dtype=torch.int32)
     cases: list[tuple[list[_native.Packed], int, float | None, int, list[Tensor], str]] = [
         ([], 8, None, 0, [], "at least one matrix"),
         ([row.packed, groups.packed], 8, None, 0, [], "the same groups"),
         ([table], 8, None, 0, [], "no integers"),
+        ([ternary], 8, None, 0, [], "4 or 8 bits"),
         ([floats], 8, None, 0, [], "must be codes"),
         ([row.packed], 9, None, 0, [], "2 to 8 bits"),
         ([row.packed], 8, 1.0, 128, [sums], "-128..127"),

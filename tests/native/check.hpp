@@ -66,6 +66,7 @@ auto same_bits(const std::string& what, const Compute& compute) {
 }
 
 void test_linear();
+void test_int8();
 void fuzz_pack();
 void test_attention();
 void test_quantized();

@@ -36,4 +36,4 @@ def build() -> Path:
 def test_every_instruction_set_in_its_own_memory() -> None:
     """Bug: a read or write past a tensor's end, undefined behaviour, or bits that differ between sets or threads."""
     output = run(build(), seconds=200)
-    assert output.split() == ["pool", "linear", "pack", "attention", "quantized", "rows", "sampling"]
+    assert output.split() == ["pool", "linear", "int8", "pack", "attention", "quantized", "rows", "sampling"]

@@ -60,7 +60,7 @@ class Int8Native:
     of a row that has one scale. The outer one runs in order in float32: a result has the same bits for any batch, any
     number of threads and any instruction set. Activations rounded in groups of channels are multiplied in float32.
 
-    Reads `bits` of each weight once for up to 8 tokens; 2 T N K integer operations.
+    Reads 4 or 8 bits of each weight once for up to 8 tokens; 2 T N K integer operations.
     """
 
     name = "native"
@@ -72,8 +72,11 @@ class Int8Native:
         return packed_refusal(spec)
 
     def prepare(self, weights: Int8Weights) -> Prepared:
-        """Repack into blocks of 16 rows. Raises ValueError for groups without a packed form."""
-        bits = 8 if weights.bits == 7 else weights.bits
+        """Repack into blocks of 16 rows. Codes of 2 and 3 bits take 4, of 5 to 7 bits take 8.
+
+        Raises ValueError for groups without a packed form.
+        """
+        bits = 4 if weights.bits <= 4 else 8
         middle = 1 << (bits - 1)
         codes = (weights.weight.short() + middle).to(torch.uint8)  # [N, K]
         zeros = None if weights.zeros is None else (weights.zeros.short() + middle).to(torch.uint8).contiguous()
