@@ -8,7 +8,6 @@ from kvcache.calibration import CalibrationError
 from kvcache.layout import PageLayout
 
 LONGEST = 2048  # tokens of one text
-MOST_TEXTS = 64
 FEWEST_TEXTS = 4
 HISTORY = 64  # tokens, at least, beyond window and sinks
 

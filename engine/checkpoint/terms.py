@@ -270,5 +270,4 @@ def _codes_and_groups(source: Source, at: str, shape: Shape, bits: int, group_si
 
 Term = AffineTerm | CodebookTerm | DenseTerm | LookupTerm | LowRankTerm | SparseTerm | TableTerm
 Step = DiagonalStep | HadamardStep | PermutationStep | RotationStep
-TERMS = MappingProxyType({str(kind.__struct_config__.tag): kind for kind in get_args(Term)})  # family -> its struct
 STEPS = MappingProxyType({str(kind.__struct_config__.tag): kind for kind in get_args(Step)})  # kind -> its struct

@@ -1,5 +1,6 @@
 """The engine as a library."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from engine import LLM, GenerationError, Sampling, StartError
 from engine.llm import in_python
 from engine.messages import Event, Inbound
+from server.config import ServerConfig
 
 DEMO = Path(__file__).parents[2] / "demo/checkpoint"
 STORIES = Path(__file__).parents[1] / "fixtures/gguf/stories260k.gguf"
@@ -106,6 +108,18 @@ def test_errors_name_settings_as_they_are_written_here(
     """Bug: advice to use --kv-memory given to a program, or settings taken for others and ignored."""
     with pytest.raises(kind, match=words):
         LLM(**{"model": tiny_checkpoint} | settings)
+
+
+def test_flags_that_the_engine_names_exist() -> None:
+    """Bug: advice to use an option that was renamed, or an argument that LLM does not have."""
+    engine = Path(__file__).parents[2] / "engine"
+    text = "\n".join(path.read_text() for path in engine.rglob("*.py") if path.parent.name != "conversion")
+    named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text))
+    of_calibrate = {"tokens", "out"}
+    assert "kv-memory" in named
+    assert {name.replace("-", "_") for name in named - of_calibrate} <= set(ServerConfig.model_fields)
+    for name in named - of_calibrate:
+        assert "--" not in in_python(f"--{name}")
 
 
 def test_flags_of_other_programs_stay() -> None:
