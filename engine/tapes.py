@@ -75,25 +75,25 @@ class TapeRunner(Runner):
         if tape is not None:
             return self.model.logits(tape.run(stream, batch.attention), batch.logit_rows)
         try:
-            tape = self.tapes[num_rows] = self._record(stream, batch.attention)
+            tape = self.tapes[num_rows] = self._record(stream, batch)
         except Unrecordable as error:  # what was stored on the way is stored again
             self._note = f"layers are called from Python, kernel by kernel, because {error}"
             return super().run(batch)
         return self.model.logits(tape.last, batch.logit_rows)
 
-    def _record(self, stream: Stream, inputs: AttentionInputs) -> Tape:
+    def _record(self, stream: Stream, batch: Batch) -> Tape:
         """Run the layers and keep their calls. Raises Unrecordable."""
         recording = Recording(self._buffers)
         last = stream
         with recording:
             for layer, cache in zip(self.model.layers, self.caches, strict=True):
                 recording.next_layer()
-                last = layer(last, cache, inputs)
+                last = layer(last, cache, batch)
         steps: dict[int, tuple[StepKernel, Any, Step]] = {}
         for layer, cache in zip(self.model.layers, self.caches, strict=True):
             kernel = layer.attention.kernel
             assert isinstance(kernel, StepKernel)  # runner_of saw to it
-            step = kernel.step(cache, inputs)
+            step = kernel.step(cache, batch.attention)
             steps.setdefault(id(step), (kernel, cache, step))
         return Tape(recording, stream, last, tuple(steps.values()))
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.models.config import ModelConfig
 from engine.models.layers import MLP, Attention, Embedding, Linear, Parts, RMSNorm, Rope, Rotation
-from kernels.contract import AttentionInputs
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,10 @@ class Layer:
     post_attention_norm: RMSNorm
     mlp: MLP
 
-    def __call__(self, stream: "Stream", cache: Any, inputs: AttentionInputs) -> "Stream":
-        """Stores the rows' keys and values in `cache`."""
+    def __call__(self, stream: "Stream", cache: Any, batch: Batch) -> "Stream":
+        """Stores the keys and values of the batch's rows in `cache`."""
         x, normed = self.input_norm.add(stream.x, stream.delta)
-        x, normed = self.post_attention_norm.add(x, self.attention(normed, stream.rotation, cache, inputs))
+        x, normed = self.post_attention_norm.add(x, self.attention(normed, stream.rotation, cache, batch.attention))
         return Stream(x, self.mlp(normed), stream.rotation)
 
 
@@ -60,7 +59,7 @@ class Decoder:
         """Store the batch's keys and values in `caches`, one per layer; return [num_logits, vocab] float32."""
         stream = self.embed(batch)
         for layer, cache in zip(self.layers, caches, strict=True):
-            stream = layer(stream, cache, batch.attention)
+            stream = layer(stream, cache, batch)
         return self.logits(stream, batch.logit_rows)
 
     def embed(self, batch: Batch) -> Stream:
