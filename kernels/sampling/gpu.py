@@ -55,7 +55,8 @@ class SamplingTriton:
         ids = logits.new_empty(num_draws, dtype=torch.int32)
         if not num_draws:
             return ids
-        fields = torch.tensor([fields_of(draw, vocab) for draw in draws], dtype=torch.float64).to(logits.device)
+        rules = torch.tensor([fields_of(draw, vocab) for draw in draws], dtype=torch.float64)
+        fields = rules.to(logits.device, non_blocking=True)  # logits are still being computed: launch behind them
         best = logits.new_empty(num_draws, num_pieces)
         first, sums = torch.empty_like(best, dtype=torch.int32), torch.empty_like(best, dtype=torch.float64)
         counts = logits.new_empty(num_draws, num_pieces, BUCKETS, dtype=torch.int32)
