@@ -213,6 +213,10 @@ def _eos_token_ids(folder: Path, hf: Any) -> tuple[int, ...]:
         except (OSError, ValueError, AttributeError) as error:
             raise UnsupportedModel(f"{path} cannot be read: {error}") from error
     found = hf.eos_token_id if found is None else found
+    if found is None:
+        return ()
     ids = found if isinstance(found, list) else [found]
+    if any(type(token) is not int for token in ids):
+        raise UnsupportedModel(f"{path}: eos_token_id must be a token id or a list of them, found {found!r}")
     # Some checkpoints name an id that the vocabulary does not have: it can never be generated, so it ends nothing.
-    return tuple(token for token in ids if isinstance(token, int) and 0 <= token < hf.vocab_size)
+    return tuple(token for token in ids if 0 <= token < hf.vocab_size)

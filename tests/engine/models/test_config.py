@@ -100,6 +100,14 @@ def test_end_of_answer_ids_come_from_the_generation_config_first(tmp_path: Path)
     assert llama(tmp_path, eos_token_id=None).eos_token_ids == ()
 
 
+@pytest.mark.parametrize("ends", ['"</s>"', "1.5", "true", "[2, null]"])
+def test_an_end_that_is_no_token_id_is_refused(tmp_path: Path, ends: str) -> None:
+    """Bug: ignored, and answers that never end."""
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {ends}}}')
+    with pytest.raises(UnsupportedModel, match=r"generation_config.json: eos_token_id must be a token id or a list"):
+        llama(tmp_path, eos_token_id=7)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
