@@ -20,6 +20,7 @@ if native.MISSING is not None:
 
 from kernels.linear.int8.native import Int8Native
 from kernels.native import _native
+from kernels.native.recording import Buffers, Recording
 
 KERNEL = Int8Native()
 MAX_TOKENS = 33
@@ -199,6 +200,19 @@ def test_activations_that_are_not_finite(rounding: Rounding) -> None:
         found = multiply(weights, x)
         assert torch.equal(found.isnan(), expected.isnan()), isa
         assert found[[0, 4, 8, 11]].isfinite().all(), isa
+
+
+def test_a_recorded_step_rounds_what_it_reads() -> None:
+    """Bug: a call that torch has a part in, which keeps a model's layers from being one native call."""
+    weights, x = random_int8(8, 64, 17, 64, ROUNDINGS["token, asymmetric"], seed=3), activations(2, 64)
+    expected, joined = multiply(weights, x), KERNEL.join([KERNEL.prepare(weights)])
+    assert joined is not None
+    held, recording = torch.zeros(2, 64), Recording(Buffers(2))
+    with recording:
+        (out,) = KERNEL.linear(held, joined)
+    held.copy_(x)
+    recording.run()
+    assert torch.equal(out, expected)
 
 
 def test_only_what_is_rounded_alike_is_joined() -> None:
