@@ -46,6 +46,7 @@ OUR_FILES = "benchmarks.peers.nibble_server"
 PEER_FILES = "benchmarks.peers.llama_server"
 MODEL = "bench"
 SILENCE_LIMIT_S = 600.0
+LOG_CHARS = 1000  # shown of a server's log when a turn fails
 WARM_TOKENS = 16  # of each answer of the round that is not counted
 SLOT_STEP = 256  # positions of one sequence are a multiple of this, as llama.cpp pads them
 HIGHER = ("output_tok_per_s", "total_tok_per_s")  # of the figures below, those of which more is better
@@ -218,8 +219,13 @@ def started(contender: Contender, logs: Path) -> Iterator[Running]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [*contender.command, "--port", str(port)]
-    with running(command, url + contender.ready, logs / f"{contender.name}.log") as process:
-        yield Running(contender, url, process.pid)
+    log = logs / f"{contender.name}.log"
+    with running(command, url + contender.ready, log) as process:
+        try:
+            yield Running(contender, url, process.pid)
+        except SideFailed as error:
+            status, end = process.poll(), log.read_text(errors="replace")[-LOG_CHARS:]
+            raise SideFailed(f"{error}\n{contender.name}, status {status}, wrote: {end}") from None
 
 
 def fastest(choices: Sequence[Contender], asked: Load, vocab: int, logs: Path) -> Contender:
@@ -240,6 +246,7 @@ def ask(server: Running, asked: Load, vocab: int, seed: int) -> Round:
 
     async def send() -> load.Run:
         async with load.new_client(None, SILENCE_LIMIT_S) as client:
+            client.headers["Connection"] = "close"  # llama-server drops some of the connections that are used again
             return await load.run(client, target, prompts(asked, vocab, seed), Arrivals(clients=asked.num_clients))
 
     outcomes = asyncio.run(send()).outcomes
@@ -305,12 +312,8 @@ def ratios(measured: Measured, name: str) -> dict[str, Any]:
     """Ours over the peer's: of the medians, and of each round."""
     ours, peer = ([getattr(turn, name) for turn in side] for side in (measured.ours, measured.peer))
     pairs = [a / b for a, b in zip(ours, peer, strict=True)]
-    return {
-        "ratio": statistics.median(ours) / statistics.median(peer),
-        "min": min(pairs),
-        "max": max(pairs),
-        "pairs": pairs,
-    }
+    ratio = statistics.median(ours) / statistics.median(peer)
+    return {"ratio": ratio, "min": min(pairs), "max": max(pairs), "pairs": pairs}
 
 
 def report(sides: tuple[Contender, Contender], asked: Load, measured: Measured, threads: int) -> dict[str, Any]:
