@@ -25,8 +25,8 @@ struct Run {
         codes(code_sums ? code_sums + (row_block * x.num_runs + run) * kRows : nullptr) {}
 };
 
-// From sums of codes times activations to sums without their zero points. `started`: sums began at those of a zero point
-// that all weights have. parameters: of 4 blocks, the run's in `slot`.
+// From sums of codes times activations to sums without their zero points. kStarted: sums began at those of a zero
+// point that all weights have. parameters: of 4 blocks, the run's in `slot`.
 template <int T, bool kStarted>
 inline void take_zeros(const Packed& w, Ints (&dots)[T], const Run<T>& run, const uint8_t* parameters, int slot) {
   if (w.zero_type == ZeroType::constant) {

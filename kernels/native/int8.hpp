@@ -2,10 +2,10 @@
 //
 //   y[t, n] = x[t] f[n] sum_j s[n, j] I[t, n, j],   I[t, n, j] = sum_{k in j} (u[n, k] - z[n, j]) (a[t, k] - z[t])
 //
-// Every I is exact:  sum u a - z[n, j] sum (a - z[t]) - z[t] sum u.  Its j, a *run*, is a block where weights have groups,
-// and otherwise a span of up to 32,768 channels of the row: 32,768 x 255 x 255 < 2^31, and the sum of u a stays within
-// half of that. Runs are added in order in float32, so that a result has the same bits for any batch, any number of
-// threads and any instruction set.
+// Every I is exact:  sum u a - z[n, j] sum (a - z[t]) - z[t] sum u.  Its j, a *run*, is a block where weights have
+// groups, and otherwise a span of up to 32,768 channels of the row: 32,768 x 255 x 255 < 2^31, and sums of u a stay
+// within 32,768 x 255 x 128 on the way. Runs are added in order in float32, so that a result has the same bits for any
+// batch, any number of threads and any instruction set.
 #pragma once
 
 #include <cstdint>

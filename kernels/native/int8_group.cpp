@@ -24,7 +24,8 @@ Scratch& scratch_of_caller() {
 bool by_row(const Packed& w) { return w.scale_type == ScaleType::none; }
 
 void check(const Packed& w, const Packed& first) {
-  require(w.num_channels == first.num_channels && w.block_channels == first.block_channels && by_row(w) == by_row(first),
+  require(w.num_channels == first.num_channels && w.block_channels == first.block_channels &&
+              by_row(w) == by_row(first),
           "matrices that share activations must have the same channels in the same groups");
   require(w.zero_type == first.zero_type && w.zero == first.zero,
           "matrices that share rounded activations must have the same constant zero point, or none");

@@ -1,4 +1,4 @@
-// Matrices that read activations which their format rounds to integers by token, multiplied in one pass over the threads.
+// Matrices that read activations which their format rounds to integers by token, in one pass over the threads.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,9 @@ namespace nibble {
 class Int8Group {
  public:
   // The matrices must outlive the group. code_sums: for each of them the sums of its codes, [num_rows, num_blocks];
-  // none at all where the rounding has no zero point. Throws std::invalid_argument when the matrices differ in channels,
-  // groups or a constant zero point, or hold no integers of 4 or 8 bits, and for a rounding of other than 2 to 8 bits.
+  // none at all where the rounding has no zero point. Throws std::invalid_argument when the matrices differ in
+  // channels, groups or a constant zero point, or hold no integers of 4 or 8 bits, and for a rounding of other than 2
+  // to 8 bits.
   Int8Group(std::vector<const Packed*> members, const TokenRounding& rounding,
             const std::vector<const int32_t*>& code_sums);
 
