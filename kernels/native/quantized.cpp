@@ -1,5 +1,6 @@
 #include "hadamard.hpp"
 #include "quantized_keys.hpp"
+#include "quantized_softmax.hpp"
 #include "quantized_values.hpp"
 
 namespace nibble::NIBBLE_ISA {
@@ -24,7 +25,7 @@ struct QuantizedRun : QuantizedSplit {
         by_width(shape.keys.width, [&](auto width) { score_codes<decltype(width)::value>(*this); });
     }
     for (const Range& range : recent)
-      if (!range.empty()) score_recent(range);
+      if (!range.empty()) score_floats<C>(range, (const Cell* const*)recent_keys, kRecentTokens, high);
   }
 
   // Keys of floats: the tiles of attention_tile.hpp.
@@ -45,29 +46,16 @@ struct QuantizedRun : QuantizedSplit {
     const uint16_t* keys[kSplit / 16];
     for (int v = packed.first_vector(); v < packed.stop_vector(); v++)
       keys[v] = (const uint16_t*)page_of(v) + token_of(v);
-    score_floats<F16>(packed, keys, page_size, weights);
-  }
-
-  void score_recent(const Range& range) {
-    score_floats<C>(range, (const Cell* const*)recent_keys, kRecentTokens, high);
-    for (int row = 0; row < num_rows; row++)
-      for (int v = range.first_vector(); v < range.stop_vector(); v++) {
-        float* to = weights + (int64_t)row * kSplit + 16 * v;
-        store(to, where_packed(row, v, load(to), load(high + (int64_t)row * kSplit + 16 * v)));
-      }
+    score_floats<F16>(packed, keys, page_size, packed_scores);
   }
 
   // ---- values
 
-  void mix_all() {
-    if (!packed.empty()) {
-      if (shape.values.width == 16)
-        mix_halves();
-      else
-        PackedValues(*this).run();
-    }
-    for (const Range& range : recent)
-      if (!range.empty()) mix_recent(range);
+  void mix_packed_values() {
+    if (packed.empty()) return;
+    if (shape.values.width != 16) return PackedValues(*this).run();
+    for (int row = 0; row < num_rows; row++) weigh_halves(*this, row);
+    mix_halves();
   }
 
   template <class V>
@@ -94,16 +82,10 @@ struct QuantizedRun : QuantizedSplit {
     const uint8_t* values[kSplit / 16 + 1];
     int num_pages = (packed.stop + page_size - 1) >> page_shift;
     for (int i = 0; i <= num_pages; i++) values[i] = pages[i] + shape.value_codes_at;
-    mix_tiles<F16>(weights, {values, page_size, dim}, packed.first, [&](int row) { return edge(row); });
+    mix_tiles<F16>(packed_scores, {values, page_size, dim}, packed.first, [&](int row) { return edge(row); });
   }
 
   void mix_recent(const Range& range) {
-    for (int row = 0; row < num_rows; row++)
-      for (int v = range.first_vector(); v < range.stop_vector(); v++) {
-        int64_t at = (int64_t)row * kSplit + 16 * v;
-        store(high + at, where_packed(row, v, zero(), load(weights + at)));
-      }
-    // A vector of 16 may hold sinks and window: each token once.
     mix_tiles<C>(high, {recent_values, kRecentTokens, dim}, range.first,
                  [&](int row) { return min_of(range.stop, visible(row)); });
   }
@@ -111,11 +93,17 @@ struct QuantizedRun : QuantizedSplit {
   void run() {
     score_all();
     for (int row = 0; row < num_rows; row++) {
+      find_peaks(*this, row);
       float* out = part + row * stride;
-      weigh(weights + (int64_t)row * kSplit, visible(row), out + stride - 16);
       for (int i = 0; i < stride - 16; i += 16) store(out + i, zero());
     }
-    mix_all();
+    mix_packed_values();
+    for (int row = 0; row < num_rows; row++) {
+      weigh_high(*this, row);
+      part[(row + 1) * stride - 15] = reduce_add(load(totals + 16 * row));
+    }
+    for (const Range& range : recent)
+      if (!range.empty()) mix_recent(range);
   }
 };
 
@@ -128,9 +116,9 @@ void split(const QuantizedAttend& call, const Place& at, const Place& next, floa
 
 // ---- queries and results --------------------------------------------------------------------------------------------
 
-// Of one row: for every group the digits, d, and the sum of the query as its digits count it. What is no number makes d
-// a NaN.
-void cut_query(const float* q, const RowFormat& format, int dim, uint8_t* to) {
+// Of one row: for every group the digits, d, and the sum of the query as its digits count it, both times the factor of
+// the keys' parameters. What is no number makes d a NaN.
+void cut_query(const float* q, const RowFormat& format, float factor, int dim, uint8_t* to) {
   float* units = (float*)(to + 2 * dim);
   const bool two = has_two_digits(format.width);
   const float levels = (float)query_levels(format.width);
@@ -150,15 +138,16 @@ void cut_query(const float* q, const RowFormat& format, int dim, uint8_t* to) {
       write_digits(x, two, (int8_t*)to + g * format.group_size + i, dim);
       sum = iadd(sum, x);
     }
-    units[g] = unit;
-    units[format.num_groups + g] = unit * (float)ireduce_add(sum);
+    units[g] = factor * unit;
+    units[format.num_groups + g] = factor * unit * (float)ireduce_add(sum);
   }
 }
 
 void prepare(const QuantizedAttend& call, int64_t token) {
   int dim = call.shape.heads.head_dim, group = call.base.group, num_kv_heads = call.shape.heads.num_kv_heads;
   Floats scale = set1(call.base.scale * kLog2E);
-  for (int head = 0; head < num_kv_heads; head++)
+  for (int head = 0; head < num_kv_heads; head++) {
+    float factor = factor_of(call.shape.keys, call.layer.key_prescale[head]);
     for (int h = 0; h < group; h++) {
       const float* from = call.base.q + ((token * num_kv_heads + head) * group + h) * dim;
       int64_t row = (head * call.num_tokens + token) * group + h;
@@ -166,8 +155,9 @@ void prepare(const QuantizedAttend& call, int64_t token) {
       __builtin_memcpy(q, from, sizeof(float) * (size_t)dim);
       if (call.shape.keys.hadamard) hadamard(q, dim);
       for (int i = 0; i < dim; i += 16) store(q + i, mul(load(q + i), scale));
-      cut_query(q, call.shape.keys, dim, call.digits + row * call.digits_stride());
+      cut_query(q, call.shape.keys, factor, dim, call.digits + row * call.digits_stride());
     }
+  }
 }
 
 void turn_back(const QuantizedAttend& call, const Unit& unit) {

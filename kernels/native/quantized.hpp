@@ -7,8 +7,9 @@
 // Packed products are sums of integers: codes are bytes, and what multiplies them is rounded to integers x ~ d X,
 //
 //   keys      the channels of a group of a query:          score += s_t (d Q . c_t) + z_t (d sum Q)
-//   values    the weights times the scales of a block,     out += d sum_t A_t (c_t - m) + sum_t w_t (z_t + m s_t)
-//             a_t = w_t s_t, of one group; m is the middle code
+//   values    weights against the block's highest score,   out += 2^(m_b - m) (d sum_t A_t (c_t - h)
+//             times the block's scales, a_t = w_t s_t,                         + sum_t w_t (z_t + h s_t))
+//             of one group; h is the middle code
 //
 // of |Q| <= 127 and 0 <= A <= 255, one byte, where codes have up to 4 bits: far below the error of the codes. Beside 8
 // bits it would show, so there X has two digits of a byte, x ~ d (128 high + low) with d = max |x| / 16256. Sums of
@@ -90,7 +91,7 @@ struct QuantizedAttend {
   }
   NIBBLE_INLINE int64_t scratch_floats(const Unit& u) const {
     int64_t rows = base.rows_of(u), groups = shape.num_groups(), dim = shape.heads.head_dim;
-    int64_t weights = rows * (2 * kSplit + 1);  // of both precisions; edges
+    int64_t weights = rows * (2 * kSplit + 3 * 16 + 1);  // of both precisions; peaks, shares and totals; edges
     int64_t digits = rows * groups * (kBlock / 2 + 16 + 1), parameters = groups * (2 * kBlock + 1);
     int64_t codes = 2 * kBlock * (dim + 64) / 4;  // interleaved; unpacked
     return weights + digits + parameters + codes + 512;

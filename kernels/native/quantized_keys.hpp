@@ -15,17 +15,22 @@ inline const uint8_t* unpack_keys(const QuantizedSplit& s, int n, const uint8_t*
   unpack_trits(16 * rows, packed_rows, channels);
   uint8_t* to = s.codes + (int64_t)n * 16 * s.dim;
   for (int c = 0; c < s.dim; c += 4) {
-    const uint8_t* p = channels + 16 * c;
-    bstore(to + 16 * c, interleave(p, p + 16, p + 32, p + 48));
+    bstore(to + 16 * c, interleave(channels + 16 * c, 16));
   }
   return to;
+}
+
+// Parameters of 16 tokens, from[i * step], to to[i * stride]. All by value: a vector's store may change what a
+// reference names, as far as the compiler knows.
+template <bool kHalves>
+inline void load_key_parameters(int count, const uint8_t* from, int64_t step, float* to, int64_t stride) {
+  for (int i = 0; i < count; i++, from += step, to += stride) store(to, load_parameter<kHalves>(from));
 }
 
 template <int kWidth>
 void score_codes(const QuantizedSplit& s) {
   const RowFormat& format = s.shape.keys;
   constexpr bool kTwo = has_two_digits(kWidth);
-  const Floats factor = factor_of(format, s.call.layer.key_prescale[s.unit.kv_head]);
   int num_tiles = (s.num_rows + kPackedRows - 1) / kPackedRows;
   const int num_parameters = 2 * format.num_groups, parameter_bytes = format.parameter_bytes;
   const int64_t parameters_at = s.shape.key_parameters_at, step = (int64_t)s.page_size * parameter_bytes;
@@ -41,18 +46,18 @@ void score_codes(const QuantizedSplit& s) {
     for (int n = 0; n < vectors; n++) {
       const uint8_t* page = s.page_of(v + n);
       int token = s.token_of(v + n);
-      load_parameters<kTwo>(num_parameters, page + parameters_at + token * parameter_bytes, step, factor,
-                            to_parameters + 16 * n, 16 * kPackedVectors);
+      load_key_parameters<kTwo>(num_parameters, page + parameters_at + token * parameter_bytes, step,
+                                to_parameters + 16 * n, 16 * kPackedVectors);
       tile.keys[n] = kWidth == 1 ? unpack_keys(s, n, page + token) : page + 4 * token;
-      s.fetch(v + n, format, 0, s.shape.key_parameters_at);
-      s.fetch_recent(v + n);
     }
+    s.fetch(v, vectors, format, 0, s.shape.key_parameters_at);
+    s.fetch_recent(v, vectors);
     for (int i = 0; i < num_tiles; i++) {
       int row = s.num_rows * i / num_tiles, rows = s.num_rows * (i + 1) / num_tiles - row;
       by_rows(rows, [&](auto r) {
         by_vectors<kTwo>(vectors, [&](auto n) {
           score_packed<kWidth, decltype(r)::value, decltype(n)::value>(
-              tile, s.query_digits + row * tile.digits_stride, s.weights + (int64_t)row * kSplit + 16 * v);
+              tile, s.query_digits + row * tile.digits_stride, s.packed_scores + (int64_t)row * kSplit + 16 * v);
         });
       });
     }

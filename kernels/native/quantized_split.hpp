@@ -27,8 +27,9 @@ struct QuantizedSplit {
   int* edges;  // of the rows
   const float* queries;
   const uint8_t* query_digits;
-  float *weights, *high, *part;  // weights and high: [num_rows, kSplit]
-  float *parameters, *zeros, *units, *largest;
+  float *packed_scores, *high, *part;  // both [num_rows, kSplit]; high: scores, then weights, of what is not packed
+  float *peaks, *shares, *totals;      // of the rows, 16 each: of their blocks, of their blocks, of lanes
+  float *parameters, *zeros, *units, *steps;
   uint8_t *digits, *codes, *unpacked;
   int64_t stride;   // of part
   Range packed;     // what some row reads packed
@@ -64,12 +65,15 @@ struct QuantizedSplit {
       scratch += (floats + 15) / 16 * 16;
       return at;
     };
-    weights = take(rows * kSplit);
+    packed_scores = take(rows * kSplit);
     high = take(rows * kSplit);
+    peaks = take(rows * 16);
+    shares = take(rows * 16);
+    totals = take(rows * 16);
     parameters = take(2 * groups * kBlock);
     zeros = take(rows * groups * 16);
     units = take(rows * groups);
-    largest = take(groups);
+    steps = take(groups);
     edges = (int*)take(rows);
     digits = (uint8_t*)take(rows * groups * (2 * kBlock / 4));
     codes = (uint8_t*)take(kBlock * (dim + 64) / 4);
@@ -106,26 +110,47 @@ struct QuantizedSplit {
   Floats where_packed(int row, int v, Floats x, Floats other) const {
     return first(packed.first - 16 * v, other, first(edge(row) - 16 * v, x, other));
   }
+  // x in the lanes of the 16 tokens of vector v that the row reads in high precision, `other` elsewhere.
+  Floats where_high(int row, int v, Floats x, Floats other) const {
+    return first(visible(row) - 16 * v, where_packed(row, v, other, x), other);
+  }
+  // All vectors of which some row reads a token in high precision, each once: one may hold sinks and window.
+  template <class F>
+  void each_high(F f) const {
+    int done = 0;
+    for (const Range& range : recent) {
+      if (range.empty()) continue;
+      for (int v = max_of(range.first_vector(), done); v < range.stop_vector(); v++) f(v);
+      done = range.stop_vector();
+    }
+  }
   const uint8_t* page_of(int v) const { return pages[16 * v >> page_shift]; }
   int token_of(int v) const { return 16 * v & (page_size - 1); }  // in its page
 
-  // Fetches what lies at the place of vector v, kPagesAhead pages later: codes at `codes_at`, and their parameters.
+  // Fetches what lies at the places of vectors v .. v + count - 1, kPagesAhead pages later: codes at `codes_at`, and
+  // their parameters.
   // Always inlined: gcc 12 takes a function that only fetches for one without effect, and drops its calls.
-  NIBBLE_INLINE void fetch(int v, const RowFormat& format, int64_t codes_at, int64_t parameters_at) const {
-    const uint8_t* page = pages[(16 * v >> page_shift) + kPagesAhead];
-    int bytes = 16 * format.row_bytes, parameter_bytes = 32 * format.num_groups * format.parameter_bytes;
-    int64_t part = token_of(v) / 16;
-    for (int i = 0; i < bytes; i += 64) prefetch_l2(page + codes_at + part * bytes + i);
-    for (int i = 0; i < parameter_bytes; i += 64) prefetch_l2(page + parameters_at + part * parameter_bytes + i);
+  NIBBLE_INLINE void fetch(int v, int count, const RowFormat& format, int64_t codes_at, int64_t parameters_at) const {
+    const int per_page = page_size / 16, row_bytes = format.row_bytes;
+    const int parameter_bytes = 2 * format.num_groups * format.parameter_bytes;
+    for (const int stop = v + count; v < stop;) {
+      const uint8_t* page = pages[(16 * v >> page_shift) + kPagesAhead];
+      int in_page = v & (per_page - 1), tokens = 16 * min_of(stop - v, per_page - in_page);
+      const uint8_t* codes = page + codes_at + 16 * in_page * row_bytes;
+      for (int i = 0, bytes = tokens * row_bytes; i < bytes; i += 64) prefetch_l2(codes + i);
+      const uint8_t* parameters = page + parameters_at + 16 * in_page * parameter_bytes;
+      for (int i = 0, bytes = tokens * parameter_bytes; i < bytes; i += 64) prefetch_l2(parameters + i);
+      v += tokens / 16;
+    }
   }
-  // While the packed keys of vector v are read, its share of what the split reads in high precision.
-  NIBBLE_INLINE void fetch_recent(int v) const {
+  // While the packed keys of vectors v .. v + n - 1 are read, their share of what the split reads in high precision.
+  NIBBLE_INLINE void fetch_recent(int v, int n) const {
     int at = v - packed.first_vector(), count = packed.stop_vector() - packed.first_vector();
     int64_t bytes = shape.recent().head_bytes();
     for (const Range& range : recent) {
       if (range.empty()) continue;
       int first = range.first_vector(), vectors = range.stop_vector() - first;
-      for (int i = first + vectors * at / count; i < first + vectors * (at + 1) / count; i++)
+      for (int i = first + vectors * at / count; i < first + vectors * (at + n) / count; i++)
         for (int64_t j = 0; j < bytes; j += 64) prefetch_l2(recent_keys[i] + j), prefetch_l2(recent_values[i] + j);
     }
   }

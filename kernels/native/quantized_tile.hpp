@@ -7,12 +7,14 @@
 namespace nibble::NIBBLE_ISA {
 namespace {
 
-// Sums of a tile: rows x vectors x digits. At most 24 of 32 registers in AVX-512, 4 of 16 halves in AVX2.
+// Sums of a tile: rows x vectors x digits. At most 24 of 32 registers in AVX-512, 4 of 16 halves in AVX2. With room for
+// the channels of several shifts, values are turned for every tile, beside its products; else once for all.
 #if defined(NIBBLE_ISA_avx512)
 constexpr int kPackedRows = 6, kPackedVectors = 4;
 #else
 constexpr int kPackedRows = 2, kPackedVectors = 1;
 #endif
+constexpr bool kTurnsInTiles = kPackedVectors > 1;
 
 // Of `left` vectors, how many a tile takes: 4, 2 or 1; two digits leave room for 2.
 inline int tile_vectors(int left, bool two_digits) {
@@ -22,20 +24,30 @@ inline int tile_vectors(int left, bool two_digits) {
 
 // ---- parameters -----------------------------------------------------------------------------------------------------
 
-// 16 parameters at p, float16 or e4m3, times factor_of() the prescale.
+// 16 parameters at p, float16 or e4m3, not yet times factor_of() the prescale.
 template <bool kHalves>
-inline Floats load_parameter(const uint8_t* p, Floats factor) {
-  return mul(kHalves ? load_f16((const uint16_t*)p) : load_e4m3(p), factor);
+inline Floats load_parameter(const uint8_t* p) {
+  return kHalves ? load_f16((const uint16_t*)p) : load_e4m3(p);
 }
-inline Floats factor_of(const RowFormat& format, float prescale) {
-  return set1(format.parameter_bytes == 2 ? prescale : 256 * prescale);
+inline float factor_of(const RowFormat& format, float prescale) {
+  return format.parameter_bytes == 2 ? prescale : 256 * prescale;
 }
 
-// `count` times 16 of them, from[i * step], to to[i * stride]. All by value: a vector's store may change what a
-// reference names, as far as the compiler knows.
-template <bool kHalves>
-inline void load_parameters(int count, const uint8_t* from, int64_t step, Floats factor, float* to, int64_t stride) {
-  for (int i = 0; i < count; i++, from += step, to += stride) store(to, load_parameter<kHalves>(from, factor));
+// ---- weights --------------------------------------------------------------------------------------------------------
+
+// exp2_negative() of many vectors, step by step: what one waits for, the others compute.
+template <int kVectors>
+inline void exp2_negative(Floats* x) {
+  Floats n[kVectors], p[kVectors];
+  const float factors[7] = {0x1.41fbbcp-13f, 0x1.5f3e54p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f,
+                            0x1.ebfbdcp-3f,  0x1.62e430p-1f,  1.0f};
+  NIBBLE_UNROLL for (int i = 0; i < kVectors; i++) x[i] = max(set1(-125.0f), x[i]);
+  NIBBLE_UNROLL for (int i = 0; i < kVectors; i++) n[i] = round(x[i]);
+  NIBBLE_UNROLL for (int i = 0; i < kVectors; i++) x[i] = sub(x[i], n[i]);
+  NIBBLE_UNROLL for (int i = 0; i < kVectors; i++) p[i] = fma(set1(factors[0]), x[i], set1(factors[1]));
+  NIBBLE_UNROLL for (int k = 2; k < 7; k++)
+    NIBBLE_UNROLL for (int i = 0; i < kVectors; i++) p[i] = fma(p[i], x[i], set1(factors[k]));
+  NIBBLE_UNROLL for (int i = 0; i < kVectors; i++) x[i] = as_float(iadd(bits(p[i]), ishl<23>(to_int(n[i]))));
 }
 
 // ---- digits ---------------------------------------------------------------------------------------------------------
@@ -128,9 +140,6 @@ void score_packed(const KeyTile& t, const uint8_t* digits, float* scores) {
   constexpr bool kTwo = has_two_digits(kWidth);
   const int dim = t.head_dim, run = channels_of_a_shift<kWidth>(dim);
   const int64_t row_bytes = t.digits_stride;
-  Floats sums[kRows][kVectors];
-  NIBBLE_UNROLL for (int r = 0; r < kRows; r++)
-    NIBBLE_UNROLL for (int n = 0; n < kVectors; n++) sums[r][n] = zero();
   int c = 0, level = 0, in_run = 0;  // channel c is channel in_run of the shift `level`: a division takes ten products
   for (int g = 0; g < t.num_groups; g++) {
     Ints high[kRows][kVectors], low[kRows][kVectors];
@@ -166,60 +175,92 @@ void score_packed(const KeyTile& t, const uint8_t* digits, float* scores) {
       Floats zeros = load(t.parameters + (int64_t)(t.num_groups + g) * t.parameters_stride + 16 * n);
       NIBBLE_UNROLL for (int r = 0; r < kRows; r++) {
         const float* d = (const float*)(digits + r * row_bytes + 2 * dim) + g;
-        Floats product = mul(to_float(whole_of<kTwo>(high[r][n], low[r][n])), scales);
-        sums[r][n] = fma(zeros, set1(d[t.num_groups]), fma(product, set1(d[0]), sums[r][n]));
+        float* to = scores + r * kSplit + 16 * n;
+        Floats product = mul(to_float(whole_of<kTwo>(high[r][n], low[r][n])), scales), unit = set1(d[0]);
+        product = g ? fma(product, unit, load(to)) : mul(product, unit);
+        store(to, fma(zeros, set1(d[t.num_groups]), product));
       }
     }
   }
-  NIBBLE_UNROLL for (int r = 0; r < kRows; r++)
-    NIBBLE_UNROLL for (int n = 0; n < kVectors; n++) store(scores + r * kSplit + 16 * n, sums[r][n]);
 }
 
 // ---- values ---------------------------------------------------------------------------------------------------------
 
-// 16 channels for each vector: 64 bytes for each 4 tokens, in order.
+// Shifts of codes that are read where they lie: byte j of a row holds channels j, j + this many bytes, ...
+template <int kWidth>
+inline constexpr int kShifts = kWidth == 4 ? 2 : kWidth == 2 ? 4 : 1;
+template <int kWidth>
+inline constexpr int kTileShifts = kTurnsInTiles ? kShifts<kWidth> : 1;
+constexpr int kMaxShifts = 4;
+// Vectors of 16 bytes of a row that a tile takes.
+template <int kWidth>
+inline constexpr int kTileColumns = kTurnsInTiles && kWidth != 2 ? 2 : 1;
+
 struct ValueTile {
-  const uint8_t* codes[kPackedVectors];
-  int shift[kPackedVectors];
-  int num_quads;           // groups of 4 tokens
-  int64_t digits_stride;   // between rows; of a row kBlock digits, at 8 bits kBlock low ones more
-  const float* units;      // d
+  const uint8_t* rows[kBlock / 16];  // of 16 tokens: as they lie, or turned, 64 bytes for every 4
+  int64_t row_bytes;
+  int num_vectors;                   // of 16 tokens
+  int first_shift;                   // bits
+  int64_t digits[kMaxShifts], units[kMaxShifts], channels[kMaxShifts];  // where those of a shift begin
+  int64_t digits_stride;             // between rows; of a row kBlock digits, at 8 bits kBlock low ones more
   int64_t units_stride;
 };
 
-// out[r, 16 n + lane] += d_r sum over tokens of A[r, t] c[t].
-template <int kWidth, int kRows, int kVectors>
-void mix_packed(const ValueTile& t, const uint8_t* digits, float* out, int64_t out_stride) {
+// 4 tokens side by side.
+template <int kColumns>
+inline void read_quad(const ValueTile& t, const uint8_t* rows, int quad, Bytes* to) {
+  if constexpr (!kTurnsInTiles)
+    to[0] = bload(rows + 64 * quad);
+  else if constexpr (kColumns == 2)
+    interleave_pair(rows + 4 * quad * t.row_bytes, t.row_bytes, to[0], to[1]);
+  else
+    to[0] = interleave(rows + 4 * quad * t.row_bytes, t.row_bytes);
+}
+
+// out[r, channel + 16 n + lane] += d_r sum over tokens of A[r, t] c[t]: d at `units`, A at `digits`.
+template <int kWidth, int kRows, int kColumns>
+void mix_packed(const ValueTile& t, const uint8_t* digits, const float* units, float* out, int64_t out_stride) {
   constexpr bool kTwo = has_two_digits(kWidth);
+  constexpr int kOwnShifts = kTileShifts<kWidth>;
+  Ints high[kOwnShifts][kRows][kColumns], low[kOwnShifts][kRows][kColumns];
+  NIBBLE_UNROLL for (int i = 0; i < kOwnShifts; i++)
+    NIBBLE_UNROLL for (int r = 0; r < kRows; r++)
+      NIBBLE_UNROLL for (int n = 0; n < kColumns; n++) high[i][r][n] = low[i][r][n] = izero();
+  const uint8_t* own[kOwnShifts];
+  for (int i = 0; i < kOwnShifts; i++) own[i] = digits + t.digits[i];
   const int64_t row_bytes = t.digits_stride;
-  Ints high[kRows][kVectors], low[kRows][kVectors];
-  NIBBLE_UNROLL for (int r = 0; r < kRows; r++)
-    NIBBLE_UNROLL for (int n = 0; n < kVectors; n++) high[r][n] = low[r][n] = izero();
-  for (int i = 0; i < t.num_quads; i++) {
-    Bytes codes[kVectors];
-    NIBBLE_UNROLL for (int n = 0; n < kVectors; n++)
-      codes[n] = codes_of<kWidth>(t.codes[n] + 64 * i, t.shift[n], nullptr, 0);
-    NIBBLE_UNROLL for (int r = 0; r < kRows; r++) {
-      const int8_t* d = (const int8_t*)digits + r * row_bytes + 4 * i;
-      Four first_digit = four(d);
-      if constexpr (kTwo) {
-        Four second_digit = four(d + kBlock);
-        NIBBLE_UNROLL for (int n = 0; n < kVectors; n++) {
-          high[r][n] = dot(high[r][n], codes[n], first_digit);
-          low[r][n] = dot(low[r][n], codes[n], second_digit);
+  const int first_shift = kOwnShifts > 1 ? 0 : t.first_shift;
+  for (int v = 0; v < t.num_vectors; v++)
+#pragma GCC unroll 1  // unrolled, gcc 12 copies sums about
+    for (int quad = 0; quad < 4; quad++) {
+      Bytes read[kColumns];
+      read_quad<kColumns>(t, t.rows[v], quad, read);
+      NIBBLE_UNROLL for (int i = 0; i < kOwnShifts; i++) {
+        Bytes codes[kColumns];
+        NIBBLE_UNROLL for (int n = 0; n < kColumns; n++)
+          codes[n] = kShifts<kWidth> == 1 ? read[n]
+                                          : band(bword_shr(read[n], first_shift + i * kWidth), bset1(kMask<kWidth>));
+        NIBBLE_UNROLL for (int r = 0; r < kRows; r++) {
+          const int8_t* d = (const int8_t*)own[i] + r * row_bytes + 16 * v + 4 * quad;
+          Four first_digit = four(d);
+          NIBBLE_UNROLL for (int n = 0; n < kColumns; n++)
+            high[i][r][n] = kTwo ? dot(high[i][r][n], codes[n], first_digit)
+                                 : dot_unsigned(high[i][r][n], first_digit, codes[n]);
+          if constexpr (kTwo) {
+            Four second_digit = four(d + kBlock);
+            NIBBLE_UNROLL for (int n = 0; n < kColumns; n++) low[i][r][n] = dot(low[i][r][n], codes[n], second_digit);
+          }
         }
-      } else {
-        NIBBLE_UNROLL for (int n = 0; n < kVectors; n++) high[r][n] = dot_unsigned(high[r][n], first_digit, codes[n]);
       }
     }
-  }
-  NIBBLE_UNROLL for (int r = 0; r < kRows; r++) {
-    Floats unit = set1(t.units[r * t.units_stride]);
-    NIBBLE_UNROLL for (int n = 0; n < kVectors; n++) {
-      float* to = out + r * out_stride + 16 * n;
-      store(to, fma(to_float(whole_of<kTwo>(high[r][n], low[r][n])), unit, load(to)));
+  NIBBLE_UNROLL for (int i = 0; i < kOwnShifts; i++)
+    NIBBLE_UNROLL for (int r = 0; r < kRows; r++) {
+      Floats unit = set1(units[t.units[i] + r * t.units_stride]);
+      NIBBLE_UNROLL for (int n = 0; n < kColumns; n++) {
+        float* to = out + r * out_stride + t.channels[i] + 16 * n;
+        store(to, fma(to_float(whole_of<kTwo>(high[i][r][n], low[i][r][n])), unit, load(to)));
+      }
     }
-  }
 }
 
 // ---- shapes ---------------------------------------------------------------------------------------------------------

@@ -196,19 +196,16 @@ inline Bytes badd_where(Bytes a, const uint8_t* mask, uint8_t value) { return ba
 inline Ints word_shr(Bytes x, int n) { NIBBLE_PAIR(Ints, _mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)); }
 inline Bytes bword_shr(Bytes x, int n) { NIBBLE_PAIR(Bytes, _mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)); }
 inline __m256i join(__m128i low, __m128i high) { return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1); }
-inline Bytes interleave(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
-  __m128i x = _mm_loadu_si128((const __m128i*)a), y = _mm_loadu_si128((const __m128i*)b);
-  __m128i z = _mm_loadu_si128((const __m128i*)c), w = _mm_loadu_si128((const __m128i*)d);
+inline Bytes interleave(const uint8_t* rows, int64_t row_bytes) {
+  auto row = [&](int i) { return _mm_loadu_si128((const __m128i*)(rows + i * row_bytes)); };
+  __m128i x = row(0), y = row(1), z = row(2), w = row(3);
   __m128i xy = _mm_unpacklo_epi8(x, y), zw = _mm_unpacklo_epi8(z, w);
   __m256i first = join(_mm_unpacklo_epi16(xy, zw), _mm_unpackhi_epi16(xy, zw));
   xy = _mm_unpackhi_epi8(x, y), zw = _mm_unpackhi_epi8(z, w);
   NIBBLE_PAIR(Bytes, first, join(_mm_unpacklo_epi16(xy, zw), _mm_unpackhi_epi16(xy, zw)));
 }
-inline Bytes interleave16(const uint8_t* rows) { return interleave(rows, rows + 16, rows + 32, rows + 48); }
-template <int i>
-inline Bytes interleave32(const uint8_t* rows) {
-  rows += 16 * i;
-  return interleave(rows, rows + 32, rows + 64, rows + 96);
+inline void interleave_pair(const uint8_t* rows, int64_t row_bytes, Bytes& first, Bytes& second) {
+  first = interleave(rows, row_bytes), second = interleave(rows + 16, row_bytes);
 }
 inline __m256i take_trit_half(__m256i& x) {
   const __m256i low = _mm256_set1_epi16(0x00ff), three = _mm256_set1_epi16(3);

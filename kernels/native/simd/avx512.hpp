@@ -130,32 +130,39 @@ inline Bytes badd_where(Bytes a, const uint8_t* mask, uint8_t value) {
 }
 // 32-bit lanes of bytes moved down by n bits; zeros follow.
 inline Ints word_shr(Bytes a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }
-inline Bytes bword_shr(Bytes a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }  // the same, as bytes
-// Bytes 4i .. 4i + 3 of the result: byte i of each of four rows of 16.
-inline Bytes interleave(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
-  __m512i rows = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)a));
-  rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i*)b), 1);
-  rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i*)c), 2);
-  rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i*)d), 3);
+// The same, as bytes. A count for each lane: one for all would take the place of a dot product beside it (Zen 4).
+inline Bytes bword_shr(Bytes a, int n) { return _mm512_srlv_epi32(a, _mm512_set1_epi32(n)); }
+// Bytes 4i .. 4i + 3 of the result: byte i of each of four rows, of which 16 bytes are taken, row_bytes apart.
+inline Bytes interleave(const uint8_t* rows, int64_t row_bytes) {
   const __m512i words = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i within = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
-  return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(words, rows), within);
+  __m512i all;
+  if (row_bytes == 16) {
+    all = _mm512_loadu_si512(rows);
+  } else {
+    all = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)rows));
+    all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i*)(rows + row_bytes)), 1);
+    all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i*)(rows + 2 * row_bytes)), 2);
+    all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i*)(rows + 3 * row_bytes)), 3);
+  }
+  return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(words, all), within);
 }
-// interleave() of four rows of 16 bytes that follow each other.
-inline Bytes interleave16(const uint8_t* rows) {
-  const __m512i words = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i within = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
-  return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(words, _mm512_loadu_si512(rows)), within);
+inline __m512i join(const uint8_t* low, const uint8_t* high) {
+  __m512i half = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)low));
+  return _mm512_inserti64x4(half, _mm256_loadu_si256((const __m256i*)high), 1);
 }
-// interleave() of bytes 16 i ... of four rows of 32 bytes that follow each other.
-template <int i>
-inline Bytes interleave32(const uint8_t* rows) {
-  const __m512i words = _mm512_setr_epi32(4 * i, 8 + 4 * i, 16 + 4 * i, 24 + 4 * i, 4 * i + 1, 9 + 4 * i, 17 + 4 * i,
-                                          25 + 4 * i, 4 * i + 2, 10 + 4 * i, 18 + 4 * i, 26 + 4 * i, 4 * i + 3,
-                                          11 + 4 * i, 19 + 4 * i, 27 + 4 * i);
+// interleave() of bytes 0 to 15 of the rows, and of bytes 16 to 31.
+inline void interleave_pair(const uint8_t* rows, int64_t row_bytes, Bytes& first, Bytes& second) {
+  const __m512i words = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+  const __m512i later = _mm512_setr_epi32(4, 12, 20, 28, 5, 13, 21, 29, 6, 14, 22, 30, 7, 15, 23, 31);
   const __m512i within = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
-  __m512i low = _mm512_loadu_si512(rows), high = _mm512_loadu_si512(rows + 64);
-  return _mm512_shuffle_epi8(_mm512_permutex2var_epi32(low, words, high), within);
+  __m512i low, high;
+  if (row_bytes == 32)
+    low = _mm512_loadu_si512(rows), high = _mm512_loadu_si512(rows + 64);
+  else
+    low = join(rows, rows + row_bytes), high = join(rows + 2 * row_bytes, rows + 3 * row_bytes);
+  first = _mm512_shuffle_epi8(_mm512_permutex2var_epi32(low, words, high), within);
+  second = _mm512_shuffle_epi8(_mm512_permutex2var_epi32(low, later, high), within);
 }
 // The highest trit of every byte, floor(3 x / 256); x becomes what is left of it, 3 x mod 256.
 inline Bytes take_trit(Bytes& x) {

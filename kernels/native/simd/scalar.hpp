@@ -223,15 +223,11 @@ inline Bytes bword_shr(Bytes a, int n) {
   std::memcpy(out.v, shifted.v, 64);
   return out;
 }
-inline Bytes interleave(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
-  const uint8_t* rows[4] = {a, b, c, d};
-  return beach([&](int i) { return rows[i % 4][i / 4]; });
+inline Bytes interleave(const uint8_t* rows, int64_t row_bytes) {
+  return beach([&](int i) { return rows[i % 4 * row_bytes + i / 4]; });
 }
-inline Bytes interleave16(const uint8_t* rows) { return interleave(rows, rows + 16, rows + 32, rows + 48); }
-template <int i>
-inline Bytes interleave32(const uint8_t* rows) {
-  rows += 16 * i;
-  return interleave(rows, rows + 32, rows + 64, rows + 96);
+inline void interleave_pair(const uint8_t* rows, int64_t row_bytes, Bytes& first, Bytes& second) {
+  first = interleave(rows, row_bytes), second = interleave(rows + 16, row_bytes);
 }
 inline Bytes take_trit(Bytes& x) {
   Bytes trits = beach([&](int i) { return (uint8_t)(3 * x.v[i] >> 8); });
