@@ -54,6 +54,7 @@ class Outcome:
     cached_tokens: int = 0
     error: str | None = None  # its kind; None: answered whole
     answer: str = ""  # the beginning of what the server said of the error
+    is_resent: bool = False  # the server closed a kept connection instead of answering; the clock ran on
 
     @property
     def tpot(self) -> float | None:
@@ -98,12 +99,9 @@ async def ask(client: httpx.AsyncClient, target: Target, prompt: Prompt, outcome
     """Send one request and fill in its outcome. Never raises what a server or a network can cause."""
     started = time.perf_counter()
     try:
-        async with client.stream("POST", target.url + PATHS[target.endpoint], json=target.body(prompt)) as response:
-            if response.status_code != 200:
-                await response.aread()
-                outcome.error, outcome.answer = f"http {response.status_code}", response.text[:ANSWER_CHARS]
-            else:
-                await _read(response, outcome, started)
+        if not await _exchange(client, target, prompt, outcome, started):
+            outcome.is_resent = True
+            await _exchange(client, target, prompt, outcome, started)
     except httpx.TimeoutException as error:
         outcome.error = f"timeout ({type(error).__name__})"
     except httpx.ConnectError:
@@ -113,6 +111,27 @@ async def ask(client: httpx.AsyncClient, target: Target, prompt: Prompt, outcome
     except (AttributeError, TypeError, ValueError):
         outcome.error = "not OpenAI's events"
     outcome.latency = time.perf_counter() - started
+
+
+async def _exchange(
+    client: httpx.AsyncClient, target: Target, prompt: Prompt, outcome: Outcome, started: float
+) -> bool:
+    """One request and its answer. False when the connection ended before an answer began: servers may close one that
+    was kept from the request before just as this one is sent (llama-server does, for 3 in 100)."""
+    is_answered = False
+    try:
+        async with client.stream("POST", target.url + PATHS[target.endpoint], json=target.body(prompt)) as response:
+            is_answered = True
+            if response.status_code == 200:
+                await _read(response, outcome, started)
+            else:
+                await response.aread()
+                outcome.error, outcome.answer = f"http {response.status_code}", response.text[:ANSWER_CHARS]
+    except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+        if is_answered or outcome.is_resent:
+            raise
+        return False
+    return True
 
 
 async def _read(response: httpx.Response, outcome: Outcome, started: float) -> None:

@@ -129,6 +129,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         ("requests answered", str(summary.completed)),
         ("requests failed", str(summary.failed)),
         *((f"failed: {kind}", str(count)) for kind, count in summary.errors.items()),
+        *([("sent again on another connection", str(summary.resent))] if summary.resent else []),
         ("seconds", f"{summary.duration_s:.1f}"),
         ("output tokens a second", f"{summary.output_tokens_per_s:.1f}"),
         ("tokens a second", f"{summary.total_tokens_per_s:.1f}"),

@@ -65,6 +65,7 @@ class Summary:
     completed: int
     failed: int
     errors: dict[str, int]  # by kind
+    resent: int  # requests that were sent twice, because the server had closed the connection
     prompt_tokens: int
     output_tokens: int
     requests_per_s: float
@@ -91,6 +92,7 @@ def summarize(outcomes: Sequence[Outcome], slo: Slo | None, prefix_hit_rate: flo
         completed=len(answered),
         failed=len(outcomes) - len(answered),
         errors=dict(Counter(outcome.error for outcome in outcomes if outcome.error is not None)),
+        resent=sum(outcome.is_resent for outcome in outcomes),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         requests_per_s=len(answered) * per_s,

@@ -60,6 +60,8 @@ def print_summary(console: Console, summary: Summary, arrivals: str) -> None:
     facts.add_row("requests", f"{summary.completed} answered, {summary.failed} failed in {summary.duration_s:.1f} s")
     for kind, count in sorted(summary.errors.items()):
         facts.add_row("", Text(f"{count} x {kind}", "red"))
+    if summary.resent:
+        facts.add_row("", f"{summary.resent} sent again: the server had closed the connection")
     facts.add_row("tokens", f"{summary.prompt_tokens} of prompts, {summary.output_tokens} of answers")
     facts.add_row(
         "throughput",

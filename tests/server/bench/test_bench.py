@@ -149,8 +149,12 @@ USAGE = {
 }
 
 
-def asked(response: httpx.Response | Exception) -> Outcome:
+def asked(*responses: httpx.Response | Exception) -> Outcome:
+    """What becomes of a request; the last response is that of any further one."""
+    left = list(responses)
+
     def answer(request: httpx.Request) -> httpx.Response:
+        response = left.pop(0) if len(left) > 1 else left[0]
         if isinstance(response, Exception):
             raise response
         return response
@@ -194,6 +198,13 @@ def test_a_stream_is_timed_piece_by_piece() -> None:
 def test_failures_are_told_by_kind(response: httpx.Response | Exception, kind: str) -> None:
     """Bug: a stream that breaks off half-way and counts as a quick answer."""
     assert asked(response).error == kind
+
+
+def test_a_connection_that_was_closed_meanwhile_is_no_failure() -> None:
+    """Bug: requests that count as lost because the server ended a kept connection; or that are sent for ever."""
+    outcome = asked(httpx.RemoteProtocolError("gone"), httpx.Response(200, stream=Stream([piece("a"), USAGE])))
+    assert (outcome.error, outcome.is_resent) == (None, True)
+    assert outcome.ttft is not None
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
