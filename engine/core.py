@@ -31,7 +31,7 @@ from engine.messages import (
 from engine.precision import PrecisionRefused, window_of
 from engine.request import Request, Sequence
 from engine.runner import Runner
-from engine.sampling import BadLogits, Draw, Sampler
+from engine.sampling import BadLogits, Draw, Drawn, Sampler
 from engine.scheduler import Scheduler, Slice
 from kvcache.manager import KVCacheManager
 from kvcache.recent import ReadRule
@@ -228,7 +228,7 @@ class EngineCore:
 
     def _choose_on_gpu(
         self, slices: Items[Slice], rows: Items[BatchRow], logits: Tensor
-    ) -> dict[tuple[int, int], int | None]:
+    ) -> dict[tuple[int, int], Drawn | None]:
         """What the step's choices draw where the logits are, by sequence and choice; empty where that is the CPU."""
         if self.parts.sampler.on_gpu is None:
             return {}
@@ -253,7 +253,7 @@ class EngineCore:
                 entry = self.parts.sampler.logprobs_of(logits[offset], submit.prompt[target], num_top)
                 item.sequence.request.prompt_logprobs.append(entry)
 
-    def _complete(self, sequence: Sequence, logits: Tensor, drawn: Mapping[tuple[int, int], int | None]) -> None:
+    def _complete(self, sequence: Sequence, logits: Tensor, drawn: Mapping[tuple[int, int], Drawn | None]) -> None:
         """A sequence is caught up: fork its siblings off if it has just finished the prompt, then sample.
 
         logits: [vocab], which only choices that have not been drawn look at.
@@ -261,12 +261,12 @@ class EngineCore:
         if sequence.wants_prompt_logprobs:
             self._events.append(PromptLogprobs(sequence.request.submit.id, sequence.request.prompt_logprobs))
         family = [sequence, *self._fork(sequence)]
-        tokens = [drawn.get((sequence.id, member.index)) for member in family]
-        if None in tokens:
+        found = [drawn.get((sequence.id, member.index)) for member in family]
+        if None in found:
             logits = logits.cpu()
-        for member, token in zip(family, tokens, strict=True):
+        for member, choice in zip(family, found, strict=True):
             if member.finished is None:  # a failure of one choice ends them all
-                self._sample(member, logits, token)
+                self._sample(member, logits, choice)
 
     def _fork(self, leader: Sequence) -> list[Sequence]:
         """Start the other choices on the leader's pages. Those without room wait, and find the prompt in the index."""
@@ -293,25 +293,23 @@ class EngineCore:
         request = sequence.request
         return Draw(request.submit.sampling, request.seed, index, sequence.tokens, sequence.num_prompt, eos)
 
-    def _sample(self, sequence: Sequence, logits: Tensor, token: int | None) -> None:
+    def _sample(self, sequence: Sequence, logits: Tensor, drawn: Drawn | None) -> None:
         """Draw one token, unless it has been, and emit it, or end the choice.  logits: [vocab]."""
         request, sampling = sequence.request, sequence.request.submit.sampling
         if sequence.num_generated >= sampling.max_tokens:  # max_tokens 0: the prompt was all that was wanted
             self._finish(sequence, "length")
             return
         try:
-            if token is None:
-                token = self.parts.sampler.choose(logits, self._draw(sequence, sequence.index))
+            if drawn is None:
+                drawn = self.parts.sampler.sample(logits, self._draw(sequence, sequence.index))
         except BadLogits as error:
             self._fail(request, str(error))
             return
-        entry = None
-        if sampling.num_logprobs is not None:
-            entry = self.parts.sampler.logprobs_of(logits, token, sampling.num_logprobs)
+        token = drawn.token
         if sequence.first_token_at is None:
             sequence.first_token_at = time.monotonic()
         sequence.tokens.append(token)
-        self._events.append(Token(request.submit.id, sequence.index, token, entry))
+        self._events.append(Token(request.submit.id, sequence.index, token, drawn.logprobs))
         if token in sampling.stop_token_ids or (token in self.parts.eos_token_ids and not sampling.ignore_eos):
             self._finish(sequence, "stop", token)
         elif sequence.num_generated >= sampling.max_tokens:

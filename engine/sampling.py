@@ -1,7 +1,7 @@
 """Logits to ids. Every row is drawn by itself, so a request's tokens do not depend on its neighbours.
 
-Logits that lie on a GPU are drawn from there, a step's rows at once; only those of rows that need more than an id, or
-rules that no kernel has there, come to the CPU.
+Logits that lie on a GPU are drawn from there, a step's rows at once; only rows with rules that no kernel has there come
+to the CPU.
 
 Order of the rules: bias, penalties, min_tokens, temperature, then min_p, top_k and top_p, then one draw. The draw takes
 one uniform number that is a pure function of (seed, choice, position): replaying a request replays its tokens, whatever
@@ -80,6 +80,14 @@ class Draw:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """One token, and its log-probabilities if they were asked for."""
+
+    token: int
+    logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True)
 class Sampler:
     """The rules, on the kernels that were chosen at load."""
 
@@ -92,18 +100,31 @@ class Sampler:
             draws = [RowDraw(0, None), RowDraw(0, Filters(1.0, top_k=1))]
             self.on_gpu.draw_all(torch.zeros(1, vocab_size, device=device), draws)
 
-    def choose_on_gpu(self, logits: Tensor, draws: Sequence[tuple[int, Draw]]) -> list[int | None]:
-        """The ids of a step's draws, each from a row of `logits`; None is for `choose` to choose or to refuse.
+    def choose_on_gpu(self, logits: Tensor, draws: Sequence[tuple[int, Draw]]) -> list[Drawn | None]:
+        """What a step draws, each from a row of `logits`; None is for `choose` to choose or to refuse.
 
-        logits: [num_logits, vocab] float32. Waits for the GPU once, for 4 bytes a draw.
+        logits: [num_logits, vocab] float32. Waits for the GPU once, for 4 bytes a draw, and once more where
+        log-probabilities are wanted.
         """
-        ids: list[int | None] = [None] * len(draws)
-        able = [i for i, (_, draw) in enumerate(draws) if draw.is_plain and draw.sampling.num_logprobs is None]
-        if self.on_gpu is not None and able:
-            asked = [RowDraw(row, draw.filters, draw.uniform) for row, draw in (draws[i] for i in able)]
-            for i, token in zip(able, self.on_gpu.draw_all(logits, asked).tolist(), strict=True):
-                ids[i] = token if token >= 0 else None
-        return ids
+        found: list[Drawn | None] = [None] * len(draws)
+        able = [i for i, (_, draw) in enumerate(draws) if draw.is_plain]
+        if self.on_gpu is None or not able:
+            return found
+        asked = [RowDraw(row, draw.filters, draw.uniform) for row, draw in (draws[i] for i in able)]
+        tokens = self.on_gpu.draw_all(logits, asked).tolist()
+        scored: list[tuple[int, int, int]] = []  # draw, token, most likely ids to name
+        for i, token in zip(able, tokens, strict=True):
+            num_top = draws[i][1].sampling.num_logprobs
+            if token >= 0 and num_top is None:
+                found[i] = Drawn(token)
+            elif token >= 0 and num_top is not None:
+                scored.append((i, token, num_top))
+        if scored:
+            rows, most = [draws[i][0] for i, _, _ in scored], max(num_top for _, _, num_top in scored)
+            scores = self.on_gpu.log_probs_all(logits, rows, [token for _, token, _ in scored], most)
+            for (i, token, num_top), score in zip(scored, scores, strict=True):
+                found[i] = None if score is None else Drawn(token, Logprobs(token, score[0], score[1][:num_top]))
+        return found
 
     def choose(self, logits: Tensor, draw: Draw) -> int:
         """Choose one token id.  logits: [vocab] float32 on the CPU. Raises BadLogits."""
@@ -118,6 +139,11 @@ class Sampler:
             raise BadLogits("bias, penalties and min_tokens leave no logit that is finite")
         filters = draw.filters
         return best if filters is None else self.kernel.draw(logits, filters, draw.uniform)
+
+    def sample(self, logits: Tensor, draw: Draw) -> Drawn:
+        """Choose, with log-probabilities if they are wanted.  logits: [vocab] likewise. Raises BadLogits."""
+        token, num_top = self.choose(logits, draw), draw.sampling.num_logprobs
+        return Drawn(token, None if num_top is None else self.logprobs_of(logits, token, num_top))
 
     def logprobs_of(self, logits: Tensor, token: int, num_top: int) -> Logprobs:
         """The raw model's log-probability of `token` and of the `num_top` most likely.  logits: [vocab] likewise."""

@@ -214,6 +214,12 @@ class StepSamplingKernel(Kernel, Protocol):
         """logits: [num_rows, vocab] float32 -> [num_draws] int32, on their device; -1 is left to a SamplingKernel."""
         ...
 
+    def log_probs_all(
+        self, logits: Tensor, rows: Sequence[int], tokens: Sequence[int], num_top: int
+    ) -> list[tuple[float, list[tuple[int, float]]] | None]:
+        """What SamplingKernel.log_probs gives for a token of each of `rows`; None is left to it."""
+        ...
+
 
 @dataclass(frozen=True)
 class Choice(Generic[KernelT]):

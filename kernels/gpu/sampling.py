@@ -176,9 +176,11 @@ def gather(logits, room, highest, temperature, last, sizes, vocab,
 
 @triton.jit
 def from_candidates(room, size, total, highest, temperature, top_k, top_p, min_p, uniform, vocab, ROOM: tl.constexpr):
-    """The reference's draw from sorted ids; total: what all ids weigh, of which `size` are in the room."""
+    """The reference's draw from sorted ids, which stay in the room; total: what all ids weigh, of which `size` are
+    there."""
     rank = tl.arange(0, ROOM)
     keys = tl.sort(tl.load(room + rank, rank < size, other=0x7FFFFFFFFFFFFFFF))
+    tl.store(room + rank, keys)
     weights = tl.where(rank < size, weight(scaled(logit_of(keys), highest, temperature)), 0.0)
     if (top_k > 0) & (top_k < vocab):
         weights = tl.where(rank < top_k, weights, 0.0)

@@ -1,11 +1,12 @@
 """Draws for a whole step on NVIDIA GPUs, in Triton (kernels/gpu/sampling.py)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.contract import RowDraw, RowSpec
+from kernels.contract import Filters, RowDraw, RowSpec
 from kernels.gpu import device_refusal
 from kernels.gpu.checks import check_memory
 
@@ -14,6 +15,16 @@ PIECES = 64  # of a row, at most: one program puts their results together
 BUCKETS = 128  # of weights; the last one is what weighs less than e^-31.75 of the largest
 ROOM = 2048  # ids that one program sorts; twice as many make a thread spill 88 bytes of registers
 NUM_WARPS = 8
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the kernels leave of draws, on the device."""
+
+    best: Tensor  # [num_draws, num_pieces] float32, the largest logit of each piece
+    sums: Tensor  # [num_draws, num_pieces] float64, of draws that are not greedy: what each piece weighs
+    rooms: Tensor  # [num_draws, ROOM] int64, of draws with filters: sort keys, ascending; an id is the low 32 bits
+    ids: Tensor  # [num_draws] int32, -1 where there is none
 
 
 class SamplingTriton:
@@ -45,6 +56,28 @@ class SamplingTriton:
 
     def draw_all(self, logits: Tensor, draws: Sequence[RowDraw]) -> Tensor:
         """logits: [num_rows, vocab] float32 -> [num_draws] int32. Raises ValueError for a row that there is not."""
+        return self._drawn(logits, draws).ids
+
+    def log_probs_all(
+        self, logits: Tensor, rows: Sequence[int], tokens: Sequence[int], num_top: int
+    ) -> list[tuple[float, list[tuple[int, float]]] | None]:
+        """x[token] - max x - log sum_i exp(x[i] - max x), likewise of the most likely ids; in float64.
+
+        logits: [num_rows, vocab] float32. Costs what a draw with top_k does, and waits for the device.
+        """
+        num_top = min(num_top, logits.shape[1])
+        drawn = self._drawn(logits, [RowDraw(row, Filters(1.0, top_k=num_top)) for row in rows])
+        is_found = (drawn.ids >= 0)[:, None]
+        top = torch.where(is_found, drawn.rooms[:, :num_top] & 0xFFFFFFFF, 0)
+        ids = torch.cat((torch.tensor(tokens).to(top)[:, None], top), 1)  # [num_rows, 1 + num_top]
+        normalizer = drawn.best.amax(1).double() + drawn.sums.sum(1).log()
+        values = logits[torch.tensor(rows).to(logits.device)[:, None], ids].double() - normalizer[:, None]
+        found = zip(is_found[:, 0].tolist(), ids.tolist(), values.tolist(), strict=True)
+        return [
+            (own[0], list(zip(near[1:], own[1:], strict=True))) if is_here else None for is_here, near, own in found
+        ]
+
+    def _drawn(self, logits: Tensor, draws: Sequence[RowDraw]) -> Results:
         from kernels.gpu import sampling
 
         check_memory("logits", logits, logits, torch.float32)
@@ -53,14 +86,15 @@ class SamplingTriton:
             raise ValueError(f"there is no row {outside[0]} in logits of {num_rows} rows")
         logits, num_draws, num_pieces = logits.contiguous(), len(draws), -(-vocab // self._piece)
         ids = logits.new_empty(num_draws, dtype=torch.int32)
-        if not num_draws:
-            return ids
         rules = torch.tensor([fields_of(draw, vocab) for draw in draws], dtype=torch.float64)
         fields = rules.to(logits.device, non_blocking=True)  # logits are still being computed: launch behind them
         best = logits.new_empty(num_draws, num_pieces)
         first, sums = torch.empty_like(best, dtype=torch.int32), torch.empty_like(best, dtype=torch.float64)
         counts = logits.new_empty(num_draws, num_pieces, BUCKETS, dtype=torch.int32)
         rooms = logits.new_empty(num_draws, self._room, dtype=torch.int64)
+        results = Results(best, sums, rooms, ids)
+        if not num_draws:
+            return results
         sizes = constants(self._piece, self._room)
         grid = (num_pieces, num_draws)
         sampling.largest[grid](logits, fields, best, first, vocab, **sizes["largest"], num_warps=NUM_WARPS)
@@ -69,7 +103,7 @@ class SamplingTriton:
         sampling.pick[(num_draws,)](
             logits, fields, best, first, sums, counts, rooms, ids, vocab, **sizes["pick"], num_warps=NUM_WARPS
         )
-        return ids
+        return results
 
 
 def constants(piece: int, room: int) -> dict[str, dict[str, int]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 import kernels.sampling
 from engine.core import EngineCore
 from engine.messages import Event, Submit
-from engine.sampling import Draw, Sampler, sampler_for
+from engine.sampling import Draw, Drawn, Sampler, sampler_for
 from kernels.contract import KernelRefused, RowDraw, RowSpec
 from kernels.sampling.reference import SamplingReference
 from tests.engine.worlds import make_core, run, submit, tokens_of
@@ -22,9 +22,10 @@ from tests.kernels.interpreted_sampling import expected
 
 @dataclass
 class OnGpu:
-    """Draws what the definition draws; every `left`-th draw is left to the CPU."""
+    """Draws what the definition draws; every `left`-th draw, and log-probabilities of one, are left to the CPU."""
 
     left: int = 1 << 30
+    num_scored: int = 0
     name: str = "triton"
     num_drawn: int = 0
     refusal: str | None = None
@@ -38,6 +39,15 @@ class OnGpu:
             self.num_drawn += 1
             ids.append(-1 if self.num_drawn % self.left == 0 else expected(logits, draw))
         return torch.tensor(ids, dtype=torch.int32)
+
+    def log_probs_all(
+        self, logits: Tensor, rows: Sequence[int], tokens: Sequence[int], num_top: int
+    ) -> list[tuple[float, list[tuple[int, float]]] | None]:
+        entries = [
+            SamplingReference().log_probs(logits[row], token, num_top) for row, token in zip(rows, tokens, strict=True)
+        ]
+        self.num_scored += len(rows)
+        return [None if self.num_scored % self.left == 0 else entry for entry in entries]
 
 
 @dataclass
@@ -57,7 +67,10 @@ REQUESTS: list[tuple[dict[str, Any], bool]] = [  # and whether the CPU must see 
     ({"temperature": 0.8, "seed": 3}, False),
     ({"temperature": 1.0, "seed": 4, "top_k": 5, "top_p": 0.9, "min_p": 0.01}, False),
     ({"temperature": 1.5, "seed": 5, "n": 3}, False),
-    ({"num_logprobs": 0}, True),
+    ({"num_logprobs": 0, "seed": 1}, False),
+    ({"temperature": 1.5, "seed": 8, "num_logprobs": 2, "n": 2}, False),
+    ({"num_logprobs": 5}, False),
+    ({"num_logprobs": 2, "presence_penalty": 0.5}, True),
     ({"logit_bias": {7: 4.0}}, True),
     ({"temperature": 0.7, "seed": 6, "presence_penalty": 0.5}, True),
     ({"repetition_penalty": 1.3}, True),
@@ -110,7 +123,7 @@ def test_broken_logits_fail_the_request_that_has_them() -> None:
     draw = Draw(submit("r", [1]).sampling, 0, 0, [1], 1, ())
     logits = torch.tensor([[1.0, math.nan], [1.0, 2.0]])
     sampler = Sampler(SamplingReference(), OnGpu())
-    assert sampler.choose_on_gpu(logits, [(1, draw), (0, draw)]) == [1, None]
+    assert sampler.choose_on_gpu(logits, [(1, draw), (0, draw)]) == [Drawn(1), None]
     with pytest.raises(RuntimeError, match="not finite"):
         sampler.choose(logits[0], draw)
 

@@ -129,6 +129,31 @@ def test_rows_that_are_broken_or_too_flat_are_left_to_the_cpu() -> None:
     assert found[6:] == [expected(logits, drawn[0]), -1, -1, -1, -1, -1]
 
 
+@pytest.mark.parametrize("num_top", [0, 3, 10**6])
+def test_log_probs(num_top: int) -> None:
+    """The same ids in the same order, values within the bound of test_sampling.py. Bugs: a filter or a temperature in
+    them, ids of the row beside."""
+    logits, rows = torch.stack([random_row(45, kind, seed=3) for kind in KINDS]), list(reversed(range(len(KINDS))))
+    tokens = [7 * row for row in rows]
+    found = SamplingTriton(PIECE, room=64).log_probs_all(logits, rows, tokens, num_top)
+    for row, token, entry in zip(rows, tokens, found, strict=True):
+        assert entry is not None
+        expected_own, expected_top = REFERENCE.log_probs(logits[row], token, min(num_top, 45))
+        assert [near for near, _ in entry[1]] == [near for near, _ in expected_top]
+        bound = 1e-15 * (45 + float(logits[row][logits[row].isfinite()].abs().max()))
+        values = [(entry[0], expected_own), *((a[1], b[1]) for a, b in zip(entry[1], expected_top, strict=True))]
+        assert all(a == b or abs(a - b) <= bound for a, b in values)
+
+
+def test_log_probs_that_are_left_to_the_cpu() -> None:
+    """Bug: ids read out of a room that was never filled."""
+    logits = torch.stack([torch.ones(45), random_row(45, "plain", seed=1), random_row(45, "plain", seed=2)])
+    logits[2, 20] = math.nan
+    flat, plain, broken = SamplingTriton(PIECE, room=32).log_probs_all(logits, [0, 1, 2], [3, 4, 5], 2)
+    assert flat is broken is None
+    assert plain is not None
+
+
 def test_what_is_no_draw_is_refused() -> None:
     """Bug: memory read past the end of the logits."""
     kernel = SamplingTriton(PIECE, 64)
