@@ -12,7 +12,7 @@ meets V activations that follow each other. No plane crosses the border of a gro
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,10 +20,6 @@ from torch import Tensor
 from kernels.contract import LinearSpec
 from kernels.gpu import refusal
 from kernels.linear.bitstream import unpack_codes
-
-if TYPE_CHECKING:  # their packages import this module
-    from kernels.linear.affine.layout import AffineWeights
-    from kernels.linear.table.layout import TableWeights
 
 HALF_WORD = 16  # bits
 PLANES = (64, 32, 16)  # channels; a product takes no less than 16
@@ -33,6 +29,23 @@ BIAS = 128  # 0x4300 | code is the bfloat16 128 + code, for codes of up to 7 bit
 
 # What a code means: itself less `base`, the small float of MXFP4, an entry of `table`.
 LINEAR, E2M1, LOOKUP = 0, 1, 2
+
+
+class Coded(Protocol):
+    """What families of codes in groups have in common."""
+
+    @property
+    def bits(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def codes(self) -> Tensor:
+        """[N, ceil(K * bits / 8)] uint8, little-endian bit stream along K."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -130,7 +143,7 @@ def plane_of(bits: int, in_features: int, group_size: int, meaning: int = LINEAR
     return min(fitting, key=lambda plane: -(-in_features // (planes * plane)) * plane)
 
 
-def pack(weights: "AffineWeights | TableWeights", scales: Tensor, meaning: int = LINEAR, **rest: Any) -> Packed:
+def pack(weights: Coded, scales: Tensor, meaning: int = LINEAR, **rest: Any) -> Packed:
     """Canonical codes with scales [N, num_groups] and the `rest` of Packed's fields, as the kernels read them.
 
     Raises ValueError for groups that no plane divides.
