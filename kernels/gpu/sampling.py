@@ -3,9 +3,9 @@
 A row is cut into *pieces* of PIECE ids. `largest` and `weigh` run a program for each piece of each draw, `pick` one for
 each draw, which puts the results of its pieces together.
 
-Where a filter is set it needs ids in order, of which it sorts as few as it can: `weigh` also counts ids by *bucket*,
-STEPS of them for each factor e of a weight, and those counts bound the mass of any tail from above. What lies in the
-buckets that may be kept, the *candidates*, is gathered and sorted. More of them than ROOM are left to the CPU.
+Where a filter is set it needs ids in order, of which it sorts as few as it can: `weigh` also counts ids by *bucket* of
+weights, and those counts bound the mass of any tail from above. What lies in the buckets that may be kept, the
+*candidates*, is gathered and sorted. More of them than ROOM are left to the CPU.
 
 All but logits is float64 or integer: weights are what the reference computes but for the exponential's last bits, and
 sums differ from its sums by their order. There are no atomics, and a draw's result depends on its row and rules alone.
@@ -18,7 +18,10 @@ import triton
 import triton.language as tl
 
 FIELDS = tl.constexpr(6)
-STEPS = tl.constexpr(4.0)  # buckets for each factor e of a weight
+# Four buckets to a factor e of a weight, and 16 factors to a bucket beyond e^-NEAR, where no more than a rank matters.
+STEPS = tl.constexpr(4.0)
+NEAR = tl.constexpr(24.0)
+FAR = tl.constexpr(1 / 16)
 
 
 @triton.jit
@@ -48,8 +51,9 @@ def weight(exponent):
 
 @triton.jit
 def bucket(exponent, BUCKETS: tl.constexpr):
-    """STEPS to a factor e, the last one open; the product is exact. int32, in range for rows that are broken too."""
-    return tl.maximum(tl.minimum(exponent * -STEPS, BUCKETS - 1.0), 0.0).to(tl.int32)
+    """Rises as weights fall, the last one open; products are exact. int32, in range for rows that are broken too."""
+    near, far = exponent * -STEPS, exponent * -FAR + NEAR * (STEPS - FAR)
+    return tl.maximum(tl.minimum(tl.minimum(near, far), BUCKETS - 1.0), 0.0).to(tl.int32)
 
 
 @triton.jit
@@ -106,7 +110,7 @@ def weigh(
     """sum = sum_i w[i],  w[i] = exp((x[i] - max x) / temperature);  counts[b] = how many i have bucket(w[i]) = b
 
     over one piece, counts only where a filter is set, nothing for a draw that takes the largest. Reads 4 bytes an id,
-    for 34 operations in float64; writes 8 bytes, and 4 a bucket.
+    for 36 operations in float64; writes 8 bytes, and 4 a bucket.
     """
     piece, draw, num_pieces = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     temperature, _, _, _, has_filter = rules_of(draws, draw)
@@ -147,7 +151,8 @@ def last_bucket(counts, total, top_k, top_p, min_p, vocab, BUCKETS: tl.constexpr
     it weigh as much; `ceiling` is at least what an id of a bucket weighs. 2^-32 is more than sums over 2^20 ids round.
     """
     b = tl.arange(0, BUCKETS)
-    ceiling = tl.exp(b.to(tl.float64) / -STEPS) * (1 + 2.0**-30)
+    near, far = b.to(tl.float64) / STEPS, (b.to(tl.float64) - NEAR * (STEPS - FAR)) / FAR
+    ceiling = tl.exp(-tl.maximum(near, far)) * (1 + 2.0**-30)
     last = BUCKETS - 1
     if (top_k > 0) & (top_k < vocab):
         last = tl.min(tl.where(tl.cumsum(counts, 0) >= top_k, b, BUCKETS - 1), 0)

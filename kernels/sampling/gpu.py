@@ -12,7 +12,7 @@ from kernels.gpu.checks import check_memory
 
 PIECE = 4096  # ids of a program
 PIECES = 64  # of a row, at most: one program puts their results together
-BUCKETS = 128  # of weights; the last one is what weighs less than e^-31.75 of the largest
+BUCKETS = 128  # of weights; the last one is what weighs less than e^-520 of the largest
 ROOM = 2048  # ids that one program sorts; twice as many make a thread spill 88 bytes of registers
 NUM_WARPS = 8
 
@@ -40,7 +40,7 @@ class SamplingTriton:
     weight is within 2^-51 of it.
 
     Reads the logits once to take the largest, twice to draw, and once more where candidates lie: 4 bytes an id each
-    time. 34 operations in float64 an id of a draw; ROOM log2(ROOM)^2 / 2 comparisons to sort. A draw's result does not
+    time. 36 operations in float64 an id of a draw; ROOM log2(ROOM)^2 / 2 comparisons to sort. A draw's result does not
     depend on the others.
     """
 
