@@ -27,6 +27,14 @@ inline void load_key_parameters(int count, const uint8_t* from, int64_t step, fl
   for (int i = 0; i < count; i++, from += step, to += stride) store(to, load_parameter<kHalves>(from));
 }
 
+// Whether tiles of so many vectors fetch keys themselves.
+template <int kWidth>
+inline bool is_spread(int vectors) {
+  bool spread = false;
+  by_vectors<has_two_digits(kWidth)>(vectors, [&](auto n) { spread = kKeyLines<kWidth, decltype(n)::value> > 0; });
+  return spread;
+}
+
 template <int kWidth>
 void score_codes(const QuantizedSplit& s) {
   const RowFormat& format = s.shape.keys;
@@ -50,9 +58,13 @@ void score_codes(const QuantizedSplit& s) {
                                 to_parameters + 16 * n, 16 * kPackedVectors);
       tile.keys[n] = kWidth == 1 ? unpack_keys(s, n, page + token) : page + 4 * token;
     }
-    s.fetch(v, vectors, format, 0, s.shape.key_parameters_at);
+    bool spread = is_spread<kWidth>(vectors) && s.in_one_page(v, vectors);
+    tile.ahead = {spread ? s.later(v, 0, format.row_bytes) : tile.keys[0], spread ? 64 : 0};
+    if (!spread) s.fetch(v, vectors, 0, format.row_bytes);
+    s.fetch(v, vectors, parameters_at, num_parameters * parameter_bytes);
     s.fetch_recent(v, vectors);
     for (int i = 0; i < num_tiles; i++) {
+      if (i) tile.ahead.step = 0;
       int row = s.num_rows * i / num_tiles, rows = s.num_rows * (i + 1) / num_tiles - row;
       by_rows(rows, [&](auto r) {
         by_vectors<kTwo>(vectors, [&](auto n) {

@@ -127,20 +127,20 @@ struct QuantizedSplit {
   const uint8_t* page_of(int v) const { return pages[16 * v >> page_shift]; }
   int token_of(int v) const { return 16 * v & (page_size - 1); }  // in its page
 
-  // Fetches what lies at the places of vectors v .. v + count - 1, kPagesAhead pages later: codes at `codes_at`, and
-  // their parameters.
+  // The places of vectors v ... kPagesAhead pages later.
+  const uint8_t* later(int v, int64_t base, int64_t token_bytes) const {
+    return pages[(16 * v >> page_shift) + kPagesAhead] + base + token_of(v) * token_bytes;
+  }
+  // Whether tokens of vectors v .. v + count - 1 lie in one page.
+  bool in_one_page(int v, int count) const { return token_of(v) + 16 * count <= page_size; }
+  // Fetches what lies there of vectors v .. v + count - 1, of `token_bytes` a token.
   // Always inlined: gcc 12 takes a function that only fetches for one without effect, and drops its calls.
-  NIBBLE_INLINE void fetch(int v, int count, const RowFormat& format, int64_t codes_at, int64_t parameters_at) const {
-    const int per_page = page_size / 16, row_bytes = format.row_bytes;
-    const int parameter_bytes = 2 * format.num_groups * format.parameter_bytes;
+  NIBBLE_INLINE void fetch(int v, int count, int64_t base, int token_bytes) const {
     for (const int stop = v + count; v < stop;) {
-      const uint8_t* page = pages[(16 * v >> page_shift) + kPagesAhead];
-      int in_page = v & (per_page - 1), tokens = 16 * min_of(stop - v, per_page - in_page);
-      const uint8_t* codes = page + codes_at + 16 * in_page * row_bytes;
-      for (int i = 0, bytes = tokens * row_bytes; i < bytes; i += 64) prefetch_l2(codes + i);
-      const uint8_t* parameters = page + parameters_at + 16 * in_page * parameter_bytes;
-      for (int i = 0, bytes = tokens * parameter_bytes; i < bytes; i += 64) prefetch_l2(parameters + i);
-      v += tokens / 16;
+      int vectors = min_of(stop - v, (page_size - token_of(v)) / 16);
+      const uint8_t* from = later(v, base, token_bytes);
+      for (int i = 0, bytes = 16 * vectors * token_bytes; i < bytes; i += 64) prefetch_l2(from + i);
+      v += vectors;
     }
   }
   // While the packed keys of vectors v .. v + n - 1 are read, their share of what the split reads in high precision.

@@ -107,6 +107,19 @@ inline void unpack_row(const RowFormat& format, int head_dim, const uint8_t* row
   for (int j = 0; j < head_dim; j += 64) bstore(to + j, bor(bload(to + j), bshl<2>(bload(high + j))));
 }
 
+// ---- fetching -------------------------------------------------------------------------------------------------------
+
+// Lines that a tile fetches while it computes, evenly: in one go they would fill the first cache's list of misses, and
+// what the tile reads would wait for them.
+struct Ahead {
+  const uint8_t* at;
+  int64_t step;  // 64, or 0 where another tile has fetched them
+  template <int kLines>
+  NIBBLE_INLINE void fetch() {
+    NIBBLE_UNROLL for (int i = 0; i < kLines; i++) prefetch_l2(at), at += step;
+  }
+};
+
 // ---- keys -----------------------------------------------------------------------------------------------------------
 
 // 16 tokens for each vector: units of 4 bytes, `stride` bytes from one to the next; at 3 bits the units of the high
@@ -118,7 +131,12 @@ struct KeyTile {
   int64_t digits_stride;
   const float* parameters;  // [2 num_groups, parameters_stride]
   int64_t parameters_stride;
+  Ahead ahead;
 };
+
+// Lines of keys that a tile fetches with every unit, when it fetches as much as it reads; else 0.
+template <int kWidth, int kVectors>
+inline constexpr int kKeyLines = kWidth == 3 || kWidth == 1 ? 0 : kVectors * kWidth / 8;
 
 // Channels of one shift: byte j of a plane holds channels j, j + this, ...
 template <int kWidth>
@@ -140,6 +158,7 @@ void score_packed(const KeyTile& t, const uint8_t* digits, float* scores) {
   constexpr bool kTwo = has_two_digits(kWidth);
   const int dim = t.head_dim, run = channels_of_a_shift<kWidth>(dim);
   const int64_t row_bytes = t.digits_stride;
+  Ahead ahead = t.ahead;
   int c = 0, level = 0, in_run = 0;  // channel c is channel in_run of the shift `level`: a division takes ten products
   for (int g = 0; g < t.num_groups; g++) {
     Ints high[kRows][kVectors], low[kRows][kVectors];
@@ -155,6 +174,7 @@ void score_packed(const KeyTile& t, const uint8_t* digits, float* scores) {
       if (in_run == run) in_run = 0, level++;
       for (; c < stop; c += 4, at += t.stride, above += t.stride) {
         Bytes codes[kVectors];
+        ahead.template fetch<kKeyLines<kWidth, kVectors>>();
         NIBBLE_UNROLL for (int n = 0; n < kVectors; n++)
           codes[n] = codes_of<kWidth>(t.keys[n] + at, shift, t.keys[n] + above, bit);
         NIBBLE_UNROLL for (int r = 0; r < kRows; r++) {
@@ -204,6 +224,7 @@ struct ValueTile {
   int64_t digits[kMaxShifts], units[kMaxShifts], channels[kMaxShifts];  // where those of a shift begin
   int64_t digits_stride;             // between rows; of a row kBlock digits, at 8 bits kBlock low ones more
   int64_t units_stride;
+  Ahead ahead;
 };
 
 // 4 tokens side by side.
@@ -230,10 +251,12 @@ void mix_packed(const ValueTile& t, const uint8_t* digits, const float* units, f
   for (int i = 0; i < kOwnShifts; i++) own[i] = digits + t.digits[i];
   const int64_t row_bytes = t.digits_stride;
   const int first_shift = kOwnShifts > 1 ? 0 : t.first_shift;
+  Ahead ahead = t.ahead;
   for (int v = 0; v < t.num_vectors; v++)
 #pragma GCC unroll 1  // unrolled, gcc 12 copies sums about
     for (int quad = 0; quad < 4; quad++) {
       Bytes read[kColumns];
+      if constexpr (kTurnsInTiles) ahead.template fetch<kColumns>();  // as much as is read
       read_quad<kColumns>(t, t.rows[v], quad, read);
       NIBBLE_UNROLL for (int i = 0; i < kOwnShifts; i++) {
         Bytes codes[kColumns];

@@ -27,7 +27,8 @@ struct PackedValues {
     for (int i = 0; i < s.num_rows * num_groups; i++) store(s.zeros + 16 * i, zero());
     const bool two = has_two_digits(format.width);
     for (int block = first_block; block < stop_block; block++) {
-      s.fetch(block * kBlockVectors, vectors_of(block), format, s.shape.value_codes_at, s.shape.value_parameters_at);
+      s.fetch(block * kBlockVectors, vectors_of(block), s.shape.value_parameters_at,
+              2 * num_groups * format.parameter_bytes);
       load_parameters(block);
       two ? weigh_all<true>(block) : weigh_all<false>(block);
       mix(block);
@@ -262,6 +263,7 @@ struct PackedValues {
     const int run = s.dim / kShifts<kWidth>, group_size = format.group_size;  // channels of a shift
     const bool pairs = run % 32 == 0 && group_size % 32 == 0;
     const int64_t next = kTurnsInTiles ? 16 : kBlock * 16;  // from one column to the next
+    fetch<kWidth>(block, tile);
     for (int c = 0; c < run;) {
       int columns = kTileColumns<kWidth> == 2 && pairs ? 2 : 1;
       for (int first = 0; first < kShifts<kWidth>; first += kTileShifts<kWidth>) {
@@ -273,14 +275,25 @@ struct PackedValues {
         mix_tiles<kWidth>(tile, columns);
       }
       c += 16 * columns;
+      tile.ahead.at += kBlockVectors * 4 * columns * tile.ahead.step;
       for (int i = 0; i < tile.num_vectors; i++) tile.rows[i] += columns * next;
     }
   }
 
+  // Codes: by the tiles, when they read as much.
   template <int kWidth>
-  void mix_tiles(const ValueTile& tile, int columns) {
+  void fetch(int block, ValueTile& tile) {
+    const int v = kBlockVectors * block, row_bytes = format.row_bytes;
+    bool spread = kTurnsInTiles && kWidth != 1 && tile.num_vectors == kBlockVectors && s.in_one_page(v, kBlockVectors);
+    tile.ahead = {spread ? s.later(v, s.shape.value_codes_at, row_bytes) : tile.rows[0], spread ? 64 : 0};
+    if (!spread) s.fetch(v, tile.num_vectors, s.shape.value_codes_at, row_bytes);
+  }
+
+  template <int kWidth>
+  void mix_tiles(ValueTile tile, int columns) {
     int num_tiles = (s.num_rows + kPackedRows - 1) / kPackedRows;
     for (int i = 0; i < num_tiles; i++) {
+      if (i) tile.ahead.step = 0;
       int row = s.num_rows * i / num_tiles, rows = s.num_rows * (i + 1) / num_tiles - row;
       const uint8_t* from = digits(row, 0);
       const float* units = s.units + row * num_groups;
