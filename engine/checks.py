@@ -27,13 +27,14 @@ def notation(annotation: object) -> str:
 
 
 def _fits(value: object, annotation: object) -> bool:
-    """NaN is no value of any setting."""
+    """NaN is no value of any setting, and infinity one of a bias alone: -inf bans a token."""
     try:
         msgspec.convert(value, annotation)
     except msgspec.ValidationError:
         return False
-    numbers = value.values() if isinstance(value, dict) else (value,)
-    return not any(isinstance(number, float) and math.isnan(number) for number in numbers)
+    if isinstance(value, dict):
+        return not any(math.isnan(number) for number in value.values())
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _notation(kind: inspect.Type) -> str:

@@ -73,10 +73,12 @@ def serve_at(sockets: Sockets, settings: config.ServerConfig, keys: KeyRing) -> 
         tracing = None if settings.otlp_endpoint is None else Tracing.to(settings.otlp_endpoint)
     except ValueError as error:  # TokenizerError, TracingUnavailable, and locate_model's
         fail(str(error), 2)
-    try:
-        lifecycle.listen(sockets[0])
-    except OSError as error:  # another server, which bound in the same moment, was quicker
-        fail(no_port(error, settings.host, settings.port, "--port"), 1)
+    for sock, port, flag in zip(sockets, (settings.port, settings.ops_port), ("--port", "--ops-port"), strict=True):
+        try:
+            if sock is not None:
+                lifecycle.listen(sock)
+        except OSError as error:  # another server, which bound in the same moment, was quicker
+            fail(no_port(error, settings.host, port or 0, flag), 1)
     name = settings.served_name or served_name(settings.model)
     console = Console(stderr=True, highlight=False)  # standard output is the access log's
     bar = screen.LoadingBar(console, name)

@@ -3,12 +3,13 @@
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from engine.checkpoint.nibble import read_config
 from engine.checkpoint.source import Source
-from engine.checkpoint.terms import STEPS, TERMS
+from engine.checkpoint.terms import STEPS, Term
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/add-a-format.md").read_text()
@@ -41,4 +42,5 @@ def test_the_config_shown_is_accepted() -> None:
 def test_every_family_and_transform_is_in_a_table() -> None:
     listed = re.findall(r"^\| `(\w+)` \|([^|]*)\|", TEXT, re.MULTILINE)
     fields = {name: set(re.findall(r"`(\w+)`", cells)) for name, cells in listed}
-    assert fields == {tag: set(struct.__struct_fields__) for tag, struct in (TERMS | STEPS).items()}
+    terms = {str(kind.__struct_config__.tag): kind for kind in get_args(Term)}
+    assert fields == {tag: set(struct.__struct_fields__) for tag, struct in (terms | STEPS).items()}

@@ -13,7 +13,7 @@ import torch
 
 from engine.checkpoint.compressed_layouts import READERS, Layer, Scheme
 from engine.checkpoint.compressed_transforms import LINEAR, Rotations, check_pattern, matches, read_rotations
-from engine.checkpoint.errors import FormatRefused
+from engine.checkpoint.errors import FormatRefused, TensorError
 from engine.checkpoint.linear import present, read_bias, read_dense, read_settings, take_scalar
 from engine.checkpoint.source import Source
 from kernels.linear.rounding import Rounding
@@ -217,7 +217,7 @@ def _check_activations(values: _Values, where: str) -> None:
 
 
 def _rounding(source: Source, name: str, values: _Values) -> Rounding:
-    """How the layer's activations are rounded. Raises TensorError when a fixed scale is missing or useless."""
+    """How the layer's activations are rounded. Raises TensorError when a fixed scale or zero is missing or useless."""
     grid: Literal["int", "e4m3", "e2m1"] = "int"
     if values.type == "float":
         grid = "e4m3" if values.num_bits == 8 else "e2m1"
@@ -225,7 +225,10 @@ def _rounding(source: Source, name: str, values: _Values) -> Rounding:
         scale, zero = take_scalar(source, f"{name}.input_scale"), None
         if not values.symmetric:
             zero = source.take(f"{name}.input_zero_point", (1,), (torch.int8,)).float()
-        return Rounding(grid, values.num_bits, scale=scale, zero=zero)
+        try:
+            return Rounding(grid, values.num_bits, scale=scale, zero=zero)
+        except ValueError as error:
+            raise TensorError(f"{name}.input_zero_point: {error}") from error
     channels = values.group_size if values.by == "group" else None
     if values.dynamic == "local":
         unit = 1 / take_scalar(source, f"{name}.input_global_scale")  # stored as a divisor

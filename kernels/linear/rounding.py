@@ -45,6 +45,11 @@ class Rounding:
             raise ValueError("scales in e4m3, and only they, need a unit")
         if not 2 <= self.bits <= 8:
             raise ValueError(f"activations of {self.bits} bits cannot be served, only 2 to 8")
+        low, high = self.bounds
+        if self.zero is not None and not low <= float(self.zero) <= high:
+            raise ValueError(
+                f"the zero point of {self.bits}-bit activations is {low:g} to {high:g}, not {float(self.zero):g}"
+            )
 
     @property
     def width(self) -> None:

@@ -5,6 +5,7 @@ that stays. Anything that torch would compute in between is lost to it, and is r
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -19,12 +20,12 @@ if native.MISSING is None or TYPE_CHECKING:
 
 _aten: Any = torch.ops.aten
 _ALLOCATE: frozenset[Any] = frozenset({_aten.new_empty, _aten.empty_like, _aten.empty})
-# The input's memory under another shape. The last two copy what is not contiguous, and are looked at.
+# The input's memory under another shape. The last four copy where they must, and are looked at.
 _VIEW: frozenset[Any] = frozenset(
     {_aten.view, _aten._unsafe_view, _aten.alias, _aten.detach, _aten.slice, _aten.select, _aten.unsqueeze,
-     _aten.squeeze, _aten.expand, _aten.reshape, _aten.flatten, _aten.contiguous}
+     _aten.squeeze, _aten.expand, _aten.reshape, _aten.flatten, _aten.contiguous, _aten.to}
 )  # fmt: skip
-_COMBINE: dict[Any, str] = {_aten.add: "add", _aten.sub: "subtract", _aten.mul: "multiply", _aten.mul_: "multiply"}
+_COMBINE = MappingProxyType({_aten.add: "add", _aten.sub: "subtract", _aten.mul: "multiply", _aten.mul_: "multiply"})
 
 
 class Unrecordable(RuntimeError):
@@ -114,15 +115,20 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch._p
         if name in _VIEW:
             return _view(func, args, kwargs)
         if name in _COMBINE and not kwargs and isinstance(args[1], Tensor):
-            out = args[0] if name is _aten.mul_ else self._like(_floats(name, args[0]))
-            return _combine(_COMBINE[name], args[0], _floats(name, args[1]), out)
-        if name is _aten.clamp and not kwargs and all(isinstance(bound, float) for bound in args[1:]):
+            x = _floats(name, args[0])
+            return _combine(_COMBINE[name], x, _floats(name, args[1]), x if name is _aten.mul_ else self._like(x))
+        if (
+            name is _aten.clamp
+            and not kwargs
+            and len(args) == 3
+            and all(isinstance(bound, float) for bound in args[1:])
+        ):
             out = self._like(x := _floats(name, args[0]))
             _native.clamp(x.data_ptr(), args[1], args[2], x.numel(), out.data_ptr())
             return out
         if name is _aten.gather and not kwargs:
             return self._gather(_floats(name, args[0]), args[1], args[2])
-        raise Unrecordable(f"torch computes {name.__name__}")
+        raise Unrecordable(f"torch computes '{name.__name__}'")
 
     def _allocate(self, name: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         shape = args[0] if name is _aten.empty else args[0].shape if name is _aten.empty_like else args[1]

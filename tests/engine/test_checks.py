@@ -1,5 +1,6 @@
 """Settings and sampling rules are refused where they are written, by name."""
 
+import math
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ NAN = float("nan")
         ({"top_k": 2**70}, "top_k must be int"),  # no machine word holds it
         ({"temperature": -1}, "temperature must be float >= 0; found -1"),
         ({"temperature": NAN}, "temperature must be float >= 0; found nan"),
+        ({"temperature": math.inf}, "temperature must be float >= 0; found inf"),  # times -inf it is NaN
         ({"top_p": 1.5}, "top_p must be 0 <= float <= 1; found 1.5"),
         ({"min_p": "0"}, "min_p must be 0 <= float <= 1; found '0'"),
         ({"presence_penalty": NAN}, "presence_penalty must be float; found nan"),

@@ -1,5 +1,6 @@
 """Recorded steps against steps that Python runs: the same bits, in logits and in the cache."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from engine.models.decoder import Decoder
 from engine.runner import Runner
 from engine.tapes import MAX_ROWS, TapeRunner
 from kernels import native
-from kernels.native.recording import Buffers, Recording
+from kernels.native.recording import Buffers, Recording, Unrecordable
 from kvcache.calibration import write_calibration
 from tests.engine.artifacts import random_calibration
 from tests.engine.models.oracle import write_checkpoint
@@ -126,7 +127,7 @@ def test_what_torch_computes_is_not_lost(folder: Path) -> None:
     for start in range(3):
         assert torch.equal(recorded.step((0, start, 1)), plain.step((0, start, 1)))
     assert isinstance(recorded.runner, TapeRunner)
-    assert recorded.runner.note == "layers are called from Python, kernel by kernel, because torch computes mT"
+    assert recorded.runner.note == "layers are called from Python, kernel by kernel, because torch computes 'mT'"
     assert not recorded.runner.tapes
 
 
@@ -160,6 +161,14 @@ def test_a_thread_keeps_one_tape() -> None:
     x.fill_(1.5)
     first.run()
     assert out.tolist() == [1.5, 1.5, 1.5, 1.5]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("compute", [lambda x: x[:, :2].mul_(x[:, 2:]), lambda x: x.clamp(0.0), lambda x: x.double()])
+def test_what_is_not_repeated_to_the_bit_is_refused(compute: Callable[[Tensor], Tensor]) -> None:
+    """Bug: a native call that reads rows with gaps as if they had none; or an error that no caller expects."""
+    with pytest.raises(Unrecordable), Recording(Buffers(2)):
+        compute(torch.ones(2, 4))
 
 
 @torch.inference_mode()

@@ -60,6 +60,12 @@ def test_integers_follow_each_token(bits: int, symmetric: bool) -> None:
     assert not rounded[3].any()
 
 
+def test_a_fixed_zero_point_lies_among_the_codes() -> None:
+    """Bug: channels past the end of a row are given the nearest code there is, and count."""
+    with pytest.raises(ValueError, match="the zero point of 4-bit activations is -8 to 7, not -77"):
+        Rounding("int", 4, symmetric=False, scale=torch.tensor([0.5]), zero=torch.tensor([-77.0]))
+
+
 def test_a_fixed_zero_point_moves_the_range() -> None:
     """Codes -128..127 with zero -128 reach from 0 to 255 steps: what is negative becomes 0."""
     rounding = Rounding("int", 8, symmetric=False, scale=torch.tensor([0.5]), zero=torch.tensor([-128.0]))

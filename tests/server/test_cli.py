@@ -182,6 +182,30 @@ def test_taken_port_says_so_before_anything_is_loaded(monkeypatch: pytest.Monkey
     assert f"{in_use} --ops-port N\n" in ops_text
 
 
+@pytest.mark.parametrize("flag", ["--port", "--ops-port"])
+def test_a_port_that_another_server_opened_first_ends_the_start(
+    wired: FakeEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: str
+) -> None:
+    """Bug: a server without the metrics port that it prints, because another one bound it in the same moment."""
+    opened = []
+
+    def open_first(settings: object) -> Path:
+        opened.append(socket.socket())
+        opened[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened[0].bind(("127.0.0.1", number))
+        opened[0].listen()
+        return tmp_path
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        number = free.getsockname()[1]
+    monkeypatch.setattr(cli, "model_folder", open_first)
+    others = ["--port", "0"] if flag == "--ops-port" else []
+    code, text = run("serve", str(tmp_path), *others, flag, str(number))
+    opened[0].close()
+    assert code == 1
+    assert f"port {number}: Address already in use. Choose another port with {flag} N" in text
+
+
 def test_an_address_of_another_machine_is_not_blamed_on_the_port() -> None:
     code, text = run("serve", "--host", "192.0.2.1", "--port", "0")  # an address that is for documents only
     assert code == 1

@@ -96,7 +96,7 @@ class Int8Native:
     def join(self, prepared: Sequence[Prepared]) -> Joined | RoundedJoined | None:
         """None when the matrices round their activations differently, or differ in groups or in their zero point."""
         first, packed = prepared[0], [one.packed for one in prepared]
-        if not all(same((first.rounding,), (one.rounding,)) for one in prepared):
+        if not all(same((first.rounding,), (one.rounding,)) for one in prepared[1:]):
             return None
         if not first.by_token:
             return RoundedJoined(self._floats.join(packed), first.rounding)
