@@ -4,6 +4,7 @@ A recording runs layers as they are, keeps the native calls they make (kernels/n
 that stays. Anything that torch would compute in between is lost to it, and is refused.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
@@ -149,6 +150,11 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch._p
         num_tokens, num_heads, head_dim = x.shape
         _native.gather_heads(x.data_ptr(), index.data_ptr(), num_tokens, num_heads, head_dim, out.data_ptr())
         return out
+
+
+# torch wraps the method of every mode in one that imports its compiler when it is first called: 1 to 4 s and 95 MB, for
+# what nobody compiles here.
+setattr(Recording, "__torch_dispatch__", inspect.unwrap(Recording.__torch_dispatch__))  # noqa: B010
 
 
 def _floats(name: Any, x: Tensor) -> Tensor:
