@@ -5,7 +5,7 @@
     skvq:kXvY                    the same with the channel order, clips and scales of a calibration artifact when the
                                  model has one (kvcache/calibration.py), and the rotation when it has none
     ...:gN                       groups of N channels share a scale and a zero (64 for heads of 128, 32 for heads of 64)
-    ...:wN  ...:sN               the last N tokens (128) and the first N (4) stay in high precision
+    ...:wN  ...:sN               the last N tokens (128; up to 512) and the first N (4; up to 64) stay in high precision
     ...:plain                    channels as they are: no rotation, no artifact
     .../LAYERS=NAME              other widths for some layers: numbers from 0, or from -1 for the last one
 
@@ -23,7 +23,7 @@ from kernels.attention.quantized.layout import WIDTHS, LayoutError, RowLayout, n
 
 DEFAULT_WINDOW = 128  # tokens
 DEFAULT_SINKS = 4  # tokens
-MAX_WINDOW = 512
+MAX_WINDOW = 512  # tokens; it is kept in float16 beside its packed rows, so a longer one gives back what packing saves
 MAX_SINKS = 64
 LARGEST_DEFAULT_GROUP = 64  # channels
 
@@ -154,9 +154,10 @@ def read_policy(text: str) -> Policy:
             raise _error(text, f"{widths} holds for all layers; name a quantized policy first, then {others[0]!r}")
         return Policy(widths)
     window, num_sinks = shared.get("w", DEFAULT_WINDOW), shared.get("s", DEFAULT_SINKS)
-    for name, value, largest in (("window", window, MAX_WINDOW), ("sinks", num_sinks, MAX_SINKS)):
-        if value > largest:
-            raise _error(text, f"{name} of {value} tokens are more than {largest}")
+    if window > MAX_WINDOW:
+        raise _error(text, f"a window of {window} tokens is more than {MAX_WINDOW}; f16 reads all in high precision")
+    if num_sinks > MAX_SINKS:
+        raise _error(text, f"{num_sinks} sinks are more than {MAX_SINKS}")
     return Policy(widths, window, num_sinks, _read_overrides(text, others))
 
 
