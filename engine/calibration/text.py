@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.checkpoint.gguf_choice import SUFFIX
+from engine.checkpoint.gguf_tokenizer import read_gguf_tokenizer
 from engine.messages import CalibrationSettings
 from kvcache.calibration import CalibrationError
 from kvcache.layout import PageLayout
@@ -49,7 +51,10 @@ def _ids(model: str, path: Path) -> list[int]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise CalibrationError(f"the text {path} cannot be read: {reason}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        if Path(model).suffix == SUFFIX:
+            tokenizer, _ = read_gguf_tokenizer(Path(model))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{model} has no tokenizer that can be read: {error}") from error
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]

@@ -5,6 +5,7 @@ One shard is in memory at a time: its source is mapped and let go layer by layer
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from engine.checkpoint.errors import CheckpointError
 from engine.checkpoint.format import detect
+from engine.checkpoint.gguf_choice import SUFFIX
 from engine.checkpoint.nibble import Scheme, write_layer, write_settings
 from engine.checkpoint.source import FLOATS, Source
 from engine.conversion.encoder import ConversionRefused, Encoder
@@ -39,6 +41,11 @@ def convert(
     An interrupted conversion continues when it is started again with the same settings. Raises ConversionRefused,
     CheckpointError or UnsupportedModel (all ValueError) naming the layer, the setting or the folder.
     """
+    if folder.suffix == SUFFIX:
+        raise ConversionRefused(
+            f"{folder} is a GGUF file, which is served as it is (nibble serve {shlex.quote(str(folder))}) and cannot "
+            "be converted: give a folder with the model's safetensors and config.json"
+        )
     encoder = Recovery() if settings.scheme is None else read_scheme(settings.scheme)
     config = read_json(folder)
     layers = linear_layers(folder)

@@ -35,6 +35,7 @@ from tests.engine.models.variants import SIZES
 POLICY = "skvq:k2v2:g16:w8:s2"
 LENGTH = 96  # tokens of a text
 D, H, G = 32, 2, 2
+STORIES = Path(__file__).parents[1] / "fixtures/gguf/stories260k.gguf"
 WORDS = [f"w{i}" for i in range(SIZES["vocab_size"] - 1)]
 
 
@@ -109,6 +110,18 @@ def test_what_cannot_be_calibrated_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         calibrate(settings(folder, tmp_path / "cal", **changes))
+
+
+def test_a_gguf_file_is_calibrated_with_its_own_tokenizer(tmp_path: Path) -> None:
+    """Bug: a tokenizer looked for beside the file, or an artifact that the model it was made for does not take."""
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little girl named Lily. " * 40)
+    policy, out = "skvq:k4v4:g8:w8:s2", str(tmp_path / "cal")
+    report = calibrate(CalibrationSettings(str(STORIES), str(text), policy, out, 4 * LENGTH))
+    assert report.provenance == f"4 x {LENGTH} tokens of text.txt"
+    assert all(layer.error_after < layer.error_before for layer in report.layers)
+    core, _ = build(EngineConfig(str(STORIES), kv_policy=policy, kv_calibration=out, kv_memory=4 << 20, max_num_seqs=2))
+    assert core.parts.storage.layout.calibration is not None
 
 
 def test_text_that_is_not_text_is_named(folder: Path, tmp_path: Path) -> None:

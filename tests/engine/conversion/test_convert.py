@@ -146,6 +146,13 @@ def test_what_is_quantized_already_is_not_converted_again(source: Path, tmp_path
         convert(tmp_path / "new", tmp_path / "newer", RTN)
 
 
+def test_a_gguf_file_is_served_and_not_converted(tmp_path: Path) -> None:
+    """Bug: "model.gguf/config.json cannot be read: Not a directory", and nobody knows what to give instead."""
+    sentence = "is served as it is .nibble serve .*model.gguf.* give a folder with the model's safetensors"
+    with pytest.raises(ConversionRefused, match=sentence):
+        convert(tmp_path / "model.gguf", tmp_path / "new", RTN)
+
+
 def test_nothing_foreign_is_overwritten(source: Path, tmp_path: Path) -> None:
     """Bug: a typing error in DST that costs a model."""
     (tmp_path / "mine").mkdir()
