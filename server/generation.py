@@ -14,13 +14,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from engine.client import EngineUnavailable, EventStream
 from engine.messages import Accepted, Done, Event, Failed, Logprobs, PromptLogprobs, Token
 from server.admission import Job
 from server.errors import ApiError, EngineFailure, from_exception, from_failed
-from server.service import Service
+from server.service import Service, shutting_down
 from server.stops import StopScanner
 from server.tokenizer import Detokenizer, Tokenizer
 from server.tracing import Caller, Fault, Trace
@@ -133,6 +133,7 @@ class Generation:
         self._caller = caller
         self._runs: list[_Run] = []
         self._waiting: dict[asyncio.Future[list[Event]], _Run] = {}
+        self._cut_off: asyncio.Task[Any] | None = None  # done when the server cuts answers off
         self._admission = ExitStack()
         self._failure: BaseException | None = None  # which a stream has told its reader, and raised no further
 
@@ -167,12 +168,16 @@ class Generation:
         self._record(error or self._failure, left)
 
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
-        """Raises ApiError when the engine gives up on the request."""
+        """Raises ApiError when the engine gives up on the request, or the server on all that still run."""
         for run in self._runs:
             self._wait_for(run)
+        self._cut_off = cut_off = asyncio.ensure_future(self._service.cut_off.wait())
         while self._waiting:
-            ready, _ = await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in ready:
+            futures: list[asyncio.Future[Any]] = [cut_off, *self._waiting]
+            await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+            if cut_off.done():
+                raise self._end_early()
+            for task in [task for task in self._waiting if task.done()]:
                 run = self._waiting.pop(task)
                 try:
                     deltas = run.advance(task.result())
@@ -220,9 +225,19 @@ class Generation:
     def _wait_for(self, run: "_Run") -> None:
         self._waiting[asyncio.ensure_future(run.next())] = run
 
+    def _end_early(self) -> ApiError:
+        """The server waits for this answer no longer."""
+        for run in self._runs:
+            run.cancel()
+        self._service.metrics.refused("unavailable")
+        self._failure = shutting_down("The server is shutting down and cut this answer off; send the request again")
+        return self._failure
+
     def _leave(self) -> None:
         for task in self._waiting:
             task.cancel()
+        if self._cut_off is not None:
+            self._cut_off.cancel()
         for run in self._runs:
             run.cancel()
         self._admission.close()

@@ -85,15 +85,15 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; true ends the server."""
-        return await super().on_tick(counter) or (self._service.draining and await self._drained())
+        return await super().on_tick(counter) or (self._service.draining and self._drained())
 
-    async def _drained(self) -> bool:
+    def _drained(self) -> bool:
         if self._service.in_flight == 0:
             return True
         if time.monotonic() < self._deadline:
             return False
         log.warning("%d answers did not finish and are cut off", self._service.in_flight)
-        await self._service.engine.stop()
+        self._service.cut_off.set()  # and not engine.stop() here: clients would hear of it when its process has ended
         return True
 
 

@@ -1,5 +1,6 @@
 """What every route works with: the engine, the tokenizer, the settings, the metrics, and who is inside."""
 
+import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ class Service:
         self.tracing = tracing
         self.started = int(time.time())
         self.draining = False
+        self.cut_off = asyncio.Event()  # set: answers that still run end now, with `shutting_down`
         self.in_flight = 0  # prompts between admission and the last byte of their answers
 
     def check_model(self, name: str | None) -> None:
@@ -45,7 +47,7 @@ class Service:
     def plan(self) -> PlanSummary:
         """The engine's plan. Raises Unavailable while the engine takes no requests or the server is draining."""
         if self.draining:
-            raise Unavailable("The server is shutting down", RETRY_WHILE_DRAINING_S)
+            raise shutting_down("The server is shutting down")
         if self.engine.state != "ready" or self.engine.ready is None:
             raise EngineUnavailable(f"The engine is not ready: {self.engine.state}", RETRY_WHILE_DRAINING_S)
         return self.engine.ready.plan
@@ -72,3 +74,8 @@ class Service:
             yield
         finally:
             self.in_flight -= num_prompts
+
+
+def shutting_down(message: str) -> Unavailable:
+    """What is said to those whom this server answers no more."""
+    return Unavailable(message, RETRY_WHILE_DRAINING_S)

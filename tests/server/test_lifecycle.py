@@ -90,6 +90,32 @@ async def test_answers_that_take_too_long_end_with_an_error() -> None:
     await running.ended()
 
 
+async def test_cut_answers_end_before_the_engine_does() -> None:
+    """Bug: a client whose answer was cut off hears of it seconds later, when the engine's process has ended."""
+    told = asyncio.Event()
+
+    class SlowToStop(FakeEngine):
+        async def stop(self) -> None:
+            await told.wait()
+            await super().stop()
+
+    engine = SlowToStop(lambda submit: Script([97], hang=True), state="starting")
+    running = Running(engine, drain_seconds=0.1)
+    await asyncio.sleep(0.1)
+    async with asyncio.timeout(10), running.stream() as lines:
+        whole = asyncio.ensure_future(running.http.post("/v1/completions", json={**BODY, "stream": False}))
+        while len(engine.submitted) < 2:
+            await asyncio.sleep(0.01)
+        running.signal()
+        rest = "\n".join([line async for line in lines])
+        answer = await whole
+    assert "The server is shutting down and cut this answer off" in rest
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert len(engine.cancelled) == 2
+    told.set()
+    await running.ended()
+
+
 async def test_second_signal_ends_at_once() -> None:
     """Bug: an operator who presses Ctrl-C twice still waits for the drain."""
     running = Running(slow(1, hang=True), drain_seconds=60)
