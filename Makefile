@@ -25,6 +25,11 @@ $(if $(UNKNOWN),$(error make knows no $(UNKNOWN): MODEL, PORT, HOST, or ARGS='an
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
 
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# What pip would install with Nibble; on its own, so that each of the two long phases can be announced.
+NEEDS := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; x = p["optional-dependencies"]; \
+	print(*p["dependencies"], *x["dev"], *x["demo"], sep="\n")
+
 # An install that found no compiler left the C++ kernels out: it is done again once there is one.
 BUILT := $(wildcard $(VENV)/lib/*/site-packages/kernels/native/_native*)
 AGAIN := $(if $(BUILT),,$(if $(shell command -v c++),again))
@@ -32,9 +37,12 @@ again:
 
 $(INSTALLED): pyproject.toml constraints.txt $(NATIVE) $(AGAIN)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Nibble needs Python 3.11 or newer: make PYTHON=python3.12")'
-	@echo "Installing Nibble, PyTorch and what else it needs into $(VENV); this can take minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,demo]'
+	@echo "1 of 2: downloading and installing PyTorch and the other packages into $(VENV); this can take minutes"
+	@$(BIN)/python -c '$(NEEDS)' > $(VENV)/needs.txt
+	$(PIP) --requirement $(VENV)/needs.txt
+	@echo "2 of 2: compiling the C++ kernels and installing Nibble; this takes about a minute on two cores"
+	$(PIP) --editable '.[dev,demo]'
 	@$(BIN)/python -c 'from kernels import native; print(native.MISSING or "C++ kernels: " + str(native.isa()))'
 	touch $@
 
