@@ -1,4 +1,4 @@
-"""What precision a request may ask for beyond the server's: a longer window, or all of it in float16.
+"""What precision a request may ask for beyond the KV cache's own: a longer window, or all of it in float16.
 
 A sequence's packed pages are written whatever it asks for. One with a longer window only keeps more recent pages
 (kvcache/recent.py), and f16 is a window as long as the sequence.
@@ -17,7 +17,7 @@ class PrecisionRefused(ValueError):
 
 
 def window_of(asked: str | None, num_tokens: int, layout: PageLayout, limit: int) -> int | None:
-    """The window of a request that names the cache policy `asked`; None where the server's own is meant.
+    """The window of a request that names the cache policy `asked`; None where the cache's own is meant.
 
     num_tokens: prompt and answer. limit: the most tokens of one request that are read in high precision because it asks
     for it. Raises PrecisionRefused.
@@ -31,7 +31,7 @@ def window_of(asked: str | None, num_tokens: int, layout: PageLayout, limit: int
         raise PrecisionRefused(str(error)) from error
     if not own.is_quantized:
         if wanted != own:
-            raise PrecisionRefused(f"{wanted} is not what this server keeps: it keeps {own} for every request")
+            raise PrecisionRefused(f"{wanted} is not what is kept here: the KV cache holds {own} for every request")
         return None
     if wanted.is_quantized:
         return _longer_window(wanted.window, replace(wanted, window=own.window), layout, limit)
@@ -55,11 +55,11 @@ def _longer_window(window: int, with_own_window: Policy, layout: PageLayout, lim
     if layers != layout.layers:
         longest = replace(own, window=max(own.window, min(limit, MAX_WINDOW)))
         raise PrecisionRefused(
-            f"{replace(with_own_window, window=window)} differs from the server's {own} in more than the window: "
+            f"{replace(with_own_window, window=window)} differs from the KV cache's own {own} in more than the window: "
             f"widths, groups and sinks are the same for all; ask for {longest} or f16"
         )
     if window < own.window:
-        raise PrecisionRefused(f"a window of {window} is shorter than the server's {own.window}, and none may be")
+        raise PrecisionRefused(f"a window of {window} is shorter than the KV cache's own {own.window}, and none may be")
     if window == own.window:
         return None
     _check_limit(f"a window of {window}", limit)
@@ -70,4 +70,4 @@ def _longer_window(window: int, with_own_window: Policy, layout: PageLayout, lim
 
 def _check_limit(what: str, limit: int) -> None:
     if limit == 0:
-        raise PrecisionRefused(f"{what} is not on offer: this server was started without {SETTING}")
+        raise PrecisionRefused(f"{what} is not on offer: the model was loaded without {SETTING}")

@@ -149,9 +149,9 @@ def test_a_window_without_room_waits(world: World) -> None:
 @pytest.mark.parametrize(
     ("asked", "why"),
     [
-        ("k4v2:w8:s4", r"a window of 8 is shorter than the server's 16"),
+        ("k4v2:w8:s4", r"a window of 8 is shorter than the KV cache's own 16"),
         ("k4v2:w65:s4", r"a window of 65 is longer than the 64 that one request may have \(--kv-request-window\)"),
-        ("k8v8:w64:s4", r"k8v8:w64:s4 differs from the server's k4v2:w16:s4 .* ask for k4v2:w64:s4 or f16"),
+        ("k8v8:w64:s4", r"k8v8:w64:s4 differs from the KV cache's own k4v2:w16:s4 .* ask for k4v2:w64:s4 or f16"),
         ("k4v2:w64", None),
         ("k4v2:w64:s5", r"differs .* groups and sinks"),
         ("k4v2:w64:g8:s4", r"differs"),
@@ -182,7 +182,7 @@ def test_a_server_without_the_setting_gives_nothing_more(world: World) -> None:
     for asked in (LONGER, "f16"):
         (event,) = core.step([asking(asked, submit(asked, [1]))])
         assert isinstance(event, Failed)
-        assert "is not on offer: this server was started without --kv-request-window" in event.message
+        assert "is not on offer: the model was loaded without --kv-request-window" in event.message
     run(core, [asking(OWN, submit("own", [1]))])
 
 
@@ -192,7 +192,7 @@ def test_a_float16_server_takes_its_own_name_only(folder: Path) -> None:
     for asked in ("k4v4", "f32"):
         (event,) = core.step([asking(asked, submit("it", [1]))])
         assert isinstance(event, Failed)
-        assert "it keeps f16 for every request" in event.message
+        assert "the KV cache holds f16 for every request" in event.message
     with pytest.raises(StartError, match="--kv-request-window 64 is for quantized caches"):
         build(EngineConfig(str(folder), kv_policy="f16", kv_request_window=64))
 
