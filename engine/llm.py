@@ -8,6 +8,7 @@ for answer in llm.generate(["Once upon a time"], Sampling(max_tokens=32, tempera
 """
 
 import itertools
+import json
 import operator
 import re
 import time
@@ -24,6 +25,7 @@ from engine.checkpoint.errors import CheckpointError
 from engine.checkpoint.gguf_choice import SUFFIX
 from engine.client import file_tokenizer, locate_model
 from engine.config import EngineConfig
+from engine.conversation import Message, check_variables, template_messages
 from engine.messages import (
     Cancel,
     Done,
@@ -38,10 +40,18 @@ from engine.messages import (
 )
 
 Prompt = str | Sequence[int]  # text, or token ids
-Message = Mapping[str, str]  # "role" and "content", and what else the chat template reads
 
 DEFAULT_MAX_TOKENS = 128
 SETTINGS = EngineConfig.__struct_fields__[1:]  # all but the model
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "*.tiktoken",
+)
 FLAG = re.compile(r"--([a-z][a-z-]*)")
 
 
@@ -127,17 +137,28 @@ class LLM:
     def chat_prompt(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """The token ids that the checkpoint's chat template makes of a conversation, the answer's turn opened.
 
-        variables: of the template, such as enable_thinking. Raises ValueError when the model has no template, or with
-        the template's own words when it takes no such messages.
+        variables: of the template, such as enable_thinking, or continue_final_message. Raises ValueError when the model
+        has no template, or with the template's own words when it takes no such messages; and for a message without role
+        or content, or with what the template does not read; TypeError for such a variable and for what is no message.
         """
         if not self._tokenizer.chat_template:
             raise ValueError("this model has no chat template: use generate")
-        options = {"add_generation_prompt": True} | variables
+        template = self._tokenizer.get_chat_template()
+        check_variables(variables, template)
+        plain = template_messages(messages, template)
+        options = {"add_generation_prompt": not variables.get("continue_final_message")} | variables
+        text = self._render(plain, options)
+        if any("name" in message for message in plain):  # templates have names of other things, such as tools
+            nameless = [{key: value for key, value in message.items() if key != "name"} for message in plain]
+            if self._render(nameless, options) == text:
+                raise ValueError("a message has 'name', which this model's chat template does not read")
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes them itself
+
+    def _render(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except Exception as error:  # whatever a template raises is about the messages it was given
             raise ValueError(f"the chat template refused the messages: {error}") from error
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes them itself
 
     def _request(self, prompt: Prompt, sampling: Sampling | None, kv_policy: str | None) -> Submit:
         if sampling is not None and not isinstance(sampling, Sampling):
@@ -215,7 +236,22 @@ def _token_ids(prompt: Sequence[int]) -> list[int]:
 
 
 def _tokenizer(path: Path) -> Any:
-    """As the server's: the file as it is, where there is one."""
+    """As the server's: the file as it is, where there is one. Raises StartError."""
+    if path.suffix != SUFFIX and not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
+        raise StartError(f"{path} has no tokenizer: put the model's tokenizer.json (or tokenizer.model) there")
+    try:
+        backend = _read_tokenizer(path)
+    except Exception as error:  # a damaged file makes the libraries raise whatever comes up
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise StartError(
+            f"the tokenizer in {_damaged_part(path)} cannot be read ({reason}): put the model's own in its place"
+        ) from error
+    if getattr(backend, "backend_tokenizer", None) is None:
+        raise StartError(f"{type(backend).__name__} of {path} is not backed by the tokenizers library")
+    return backend
+
+
+def _read_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if path.suffix == SUFFIX:
@@ -223,7 +259,15 @@ def _tokenizer(path: Path) -> Any:
         backend.chat_template = template
         return backend
     is_file = (path / "tokenizer.json").exists()
-    backend = (PreTrainedTokenizerFast if is_file else AutoTokenizer).from_pretrained(str(path), local_files_only=True)
-    if getattr(backend, "backend_tokenizer", None) is None:
-        raise ValueError(f"{type(backend).__name__} of {path} is not backed by the tokenizers library")
-    return backend
+    return (PreTrainedTokenizerFast if is_file else AutoTokenizer).from_pretrained(str(path), local_files_only=True)
+
+
+def _damaged_part(path: Path) -> Path:
+    """The file that is not JSON, or the whole."""
+    for file in (path / "tokenizer.json", path / "tokenizer_config.json"):
+        try:
+            if file.exists():
+                json.loads(file.read_bytes())
+        except (OSError, ValueError):
+            return file
+    return path

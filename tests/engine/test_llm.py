@@ -1,6 +1,7 @@
 """The engine as a library."""
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,12 @@ def test_more_precision_for_a_call_that_asks(tiny_checkpoint: Path) -> None:
     assert len(llm.generate(["a"], sampling, kv_policy="f16")[0].token_ids) == 4
     with pytest.raises(GenerationError, match=r"\(kv_request_window\): lower max_tokens"):
         llm.generate([[1] * 90], sampling, kv_policy="f16")
+    for asked, words in (
+        ("k4v4:w8", "window of 8 is shorter than the KV cache's own 32"),
+        ("k8v4", "differs from the KV"),
+    ):
+        with pytest.raises(GenerationError, match=words):  # no server has a part in this
+            llm.generate(["a"], sampling, kv_policy=asked)
 
 
 def test_conversations_are_written_by_the_template() -> None:
@@ -182,6 +189,42 @@ def test_conversations_are_written_by_the_template() -> None:
     assert len(closed) < len(prompt)
     sampling = Sampling(max_tokens=5, temperature=0)
     assert llm.chat([messages, messages], sampling)[1] == llm.generate([prompt], sampling)[0]
+    continued = llm.chat_prompt([*messages, {"role": "assistant", "content": "Once"}], continue_final_message=True)
+    assert llm._tokenizer.decode(continued) == f"{text}Once"
+    with pytest.raises(TypeError, match="no variable 'bogus'"):
+        llm.chat_prompt(messages, bogus=1)
+    with pytest.raises(ValueError, match=r"messages\[0\] has no 'content'"):
+        llm.chat([[{"role": "user"}]])
+    with pytest.raises(ValueError, match="a message has 'name', which this model's chat template does not read"):
+        llm.chat([[messages[0] | {"name": "Ann"}]])  # it reads those of tools
     llm._tokenizer.chat_template = "{{ raise_exception('users first') }}"
     with pytest.raises(ValueError, match="the chat template refused the messages: users first"):
         llm.chat([messages])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        (
+            "tokenizer.json",
+            None,
+            r"copy has no tokenizer: put the model's tokenizer.json \(or tokenizer.model\) there$",
+        ),
+        (
+            "tokenizer.json",
+            "{",
+            r"the tokenizer in .*/copy/tokenizer.json cannot be read \(.*\): put the model's own in",
+        ),
+        ("tokenizer.json", "{}", r"the tokenizer in .*/copy cannot be read \(.*\): put the model's own in its place$"),
+        ("tokenizer_config.json", "{", r"the tokenizer in .*/copy/tokenizer_config.json cannot be read \(.*\): put"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path, file: str, content: str | None, words: str) -> None:
+    """Bug: a library's page of guesses, or a JSON error that names no file."""
+    copy = shutil.copytree(DEMO, tmp_path / "copy")
+    (copy / file).unlink()
+    if content is not None:
+        (copy / file).write_text(content)
+    with pytest.raises(StartError, match=words) as caught:
+        LLM(copy, kv_memory=8 << 20)
+    assert "\n" not in str(caught.value)
