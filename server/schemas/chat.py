@@ -65,7 +65,9 @@ class ChatRequest(SamplingFields):
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Return the log-probability of every token.")
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="And of this many likeliest; needs logprobs.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=20, description="And of this many likeliest, up to 20; needs logprobs."
+    )
     add_generation_prompt: bool | None = Field(
         None, description="Let the template open the assistant's turn. Default: unless continue_final_message."
     )

@@ -70,23 +70,33 @@ class SamplingFields(Strict):
     model: str = Field(description="The served model's name, as GET /v1/models lists it.")
     stream: bool | None = Field(None, description="Send the answer as server-sent events while it is made.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    n: int | None = Field(None, ge=1, le=128, description="Choices per prompt; they share its KV pages. Default 1.")
+    n: int | None = Field(
+        None, ge=1, le=128, description="1 to 128 choices per prompt; they share its KV pages. Default 1."
+    )
 
-    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy. Default 1.")
-    top_p: float | None = Field(None, ge=0, le=1, description="Keep the likeliest tokens up to this mass. Default 1.")
+    temperature: float | None = Field(None, ge=0, le=2, description="From 0, which is greedy, to 2. Default 1.")
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="Keep the likeliest tokens up to this mass, 0 to 1. Default 1."
+    )
     top_k: int | None = Field(
         None, ge=-1, lt=INT64, description="Keep this many likeliest tokens; -1 and 0 keep all. Default 0."
     )
-    min_p: float | None = Field(None, ge=0, le=1, description="Drop tokens below this share of the likeliest one's.")
-    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Off the logit of every token used.")
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Off the logit, for each use of a token.")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="Drop tokens below this share, 0 to 1, of the likeliest one's."
+    )
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Off the logit of every token used; -2 to 2.")
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Off the logit, for each use of a token; -2 to 2."
+    )
     repetition_penalty: float | None = Field(
-        None, ge=0.01, le=100, description="Divides the logits of tokens seen. Default 1."
+        None, ge=0.01, le=100, description="Divides the logits of tokens seen; 0.01 to 100. Default 1."
     )
     logit_bias: dict[str, float] | None = Field(None, description="Token id to a bias from -100 to 100.")
     seed: int | None = Field(None, ge=-INT64, lt=INT64, description="The same seed draws the same answer.")
 
-    stop: StopStrings | None = Field(None, description="Up to 16 strings; the answer ends before the first.")
+    stop: StopStrings | None = Field(
+        None, description="Up to 16 strings of 1 to 512 characters; the answer ends before the first."
+    )
     stop_token_ids: list[TokenId] | None = Field(None, description="Tokens that end the answer, besides the model's.")
     min_tokens: int | None = Field(None, ge=0, description="Nothing ends the answer before this many tokens.")
     ignore_eos: bool | None = Field(None, description="Go on after the model's own end token.")

@@ -18,7 +18,7 @@ class CompletionRequest(SamplingFields):
     )
 
     prompt: Any = Field(
-        description="A string, strings, token ids, or lists of ids. Choices of prompt i have index i*n to i*n+n-1.",
+        description="A string or token ids, or up to 128 of either. Choices of prompt i have index i*n to i*n+n-1.",
         json_schema_extra={
             "anyOf": [
                 {"type": "string"},
@@ -31,7 +31,7 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = Field(None, description="Put the prompt in front of the answer.")
     max_tokens: int | None = Field(None, ge=0, description="Most tokens of an answer; 0 only with echo. Default 16.")
     logprobs: int | None = Field(
-        None, ge=0, le=20, description="Log-probabilities of the tokens and the likeliest ones."
+        None, ge=0, le=20, description="Log-probabilities of the tokens and this many likeliest ones, up to 20."
     )
     best_of: int | None = Field(None, description="Refused unless equal to n: all choices made are returned.")
     add_special_tokens: bool | None = Field(

@@ -60,6 +60,14 @@ def test_field_tables_equal_the_schemas(title: str, model: type[BaseModel], with
     assert written == [row(name, field) for name, field in model.model_fields.items() if name not in without]
 
 
+@pytest.mark.parametrize(("title", "model", "without"), TABLES, ids=[title for title, _, _ in TABLES])
+def test_field_tables_name_the_largest_values(title: str, model: type[BaseModel], without: set[str]) -> None:
+    """Bug: clients learn from a 400 that n ends at 128."""
+    for name, field in model.model_fields.items():
+        for limit in (getattr(part, "le", None) for part in field.metadata):
+            assert limit is None or re.search(rf"\b{limit:g}\b", field.description or ""), name
+
+
 def test_every_route_is_in_the_documentation() -> None:
     app = create_app(FakeEngine(), ByteTokenizer(), ServerConfig())
     for path, methods in app.openapi()["paths"].items():
