@@ -25,11 +25,13 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from engine.client import EngineUnavailable
 from engine.messages import Failed
+from server.complaints import complaint, no_such_field
 
 ROUTER_CODES = {404: "route_not_found", 405: "method_not_allowed"}
 
@@ -151,14 +153,14 @@ def from_failed(failed: Failed) -> ApiError:
     return EngineFailure(failed.message)
 
 
-def from_exception(error: Exception) -> ApiError:
-    """The ApiError to show for any exception."""
+def from_exception(error: Exception, body: type[BaseModel] | None = None) -> ApiError:
+    """The ApiError to show for any exception. body: what was asked for, which knows the fields."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineUnavailable):
         return Unavailable(str(error), error.retry_after_s)
     if isinstance(error, RequestValidationError):
-        return _from_validation(error)
+        return _from_validation(error, body)
     return ApiError("The server made an error while answering. It has been logged.")
 
 
@@ -170,25 +172,27 @@ def field_path(loc: Sequence[int | str]) -> str:
     return path
 
 
-def _from_validation(error: RequestValidationError) -> ApiError:
+def _from_validation(error: RequestValidationError, body: type[BaseModel] | None) -> ApiError:
     """The first complaint of pydantic, in one sentence that begins with the field."""
     first: Mapping[str, Any] = error.errors()[0]
     if first["type"] == "json_invalid":
         return InvalidRequest(f"The body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
-    path = field_path(first["loc"][1:])  # loc begins with "body", "query" or "path"
-    complaint = first["msg"].removeprefix("Value error, ")
+    loc = first["loc"][1:]  # it begins with "body", "query" or "path"
+    path = field_path(loc)
     if not path and first["type"] == "value_error":
-        return InvalidRequest(complaint)
+        return InvalidRequest(complaint(first))
     if not path:
-        return InvalidRequest(f"The body must be a JSON object with Content-Type: application/json ({first['msg']})")
+        found = "; it is empty" if first["type"] == "missing" else ""
+        return InvalidRequest(f"The body must be a JSON object with Content-Type: application/json{found}")
     if first["type"] == "extra_forbidden":
-        return InvalidRequest(f"{path}: there is no such field here", param=path, code="unknown_field")
+        return InvalidRequest(f"{path}: {no_such_field(body, loc)}", param=path, code="unknown_field")
     code = {"missing": "missing_field", "unsupported": "unsupported_field"}.get(first["type"])
-    return InvalidRequest(f"{path}: {complaint}", param=path, code=code)
+    return InvalidRequest(f"{path}: {complaint(first)}", param=path, code=code)
 
 
 async def _respond(request: Request, error: Exception) -> JSONResponse:
-    api_error = from_exception(error)
+    field = getattr(request.scope.get("route"), "body_field", None)
+    api_error = from_exception(error, None if field is None else field.field_info.annotation)
     request_id = getattr(request.state, "request_id", None)  # what failed unexpectedly passes by who adds it otherwise
     headers = api_error.headers | ({} if request_id is None else {"x-request-id": request_id})
     return JSONResponse(api_error.body, api_error.status, headers=headers)

@@ -42,7 +42,7 @@ async def test_openai_client_raises_its_own_exceptions() -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         await client.completions.create(model="other", prompt="x")
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
-    with pytest.raises(openai.BadRequestError, match="less than or equal to 2") as bad:
+    with pytest.raises(openai.BadRequestError, match="temperature: must be at most 2") as bad:
         await client.completions.create(model="demo", prompt="x", temperature=3)
     assert (bad.value.type, bad.value.param, bad.value.code) == (
         "invalid_request_error",
@@ -55,6 +55,41 @@ async def test_openai_client_raises_its_own_exceptions() -> None:
         )
     assert nested.value.param is not None
     assert nested.value.param.startswith("messages[0].")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"max_token": 5}, "max_token: there is no such field here; did you mean max_tokens?"),
+        ({"messages": [{"rol": "user"}]}, "messages[0].role: this field is required"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "txt": "y"}]}]},
+            "messages[0].content[0].txt: there is no such field here; did you mean text?",
+        ),
+        ({"qqqq": 5}, "qqqq: there is no such field here"),
+        ({"messages": []}, "messages: must have at least 1 item, found 0"),
+        ({"messages": ["hi"]}, "messages[0]: must be an object"),
+        ({"n": 1.5}, "n: must be a whole number"),
+        ({"n": "1"}, "n: must be a whole number"),
+        ({"n": 0}, "n: must be at least 1"),
+        ({"stream": 1}, "stream: must be true or false"),
+        ({"top_k": 2**63}, f"top_k: must be less than {2**63}"),
+        ({"kv_policy": "k" * 201}, "kv_policy: must have at most 200 characters"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role: must be 'system', 'developer', "),
+    ],
+)
+async def test_what_is_wrong_is_said_in_words_of_json(body: dict[str, object], message: str) -> None:
+    """Bug: "List should have at least 1 item after validation, not 0", and misspelt fields to be looked up."""
+    response = await World(FakeEngine()).chat(**body)
+    assert response.status_code == 400
+    assert str(error_of(response)["message"]).startswith(message)
+
+
+async def test_an_empty_body_is_called_empty() -> None:
+    """Bug: "(Field required)", when the field is the body."""
+    response = await World(FakeEngine()).http.post("/v1/completions")
+    expected = "The body must be a JSON object with Content-Type: application/json; it is empty"
+    assert error_of(response)["message"] == expected
 
 
 @pytest.mark.parametrize(
