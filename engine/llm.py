@@ -8,7 +8,6 @@ for answer in llm.generate(["Once upon a time"], Sampling(max_tokens=32, tempera
 """
 
 import itertools
-import json
 import operator
 import re
 import time
@@ -22,8 +21,7 @@ from tokenizers.decoders import DecodeStream
 
 from engine.assembly import StartError, build
 from engine.checkpoint.errors import CheckpointError
-from engine.checkpoint.gguf_choice import SUFFIX
-from engine.client import file_tokenizer, locate_model
+from engine.client import locate_model
 from engine.config import EngineConfig
 from engine.conversation import Message, check_variables, template_messages
 from engine.messages import (
@@ -38,20 +36,12 @@ from engine.messages import (
     Submit,
     Token,
 )
+from engine.tokenizer import read_tokenizer
 
 Prompt = str | Sequence[int]  # text, or token ids
 
 DEFAULT_MAX_TOKENS = 128
 SETTINGS = EngineConfig.__struct_fields__[1:]  # all but the model
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "tekken.json",
-    "*.tiktoken",
-)
 FLAG = re.compile(r"--([a-z][a-z-]*)")
 
 
@@ -93,7 +83,10 @@ class LLM:
             self._core, self.plan = build(EngineConfig(**wishes | {"model": str(path)}))
         except (CheckpointError, StartError) as error:
             raise type(error)(in_python(str(error))) from error
-        self._tokenizer = _tokenizer(path)
+        try:
+            self._tokenizer = read_tokenizer(path)
+        except CheckpointError as error:
+            raise StartError(str(error)) from error
         self._ids = itertools.count()
         self._is_running = False
 
@@ -233,41 +226,3 @@ def _token_ids(prompt: Sequence[int]) -> list[int]:
     except TypeError:
         pass
     raise TypeError(f"a prompt must be text or a list of token ids; found {prompt!r}")
-
-
-def _tokenizer(path: Path) -> Any:
-    """As the server's: the file as it is, where there is one. Raises StartError."""
-    if path.suffix != SUFFIX and not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
-        raise StartError(f"{path} has no tokenizer: put the model's tokenizer.json (or tokenizer.model) there")
-    try:
-        backend = _read_tokenizer(path)
-    except Exception as error:  # a damaged file makes the libraries raise whatever comes up
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise StartError(
-            f"the tokenizer in {_damaged_part(path)} cannot be read ({reason}): put the model's own in its place"
-        ) from error
-    if getattr(backend, "backend_tokenizer", None) is None:
-        raise StartError(f"{type(backend).__name__} of {path} is not backed by the tokenizers library")
-    return backend
-
-
-def _read_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    if path.suffix == SUFFIX:
-        backend, template = file_tokenizer(path)
-        backend.chat_template = template
-        return backend
-    is_file = (path / "tokenizer.json").exists()
-    return (PreTrainedTokenizerFast if is_file else AutoTokenizer).from_pretrained(str(path), local_files_only=True)
-
-
-def _damaged_part(path: Path) -> Path:
-    """The file that is not JSON, or the whole."""
-    for file in (path / "tokenizer.json", path / "tokenizer_config.json"):
-        try:
-            if file.exists():
-                json.loads(file.read_bytes())
-        except (OSError, ValueError):
-            return file
-    return path

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoint.gguf_choice import SUFFIX
-from engine.checkpoint.gguf_tokenizer import read_gguf_tokenizer
 from engine.messages import CalibrationSettings
+from engine.tokenizer import read_tokenizer
 from kvcache.calibration import CalibrationError
 from kvcache.layout import PageLayout
 
@@ -26,7 +25,7 @@ class Texts:
 def read_texts(settings: CalibrationSettings, context_len: int, layout: PageLayout) -> Texts:
     """Raises CalibrationError when there is no text, or too little for the policy's window."""
     path = Path(settings.data)
-    ids = _ids(settings.model, path)[: settings.num_tokens]
+    ids = _ids(Path(settings.model), path)[: settings.num_tokens]
     least = layout.policy.window + layout.policy.num_sinks + HISTORY
     length = min(LONGEST, context_len, max(least, len(ids) // FEWEST_TEXTS))
     if least > context_len:
@@ -41,21 +40,12 @@ def read_texts(settings: CalibrationSettings, context_len: int, layout: PageLayo
     return Texts(texts, len(texts) - num_held_out, f"{len(texts)} x {length:,} tokens of {path.name}")
 
 
-def _ids(model: str, path: Path) -> list[int]:
-    """The whole file as one text. Raises CalibrationError."""
-    from transformers import AutoTokenizer
-
+def _ids(model: Path, path: Path) -> list[int]:
+    """The whole file as one text. Raises CalibrationError, or CheckpointError for the tokenizer."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise CalibrationError(f"the text {path} cannot be read: {reason}") from error
-    try:
-        if Path(model).suffix == SUFFIX:
-            tokenizer, _ = read_gguf_tokenizer(Path(model))
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"{model} has no tokenizer that can be read: {error}") from error
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    ids: list[int] = read_tokenizer(model)(text, verbose=False)["input_ids"]
     return ids

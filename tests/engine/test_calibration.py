@@ -1,5 +1,6 @@
 """nibble calibrate on models of two layers: what it finds serves them, and is better than what it replaces."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,14 @@ def test_a_gguf_file_is_calibrated_with_its_own_tokenizer(tmp_path: Path) -> Non
     assert all(layer.error_after < layer.error_before for layer in report.layers)
     core, _ = build(EngineConfig(str(STORIES), kv_policy=policy, kv_calibration=out, kv_memory=4 << 20, max_num_seqs=2))
     assert core.parts.storage.layout.calibration is not None
+
+
+def test_a_model_without_a_tokenizer_is_named(folder: Path, tmp_path: Path) -> None:
+    """Bug: "text.txt gives 0 tokens", of a tokenizer that a library made of nothing."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="copy has no tokenizer: put the model's tokenizer"):
+        calibrate(settings(folder, tmp_path / "cal", model=str(copy)))
 
 
 def test_text_that_is_not_text_is_named(folder: Path, tmp_path: Path) -> None:
