@@ -88,14 +88,19 @@ def sharegpt_prompts(path: Path, count: int, seed: int, output_tokens: int | Non
 def folder_prompts(folder: Path, count: int, seed: int, output_tokens: int) -> list[Prompt]:
     """Every text file of a folder is a prompt."""
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    try:
-        texts = [path.read_text(encoding="utf-8") for path in files]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BenchError(f"{folder} holds a file that is not text: {error}") from None
-    found = [Prompt(text, output_tokens) for text in texts if text.strip()]
+    found = [Prompt(text, output_tokens) for text in map(_text, files) if text.strip()]
     if not found:
         raise BenchError(f"{folder} is no folder with text files")
     return _sample(found, count, seed)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BenchError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise BenchError(f"{path} is not text in UTF-8: every file of the folder is sent as a prompt") from None
 
 
 def _made_up(rng: random.Random, lengths: Lengths) -> Prompt:

@@ -11,6 +11,7 @@ from server.bench.errors import BenchError
 
 PERCENTILES = (50, 90, 95, 99)
 METRICS = ("ttft", "tpot", "itl", "e2el")
+LIMITED = ("ttft", "tpot", "e2el")  # of one request; gaps between pieces of text are pooled over all
 DEFINITIONS = {
     "time to first token": "from sending a request to its first text",
     "time per output token": "(end - first text) / (output tokens - 1), one figure a request",
@@ -34,9 +35,11 @@ class Slo:
         """ "ttft=500ms,tpot=50ms". Raises BenchError naming the part that is not understood."""
         limits: dict[str, float] = {}
         for part in text.split(","):
-            match = re.fullmatch(r"\s*(ttft|tpot|e2el)\s*=\s*(\d+(?:\.\d+)?)\s*(ms|s)\s*", part)
+            match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+(?:\.\d+)?)\s*(ms|s)\s*", part)
             if match is None:
                 raise BenchError(f"--slo: {part!r} is not of the form ttft=500ms, tpot=50ms or e2el=10s")
+            if match[1] not in LIMITED:
+                raise BenchError(f"--slo: {match[1]!r} is not known: limits are {', '.join(LIMITED)}")
             limits[match[1]] = float(match[2]) * UNITS[match[3]]
         return Slo(tuple(limits.items()))
 

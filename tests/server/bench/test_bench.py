@@ -121,6 +121,9 @@ def test_data_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             datasets.sharegpt_prompts(tmp_path / name, 1, 0, None)
     with pytest.raises(BenchError, match="no folder"):
         datasets.folder_prompts(tmp_path / "absent", 1, 0, 1)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    with pytest.raises(BenchError, match=r"picture\.png is not text"):
+        datasets.folder_prompts(tmp_path, 1, 0, 1)
 
 
 # ---- one request -----------------------------------------------------------------------------------------------------
@@ -272,6 +275,12 @@ def test_percentiles_are_those_of_the_standard_library() -> None:
 def test_limits_that_are_not_understood_are_refused(text: str) -> None:
     with pytest.raises(BenchError, match="--slo"):
         Slo.read(text)
+
+
+def test_a_limit_that_does_not_exist_is_named() -> None:
+    """Bug: --slo foo=2s is called a mistake of form, and nobody learns which names there are."""
+    with pytest.raises(BenchError, match="'foo' is not known: limits are ttft, tpot, e2el"):
+        Slo.read("ttft=1s,foo=2s")
 
 
 def test_what_a_server_calls_its_error_is_no_markup() -> None:
