@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 
 from engine.messages import Done, Submit
 
-if TYPE_CHECKING:  # optional: pip install 'nibble-server[tracing]'
+if TYPE_CHECKING:  # optional: pip install -e '.[tracing]'
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter
 
 TRACES = "/v1/traces"  # where OTLP over HTTP takes spans
 SENDING_S = 5.0  # for one batch of spans, all tries included
-MISSING = "--otlp-endpoint needs OpenTelemetry, which is not installed: pip install 'nibble-server[tracing]'"
+MISSING = "--otlp-endpoint needs OpenTelemetry, which is missing: pip install -e '.[tracing]' where Nibble was cloned"
 
 
 class TracingUnavailable(ValueError):

@@ -15,7 +15,7 @@ from server.bench.results import DEFINITIONS, METRICS, Summary, percentile, samp
 from server.bench.sweep import Step
 from server.bench.view import TITLES
 
-MISSING = "a report needs matplotlib: pip install 'nibble-server[report]'"
+MISSING = "a report needs matplotlib: pip install -e '.[report]' where Nibble was cloned"
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
 table{{border-collapse:collapse}}td,th{{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}}
