@@ -8,9 +8,7 @@ import importlib.util
 
 import torch
 
-MISSING = (
-    None if importlib.util.find_spec("triton") else "triton is not installed: pip install 'nibble-server[gpu]' adds it"
-)
+MISSING = None if importlib.util.find_spec("triton") else "triton is not installed: pip install triton"
 
 
 def device_refusal(device: torch.device) -> str | None:
