@@ -18,6 +18,10 @@ from engine.messages import (
     Submit,
 )
 
+# Any of these in a folder makes a tokenizer that transformers reads.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken",
+)  # fmt: skip
 EngineState = Literal["starting", "ready", "restarting", "stopped", "failed"]
 
 

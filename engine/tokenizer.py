@@ -6,9 +6,7 @@ from typing import Any
 
 from engine.checkpoint.errors import FilesError
 from engine.checkpoint.gguf_choice import SUFFIX
-from engine.client import file_tokenizer
-
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
+from engine.client import TOKENIZER_FILES, file_tokenizer
 
 
 def read_tokenizer(path: Path) -> Any:
@@ -16,7 +14,7 @@ def read_tokenizer(path: Path) -> Any:
 
     Raises FilesError (a CheckpointError) naming what is missing or damaged.
     """
-    if path.suffix != SUFFIX and not any(file for pattern in FILES for file in path.glob(pattern)):
+    if path.suffix != SUFFIX and not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
         raise FilesError(f"{path} has no tokenizer: put the model's tokenizer.json (or tokenizer.model) there")
     try:
         backend = _read(path)

@@ -21,12 +21,11 @@ from typing import Any, Protocol
 
 import jinja2
 
-from engine.client import file_tokenizer
+from engine.client import TOKENIZER_FILES, file_tokenizer
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 METASPACE = "▁"
 GGUF = ".gguf"
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
 
 
 class TokenizerError(ValueError):
@@ -203,7 +202,7 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None) -> HubTokeni
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns that no model library was imported
     is_file = folder.suffix == GGUF
     if not is_file and not any(
-        path for pattern in FILES for path in folder.glob(pattern)
+        path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)
     ):  # libraries would guess at other reasons
         raise TokenizerError(f"{folder} has no tokenizer: put the model's tokenizer.json (or tokenizer.model) there")
     try:
