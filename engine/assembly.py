@@ -14,7 +14,7 @@ from engine.core import EngineCore, Parts
 from engine.graphs import runner_for
 from engine.loading import Checkpoint, LoadedModel, load_model, model_facts, open_checkpoint
 from engine.messages import Cancel, Failed, Inbound, Loading, PlanSummary, Sampling, Submit
-from engine.models.settings import UnsupportedModel
+from engine.models.config import UnsupportedModel
 from engine.runner import Runner
 from kernels import native
 from kernels.contract import KernelRefused

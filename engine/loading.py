@@ -32,12 +32,11 @@ from engine.config import EngineConfig, ModelFacts, Plan
 from engine.machine import free_memory, has_cuda, num_cores
 from engine.messages import KernelUse
 from engine.models import llama
-from engine.models.config import ModelConfig
+from engine.models.config import ModelConfig, read_json
 from engine.models.decoder import Decoder
 from engine.models.gguf import describe as describe_gguf
 from engine.models.layers import BoundTerm, Embedding, FusedProjections, Linear, Projections, RMSNorm, Rope
 from engine.models.registry import ModelDescription, describe
-from engine.models.settings import read_json
 from engine.sampling import Sampler, sampler_for
 from kernels.attention.quantized.cache import QuantizedKernel, QuantizedSpec
 from kernels.contract import (

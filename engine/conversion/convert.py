@@ -26,7 +26,7 @@ from engine.conversion.recover import Recovery
 from engine.conversion.schemes import read_scheme
 from engine.conversion.workplace import Shard, Workplace
 from engine.messages import Conversion, ConversionSettings, ConvertedLayer, Loading
-from engine.models.settings import read_json
+from engine.models.config import read_json
 from kernels.linear.weights import LinearWeights
 
 OnProgress = Callable[[Loading], None]

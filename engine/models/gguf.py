@@ -6,10 +6,9 @@ from types import MappingProxyType
 
 from engine.checkpoint.gguf_file import Settings
 from engine.models import llama, qwen2, qwen3
-from engine.models.config import ModelConfig
+from engine.models.config import ModelConfig, UnsupportedModel
 from engine.models.registry import Architecture, ModelDescription
 from engine.models.rope import RopeConfig, RopeRefused
-from engine.models.settings import UnsupportedModel
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({"llama": llama, "qwen2": qwen2, "qwen3": qwen3})
 CONTROL = 3  # of tokenizer.ggml.token_type: markup, not text

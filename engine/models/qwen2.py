@@ -1,23 +1,18 @@
 """Qwen 2 and 2.5: Llama with biases on the query, key and value projections."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from pathlib import Path
 from typing import Any
 
-from engine.models.config import Biases, ModelConfig, qwen_window, read_config
+from engine.models.config import Biases, ModelConfig, read_config
 from engine.models.decoder import Decoder, build_decoder
 from engine.models.layers import Parts
-from engine.models.settings import Settings
 
 NAME = "Qwen2ForCausalLM"
 MODEL_TYPE = "qwen2"
-ASSUMED: Mapping[str, Any] = MappingProxyType(
-    {"max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
-)
 
 
-def read(settings: Settings) -> ModelConfig:
-    return read_config(settings, Biases(qkv=True), qk_norm=False, window=qwen_window(settings))
+def read(folder: Path, hf: Any) -> ModelConfig:
+    return read_config(folder, hf, Biases(qkv=True), qk_norm=False)
 
 
 def build(config: ModelConfig, parts: Parts) -> Decoder:

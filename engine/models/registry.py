@@ -1,15 +1,13 @@
 """The architectures that can be served."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from engine.models import llama, mistral, qwen2, qwen3
-from engine.models.config import ModelConfig
+from engine.models.config import ModelConfig, UnsupportedModel, load_hf_config, read_json
 from engine.models.decoder import Decoder
 from engine.models.layers import Parts
-from engine.models.settings import Settings, UnsupportedModel, read_json
 
 
 class Architecture(Protocol):
@@ -17,10 +15,9 @@ class Architecture(Protocol):
 
     NAME: str  # as config.json lists it
     MODEL_TYPE: str  # transformers' name for its configuration
-    ASSUMED: Mapping[str, Any]  # of settings that a config.json may leave out
 
-    def read(self, settings: Settings) -> ModelConfig:
-        """Translate a config.json. Raises UnsupportedModel."""
+    def read(self, folder: Path, hf: Any) -> ModelConfig:
+        """Translate a transformers configuration. Raises UnsupportedModel."""
         ...
 
     def build(self, config: ModelConfig, parts: Parts) -> Decoder:
@@ -47,8 +44,7 @@ def describe(folder: Path) -> ModelDescription:
     named = [str(name).removeprefix(ASVD) for name in (listed if isinstance(listed, list) else [])]
     for architecture in ARCHITECTURES:
         if architecture.NAME in named and raw.get("model_type") == architecture.MODEL_TYPE:
-            settings = Settings(folder / "config.json", raw, architecture.ASSUMED)
-            return ModelDescription(architecture, architecture.read(settings))
+            return ModelDescription(architecture, architecture.read(folder, load_hf_config(folder)))
     supported = ", ".join(architecture.NAME for architecture in ARCHITECTURES)
     raise UnsupportedModel(
         f"{folder}: architecture {', '.join(map(str, named)) or 'none'} with model_type {raw.get('model_type')!r} is "

@@ -16,26 +16,13 @@ times the rounding of inv_freq, so another order would be another model.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.models.settings import Settings, number
-
-# Of Hugging Face configurations, and what rope_parameters must say for each.
-NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "default": (),
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-        "yarn": ("factor",),
-    }
-)
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn")  # of Hugging Face configurations
 
 
 class RopeRefused(ValueError):
@@ -46,7 +33,7 @@ class RopeRefused(ValueError):
 class RopeConfig:
     """One RoPE variant. Fields that a kind does not read keep their defaults."""
 
-    kind: str  # one of NEEDED, or "factors"
+    kind: str  # one of KINDS, or "factors"
     theta: float
     head_dim: int
     factor: float = 1.0
@@ -75,53 +62,39 @@ class RopeConfig:
                 raise RopeRefused(f"{name} of RoPE must be more than {least}, and finite; found {value}")
 
 
-def rope_settings(settings: Settings) -> dict[str, Any]:
-    """What a config.json says of RoPE, under its newer or its older name. Raises RopeRefused."""
-    found = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-    if not isinstance(found, dict):
-        raise RopeRefused(f"rope_parameters must be an object; found {found!r}")
-    return found
-
-
-def read_rope(settings: Settings, head_dim: int) -> RopeConfig:
-    """Check and translate. Raises RopeRefused, or UnsupportedModel naming a setting of another kind."""
-    parameters = rope_settings(settings)
+def read_rope(hf: Any) -> RopeConfig:
+    """Translate the rope_parameters of a transformers configuration. Raises RopeRefused."""
+    parameters = dict(hf.rope_parameters)
     if any(isinstance(value, dict) for value in parameters.values()):
         raise RopeRefused("RoPE parameters that differ between layers are not supported")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if not isinstance(kind, str) or kind not in NEEDED:
-        raise RopeRefused(f"RoPE type {kind!r} is not supported; supported are {', '.join(NEEDED)}")
-    for name in NEEDED[kind]:
-        if name not in parameters:
-            raise RopeRefused(f"RoPE of type {kind!r} needs {name!r}, which rope_parameters do not have")
-    partial = parameters.get("partial_rotary_factor", settings.get("partial_rotary_factor"))
-    if partial not in (None, 1.0):
-        raise RopeRefused(f"partial_rotary_factor {partial} is not supported; only 1.0 is")
-    if type(parameters.get("truncate", True)) is not bool:
-        raise RopeRefused(f"truncate of RoPE must be true or false; found {parameters['truncate']!r}")
+    kind = parameters["rope_type"]
+    if kind not in KINDS:
+        raise RopeRefused(f"RoPE type {kind!r} is not supported; supported are {', '.join(KINDS)}")
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise RopeRefused(f"partial_rotary_factor {parameters['partial_rotary_factor']} is not supported; only 1.0 is")
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     if head_dim % 2:
         raise RopeRefused(f"head_dim {head_dim} is odd: RoPE turns pairs of channels")
-    max_position = settings.size("max_position_embeddings")
-    original = _number(parameters, "original_max_position_embeddings", 0) or max_position
-    factor = _number(parameters, "factor", max_position / original)
+    original = int(parameters.get("original_max_position_embeddings") or hf.max_position_embeddings)
+    factor = _number(parameters, "factor", hf.max_position_embeddings / original)
     return RopeConfig(
         kind=kind,
-        theta=number("rope_theta", parameters.get("rope_theta", settings.get("rope_theta"))),
+        theta=float(parameters["rope_theta"]),
         head_dim=head_dim,
         factor=factor,
-        original_max_position=int(original) if math.isfinite(original) else 0,
+        original_max_position=original,
         low_freq_factor=_number(parameters, "low_freq_factor", 1.0),
         high_freq_factor=_number(parameters, "high_freq_factor", 4.0),
         beta_fast=_number(parameters, "beta_fast", 32.0),
         beta_slow=_number(parameters, "beta_slow", 1.0),
-        truncate=parameters.get("truncate", True),
+        truncate=bool(parameters.get("truncate", True)),
         attention_factor=_attention_factor(parameters, factor) if kind == "yarn" else 1.0,
     )
 
 
 def _number(parameters: dict[str, Any], name: str, default: float) -> float:
     value = parameters.get(name)
-    return default if value is None else number(f"{name} of RoPE", value)
+    return default if value is None else float(value)
 
 
 def inverse_frequencies(rope: RopeConfig) -> Tensor:
@@ -170,13 +143,14 @@ def _channel_that_turns(num_turns: float, rope: RopeConfig) -> float:
 
 def _attention_factor(parameters: dict[str, Any], factor: float) -> float:
     """YaRN's temperature: given, or 0.1 ln(factor) + 1, or the ratio of two of those scaled by mscale."""
-    if parameters.get("attention_factor") is not None:
-        return _number(parameters, "attention_factor", 1.0)
+    given = parameters.get("attention_factor")
+    if given is not None:
+        return float(given)
 
     def temperature(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    mscale, mscale_all_dim = (_number(parameters, name, 0.0) for name in ("mscale", "mscale_all_dim"))
+    mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
     if mscale and mscale_all_dim:
         return temperature(mscale) / temperature(mscale_all_dim)
     return temperature(1.0)

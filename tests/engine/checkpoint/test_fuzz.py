@@ -23,8 +23,8 @@ from engine.checkpoint.fp_quant import BACKWARD
 from engine.checkpoint.hqq import INFORMATIONAL_PARTS
 from engine.checkpoint.source import Source
 from engine.loading import open_checkpoint
+from engine.models.config import UnsupportedModel, read_json
 from engine.models.registry import describe
-from engine.models.settings import UnsupportedModel, read_json
 from tests.engine.checkpoint.worlds import ALL, FIXTURES, QUERY, expected
 
 REFUSALS = (CheckpointError, UnsupportedModel)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from engine.checkpoint.gguf_file import Settings
+from engine.models.config import UnsupportedModel
 from engine.models.gguf import describe
-from engine.models.settings import UnsupportedModel
 
 SETTINGS: dict[str, Any] = {
     "general.architecture": "llama",

@@ -1,6 +1,5 @@
 """Inverse frequencies are transformers' to the bit: at position 100,000 their last bit is worth 0.01 radians."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from engine.models.layers import Rope
 from engine.models.rope import RopeConfig, RopeRefused, inverse_frequencies, read_rope
-from engine.models.settings import Settings
 from kernels import rope
 
 LLAMA_31 = {
@@ -43,12 +41,6 @@ def config(parameters: dict[str, Any], head_dim: int = 128) -> Any:
     return LlamaConfig(head_dim=head_dim, rope_parameters=dict(parameters), max_position_embeddings=131072)
 
 
-def read(parameters: dict[str, Any], head_dim: int = 128) -> RopeConfig:
-    """What a config.json with the same settings is read as."""
-    values = {"rope_parameters": parameters, "max_position_embeddings": 131072}
-    return read_rope(Settings(Path("config.json"), values, {}), head_dim)
-
-
 def given(parameters: dict[str, Any]) -> str:
     return " ".join(str(value) for value in parameters.values())
 
@@ -59,7 +51,7 @@ def test_frequencies_are_those_of_transformers(parameters: dict[str, Any], head_
     hf = config(parameters, head_dim)
     compute: Any = ROPE_INIT_FUNCTIONS.get(hf.rope_parameters["rope_type"])
     expected, factor = (compute or LlamaRotaryEmbedding.compute_default_rope_parameters)(hf)
-    ours = read(parameters, head_dim)
+    ours = read_rope(hf)
     assert torch.equal(inverse_frequencies(ours), expected)
     assert ours.attention_factor == factor
 
@@ -70,7 +62,7 @@ def test_angles_are_those_of_transformers_far_out(parameters: dict[str, Any]) ->
     positions = torch.tensor([0, 1, 4095, 100_003, 131_071])
     theirs: Any = LlamaRotaryEmbedding(hf)
     cos, sin = theirs(torch.zeros(1), positions[None])  # each [1, 5, 128], the halves alike
-    ours = Rope(rope.KERNELS[-1], read(parameters), torch.device("cpu")).angles(positions)
+    ours = Rope(rope.KERNELS[-1], read_rope(hf), torch.device("cpu")).angles(positions)
     assert torch.equal(ours.cos, cos[0, :, :64])
     assert torch.equal(ours.sin, sin[0, :, :64])
 
@@ -87,13 +79,15 @@ def test_angles_are_those_of_transformers_far_out(parameters: dict[str, Any]) ->
     ],
 )
 def test_what_is_not_served_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    hf = config(PARAMETERS[0])
+    hf.rope_parameters.update(changes)
     with pytest.raises(RopeRefused, match=message):
-        read(PARAMETERS[0] | changes)
+        read_rope(hf)
 
 
 def test_pairs_need_an_even_head() -> None:
     with pytest.raises(RopeRefused, match="head_dim 3 is odd"):
-        read(PARAMETERS[0], head_dim=3)
+        read_rope(config(PARAMETERS[0], head_dim=3))
 
 
 def test_dynamic_is_default_for_every_length_served() -> None:
