@@ -28,6 +28,8 @@ SIZES = MappingProxyType(
         "max_position_embeddings": 1 << 40,
     }
 )
+# For these transformers assumes those of a 7B model, which would end in a tensor of another shape.
+NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # What transformers and float() raise for values that are no settings.
 INVALID = (
     ValueError,
@@ -94,7 +96,13 @@ def read_json(folder: Path) -> dict[str, Any]:
 
 def load_hf_config(folder: Path) -> Any:
     """The checkpoint's configuration with transformers' defaults filled in. No code of the checkpoint is run."""
-    _refuse_dtype(read_json(folder))
+    raw = read_json(folder)
+    _refuse_dtype(raw)
+    if missing := [name for name in NEEDED if name not in raw]:
+        raise UnsupportedModel(
+            f"{folder / 'config.json'} has no {missing[0]}, without which the model cannot be built: take the "
+            "config.json that belongs to the weights"
+        )
     try:
         with _without_compiler():
             return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -164,6 +164,17 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
         describe(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"])
+def test_a_size_that_is_missing_is_named(tmp_path: Path, name: str) -> None:
+    """Bug: hidden_size 4096 for every file without one, and then a tensor of another shape."""
+    path = written(tmp_path, LlamaConfig(), "LlamaForCausalLM") / "config.json"
+    raw = json.loads(path.read_text())
+    del raw[name]
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UnsupportedModel, match=rf"config\.json has no {name}"):
+        describe(tmp_path)
+
+
 def test_reading_a_configuration_leaves_the_compiler_alone() -> None:
     """Bug: 95 MB of torch's compiler in every server, since transformers imports it with a configuration."""
     checkpoint = Path(__file__).parents[3] / "demo" / "checkpoint"
