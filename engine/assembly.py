@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from msgspec import structs
 
 from engine.auto_policy import decided
 from engine.checkpoint.errors import CheckpointError
-from engine.config import ConfigError, EngineConfig, Plan, resolve, size
+from engine.config import ConfigError, EngineConfig, ModelFacts, Plan, resolve, size
 from engine.core import EngineCore, Parts
 from engine.graphs import runner_for
 from engine.loading import Checkpoint, LoadedModel, load_model, model_facts, open_checkpoint
@@ -40,9 +41,11 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
     try:
         checkpoint = open_checkpoint(Path(config.model), _progress(on_loading))
         config, policy_note = decided(config, checkpoint)
-        plan = resolve(config, model_facts(checkpoint, config))
+        facts = model_facts(checkpoint, config)
+        plan = resolve(config, facts)
         _set_threads(plan.threads)
         loaded = load_model(checkpoint, plan)
+        facts, plan = _with_weights(config, facts, plan)
         torch.set_num_threads(_torch_threads(loaded, plan))
         layout = loaded.layout
         storage = _allocate(layout, plan)
@@ -59,7 +62,8 @@ def build(config: EngineConfig, on_loading: OnLoading | None = None) -> tuple[En
 
     speed = measure_decode(core(make_manager(plan, layout, "measurement")), plan)
     salt = f"{checkpoint.folder.resolve()}:{layout.salt}"
-    notes = tuple(note for note in (policy_note, graph_note, runner.note) if note is not None)
+    found = (policy_note, graph_note, runner.note, _gpu_note(facts, plan, layout))
+    notes = tuple(note for note in found if note is not None)
     summary = _summary(checkpoint, plan, replace(loaded, notes=(*loaded.notes, *notes)), (load_seconds, speed))
     return core(make_manager(plan, layout, salt)), summary
 
@@ -83,13 +87,31 @@ def _torch_threads(loaded: LoadedModel, plan: Plan) -> int:
     return plan.threads if multiplies else 1
 
 
+def _with_weights(config: EngineConfig, facts: ModelFacts, plan: Plan) -> tuple[ModelFacts, Plan]:
+    """Facts and plan with the weights as they lie on a GPU, whose cache takes most of what they leave: packed for its
+    kernels, codes of 5 to 7 bits take 8, and those of Q6_K with their scales a third more than in the file.
+
+    Raises ConfigError when they leave too little.
+    """
+    if plan.device != "cuda":
+        return facts, plan
+    torch.cuda.empty_cache()  # what packing took beside them
+    facts = structs.replace(facts, weight_bytes=facts.free_memory - torch.cuda.mem_get_info()[0])
+    return facts, structs.replace(resolve(config, facts), threads=plan.threads)
+
+
 def _allocate(layout: PageLayout, plan: Plan) -> PageStorage:
     """The cache. torch reports a failed allocation as a plain RuntimeError on a CPU. Raises StartError."""
     try:
         return PageStorage(layout, plan.num_pages, torch.device(plan.device), plan.num_recent_pages)
     except (RuntimeError, MemoryError) as error:
-        num_bytes = layout.bytes_per_page * plan.num_pages + layout.bytes_per_recent_page * plan.num_recent_pages
-        raise StartError(f"the KV cache of {size(num_bytes)} cannot be had; lower --kv-memory ({error})") from error
+        raise StartError(
+            f"the KV cache of {size(_cache_bytes(layout, plan))} cannot be had; lower --kv-memory ({error})"
+        ) from error
+
+
+def _cache_bytes(layout: PageLayout, plan: Plan) -> int:
+    return layout.bytes_per_page * plan.num_pages + layout.bytes_per_recent_page * plan.num_recent_pages
 
 
 def _runner(loaded: LoadedModel, storage: PageStorage, plan: Plan) -> tuple[Runner, str | None]:
@@ -193,6 +215,19 @@ def _memory_note(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     if plan.max_model_len < context_len and plan.max_model_len == plan.num_kv_tokens:
         return (f"context limited to {plan.max_model_len:,} of {context_len:,} tokens by the memory of the KV cache",)
     return ()
+
+
+def _gpu_note(facts: ModelFacts, plan: Plan, layout: PageLayout) -> str | None:
+    """Where a GPU's memory went, once everything that stays is there."""
+    if plan.device != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    free, cache = torch.cuda.mem_get_info()[0], _cache_bytes(layout, plan)
+    steps = max(0, facts.free_memory - facts.weight_bytes - cache - free)
+    return (
+        f"GPU memory: {size(facts.weight_bytes)} of weights, {size(cache)} of KV cache, {size(steps)} of recorded "
+        f"steps and kernels, {size(free)} free"
+    )
 
 
 def _calibration_note(layout: PageLayout) -> tuple[str, ...]:

@@ -34,17 +34,19 @@ class Batch:
     logit_rows: Tensor  # [num_logits] int64, the rows whose next-token logits are wanted
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch with its tensors on `device`; itself when they are there already."""
+        """The same batch with its tensors on `device`; itself when they are there already. A GPU is not waited for."""
         if self.input_ids.device == device:
             return self
-        recent = self.attention.recent
-        attention = replace(
-            self.attention,
-            block_tables=self.attention.block_tables.to(device),
-            slots=self.attention.slots.to(device),
-            recent=None if recent is None else recent.to(device),
-        )
-        return Batch(self.input_ids.to(device), self.positions.to(device), attention, self.logit_rows.to(device))
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        inputs, recent = self.attention, self.attention.recent
+        if recent is not None:
+            recent = replace(recent, tables=moved(recent.tables), slots=moved(recent.slots))
+        tables, slots = moved(inputs.block_tables), moved(inputs.slots)
+        attention = replace(inputs, block_tables=tables, slots=slots, recent=recent)
+        return Batch(moved(self.input_ids), moved(self.positions), attention, moved(self.logit_rows))
 
 
 def build_batch(rows: Sequence[BatchRow]) -> Batch:

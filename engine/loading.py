@@ -243,7 +243,7 @@ class CheckpointParts:
     ) -> tuple[Callable[[Tensor], Tensor], LinearWeights | None]:
         """The lookup, and what a head that is the same matrix multiplies by where that is nothing to be read anew."""
         if isinstance(self._format, Gguf):
-            return self._format.rows(self._source, name, shape, self._device), None
+            return self._format.rows(self._source, name, shape, (self._device, self.dtype)), None
         weight = self._to_device(self._source.take(f"{name}.weight", shape))  # [vocab_size, hidden_size]
         return lambda ids: weight.index_select(0, ids), LinearWeights((DenseWeights(weight),))
 
@@ -356,7 +356,11 @@ class CheckpointParts:
         return vector.to(self._device, self.dtype)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device)
+        """One number that stands for all (a stride of 0) goes as one, and stands for all there."""
+        if tensor.device.type == self._device.type or 0 not in tensor.stride():
+            return tensor.to(self._device)
+        once = [slice(1) if stride == 0 else slice(None) for stride in tensor.stride()]
+        return tensor[tuple(once)].to(self._device).expand(tensor.shape)
 
     def _place(self, holder: TensorsT) -> TensorsT:
         """The same frozen dataclass with its tensors on the model's device."""

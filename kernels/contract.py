@@ -7,7 +7,7 @@ not refuse; nothing falls back silently.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -106,10 +106,6 @@ class RecentInputs:
     tables: Tensor  # [num_seqs, max_recent_pages] int64, a recent page id for each 16 positions, -1 where there is none
     slots: Tensor  # [num_tokens] int64, recent page id * 16 + offset, -1 for rows that are not kept
     windows: tuple[int | None, ...]  # [num_seqs] tokens that each sequence reads from here; None: what the codec says
-
-    def to(self, device: torch.device) -> "RecentInputs":
-        """The same with its tensors on `device`."""
-        return replace(self, tables=self.tables.to(device), slots=self.slots.to(device))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from engine.checkpoint.source import Source
 from kernels.linear.weights import LinearWeights
 
 SHOWN_TYPES = 3
+UNPACKED_AT_ONCE = 1 << 24  # weights of an embedding, on a GPU
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,20 @@ class Gguf:
         return LinearWeights((term,), bias=None if found is None else self._turned(name, found))
 
     def rows(
-        self, source: Source, name: str, shape: tuple[int, int], device: torch.device
+        self, source: Source, name: str, shape: tuple[int, int], target: tuple[torch.device, torch.dtype]
     ) -> Callable[[Tensor], Tensor]:
         """The lookup of an embedding: ids [num_tokens] -> [num_tokens, hidden] floating. The rows stay in the file, as
-        blocks, and are unpacked exactly when they are wanted."""
-        raw, block = self._raw(source, name, shape).to(device), self.types[f"{name}.weight"]
-        return lambda ids: to_term(raw.index_select(0, ids), block, name).dequantize()
+        blocks, and are unpacked exactly when they are wanted; on a GPU all are at once, to the target's dtype, for
+        unpacking there takes some forty kernels a step and waits for them to see whether a block is damaged."""
+        raw, block = self._raw(source, name, shape), self.types[f"{name}.weight"]
+        device, dtype = target
+        if device.type == "cpu":
+            return lambda ids: to_term(raw.index_select(0, ids), block, name).dequantize()
+        matrix = torch.empty(shape, dtype=dtype, device=device)
+        for start in range(0, shape[0], rows_at_once := max(1, UNPACKED_AT_ONCE // shape[1])):
+            rows = raw[start : start + rows_at_once].to(device)
+            matrix[start : start + rows_at_once] = to_term(rows, block, name).dequantize()
+        return lambda ids: matrix.index_select(0, ids)
 
     def _raw(self, source: Source, name: str, shape: tuple[int, int]) -> Tensor:
         """The rows as stored, [out, bytes of a row] uint8 or [out, in] floating."""

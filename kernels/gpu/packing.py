@@ -25,6 +25,7 @@ HALF_WORD = 16  # bits
 PLANES = (64, 32, 16)  # channels; a product takes no less than 16
 MAX_BLOCK = 320  # channels: a block of activations of 128 tokens is 80 KiB of shared memory
 STORED_BITS = {1: 2, 2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}  # by bits of a code: widths that kernels are checked for
+CODES_AT_ONCE = 1 << 24  # that are unpacked together: the head of an 8B model has 525 million
 BIAS = 128  # 0x4300 | code is the bfloat16 128 + code, for codes of up to 7 bits
 
 # What a code means: itself less `base`, the small float of MXFP4, an entry of `table`.
@@ -166,17 +167,23 @@ def pack(weights: Coded, scales: Tensor, meaning: int = LINEAR, **rest: Any) -> 
 def pack_words(codes: Tensor, bits: int, in_features: int, plane: int) -> Tensor:
     """Bit stream of `bits` a code, [N, ceil(K bits / 8)] uint8 -> [N, num_blocks * plane / 2] int32 of stored codes.
 
-    Takes 8 bytes a code of scratch memory.
+    Takes up to 16 bytes of scratch memory for each of CODES_AT_ONCE codes, or of one row.
     """
-    stored = STORED_BITS[bits]
+    planes = HALF_WORD // STORED_BITS[bits]
+    num_rows, num_blocks = len(codes), -(-in_features // (planes * plane))
+    words = torch.zeros(num_rows, num_blocks * plane // 2, dtype=torch.int32, device=codes.device)
+    for start in range(0, num_rows, rows_at_once := max(1, CODES_AT_ONCE // in_features)):
+        rows = slice(start, start + rows_at_once)
+        _pack_rows(unpack_codes(codes[rows], bits, in_features), STORED_BITS[bits], plane, words[rows])
+    return words
+
+
+def _pack_rows(codes: Tensor, stored: int, plane: int, words: Tensor) -> None:
+    """codes [rows, K] uint8 into words [rows, num_blocks * plane / 2] of zeros, which are mutated."""
     planes = HALF_WORD // stored
-    wide = unpack_codes(codes, bits, in_features)  # [N, K] uint8
-    padded = torch.nn.functional.pad(wide, (0, -in_features % (planes * plane)))
-    blocks = padded.view(len(codes), -1, planes, plane // 2, 2)  # [N, num_blocks, P, V / 2, 2]
-    words = torch.zeros(len(codes), blocks.shape[1], plane // 2, dtype=torch.int32, device=codes.device)
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (planes * plane)))
+    blocks = padded.view(len(codes), -1, planes, plane // 2, 2)  # [rows, num_blocks, P, V / 2, 2]
+    target = words.view(len(codes), -1, plane // 2)
     for j in range(planes):
         for half in range(2):
-            words |= blocks[:, :, j, :, half].int() << (
-                HALF_WORD * half + j * stored
-            )  # the sign bit is one like others
-    return words.flatten(1)
+            target |= blocks[:, :, j, :, half].int() << (HALF_WORD * half + j * stored)  # the sign bit is one too

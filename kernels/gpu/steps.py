@@ -70,8 +70,8 @@ def _launch(
     num_parts = max(used for _, used in rows)
     splits = max(inputs.context_lens[i] - 1 for i in chosen) // tiling.split + 1
     return Launch(
-        torch.tensor(tiles, dtype=torch.int32).to(device),
-        torch.tensor(rows, dtype=torch.int32).to(device),
+        torch.tensor(tiles, dtype=torch.int32).to(device, non_blocking=True),
+        torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True),
         num_parts,
         splits if is_whole else 1,
     )

@@ -130,7 +130,7 @@ def test_an_embedding_gives_the_rows_of_its_matrix(name: str) -> None:
     source = GgufSource(read_headers(FOLDER / name))
     form = Gguf(source.block_types(), {})
     shape = (64, 256 if name == "types.gguf" else 64)
-    rows = form.rows(source, "model.embed_tokens", shape, torch.device("cpu"))
+    rows = form.rows(source, "model.embed_tokens", shape, (torch.device("cpu"), torch.float32))
     matrix = form.linear(source, "model.embed_tokens", shape, False).dequantize()
     ids = torch.tensor([5, 0, 63, 5])
     assert torch.equal(rows(ids), matrix[ids])
