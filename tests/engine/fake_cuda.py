@@ -278,6 +278,9 @@ def compiled_types() -> dict[str, dict[str, set[str]]]:
             of_kernel = found.setdefault(f"{case.module}.{case.kernel}", {})
             for parameter, kind in case.types.items():
                 of_kernel.setdefault(parameter, set()).add(kind)
+    for of_kernel in found.values():
+        if "scales" in of_kernel:
+            of_kernel["scales"] |= FLOATS
     for kernel, parameters in MORE.items():
         for name, more in parameters.items():
             found[kernel].setdefault(name, set()).update(more)
