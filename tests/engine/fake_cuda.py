@@ -279,8 +279,8 @@ def compiled_types() -> dict[str, dict[str, set[str]]]:
             for parameter, kind in case.types.items():
                 of_kernel.setdefault(parameter, set()).add(kind)
     for of_kernel in found.values():
-        if "scales" in of_kernel:
-            of_kernel["scales"] |= FLOATS
+        for name in PARAMETERS.keys() & of_kernel.keys() - {"out"}:
+            of_kernel[name] |= PARAMETERS[name]
     for kernel, parameters in MORE.items():
         for name, more in parameters.items():
             found[kernel].setdefault(name, set()).update(more)
