@@ -5,11 +5,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kernels import gpu
 from kernels.contract import KernelRefused, LinearSpec, select
 from kernels.linear.dense.gpu import DenseCublas
+from kernels.linear.int8.gpu import Int8Triton, Prepared, pack_halves
 from kernels.linear.lowrank.gpu import LowRankCublas
 from kernels.linear.registry import kernels_for
-from tests.kernels.weights import random_dense, random_lowrank
+from kernels.linear.rounding import Rounding
+from tests.kernels.gpu_checks import check_budget, check_interpreted, check_names, needs_interpreter, needs_triton
+from tests.kernels.gpu_compile import Case
+from tests.kernels.gpu_families_compile import BUDGET, cases
+from tests.kernels.weights import random_dense, random_int8, random_lowrank
 from tests.tolerance import assert_within, dot_bound
 
 CUDA = torch.device("cuda")
@@ -26,6 +32,24 @@ def _sums() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
     yield
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+
+
+@needs_interpreter
+def test_kernels_agree_with_their_references_under_the_interpreter() -> None:
+    check_interpreted("interpreted_families")
+
+
+@needs_triton
+@pytest.mark.parametrize("case", list(cases()), ids=str)
+def test_kernels_compile_within_their_budget(
+    case: Case, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a change that makes a kernel spill registers, or ask for more shared memory than there is."""
+    check_budget(case, BUDGET, request, monkeypatch)
+
+
+def test_the_budget_is_of_the_cases_that_exist() -> None:
+    check_names(BUDGET, cases())
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -81,3 +105,51 @@ def test_who_insists_on_triton_gets_the_library(family: str, asked: str) -> None
         select(kernels_for(family), LinearSpec(64, 32, CUDA, torch.float32, family, 16, 64), asked)
     with pytest.raises(KernelRefused, match="cuBLAS runs on CUDA devices, not on cpu"):
         select(kernels_for(family), LinearSpec(64, 32, torch.device("cpu"), torch.bfloat16, family, 16, 64), asked)
+
+
+def test_a_byte_holds_the_same_channel_of_two_runs() -> None:
+    """The layout by its definition. Bug: a negative code whose sign covers the other half."""
+    codes = torch.randint(-8, 8, (3, 128), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    halves = pack_halves(codes, 32)  # two blocks of 2 runs of 32
+    assert halves.shape == (3, 64)
+    for n in range(3):
+        for k in range(128):
+            block, run, i = k // 64, k // 32 % 2, k % 32
+            assert (int(halves[n, block * 32 + i]) >> 4 * run) & 15 == int(codes[n, k]) & 15
+
+
+def test_a_row_longer_than_an_integer_holds_is_cut() -> None:
+    """Bug: a sum of 32 bits that overflows with the largest codes and zero points."""
+    weights = random_int8(8, 40_000, 2, 40_000, Rounding("int", 8), seed=1)
+    one = Int8Triton().prepare(weights)
+    assert isinstance(one, Prepared)
+    assert one.group_size * 128 * 256 <= 2**31 - 1 + one.group_size  # the largest sum itself is 127 * 255 a channel
+    assert one.scales.shape == (2, 2)
+    assert torch.equal(one.scales[0], one.scales[1])
+
+
+def test_matrices_whose_activations_differ_are_not_joined() -> None:
+    """Bug: k rounded by the rule of q."""
+    kernel = Int8Triton()
+    plain, other = (
+        random_int8(8, 256, 4, 64, Rounding("int", 8, symmetric=symmetric), seed=1) for symmetric in (True, False)
+    )
+    short = random_int8(8, 256, 4, 32, plain.rounding, seed=1)
+    assert kernel.join([kernel.prepare(plain), kernel.prepare(plain)]) is not None
+    assert kernel.join([kernel.prepare(plain), kernel.prepare(other)]) is None
+    assert kernel.join([kernel.prepare(plain), kernel.prepare(short)]) is None
+
+
+def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a kernel chosen that fails at the first step."""
+    spec = LinearSpec(96, 64, torch.device("cpu"), torch.bfloat16, "8-bit", 8, 96)
+    assert Int8Triton().refuses(spec) == "triton kernels run on CUDA devices, not on cpu"
+    monkeypatch.setattr(gpu, "MISSING", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    for width, group, reason in (
+        (96, 96, None),
+        (45, 45, None),
+        (96, 48, "groups of 48 channels are neither a multiple of 32 nor the whole row"),
+    ):
+        assert Int8Triton().refuses(LinearSpec(width, 64, CUDA, torch.bfloat16, "8-bit", 8, group)) == reason
