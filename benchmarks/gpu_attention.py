@@ -6,6 +6,10 @@ instructions [--arch 90] [--json]
     for them, and two figures for an H200 as benchmarks.gpu_instructions knows it: which share of the bandwidth the loop
     can use if nothing else holds it up, and how many times as fast as float16 pages that would make it.
 
+prompts [--arch 90] [--json]
+    The same of tiles of a prompt, 64 columns, and of 16 as "triton-fixed" takes them: bytes and instructions for one
+    query row, all its heads over a kv head, and one token of its context.
+
 check [--lengths 40 ...] [--json]
     A sweep that is too long for tests: widths, head sizes, groups and page sizes against attention in float64, with the
     bound of the tests. On the CUDA device; where there is none, under TRITON_INTERPRET=1. Ends with an error where a
@@ -31,7 +35,7 @@ from kernels.attention.quantized.layout import RECENT_TOKENS
 from kernels.attention.quantized.reference import QuantizedReference
 from kernels.attention.quantized.transforms import Identity
 from tests.kernels.attention_oracle import random_tokens
-from tests.kernels.gpu_attention_compile import attend_cases, chunk_layout
+from tests.kernels.gpu_attention_compile import attend_case, chunk_layout
 from tests.kernels.gpu_compile import Case, build, dump, resources
 from tests.kernels.interpreted_attention import exact_attention, prescale_of, read_as
 from tests.kernels.kv_oracle import cache_of, row_codec
@@ -85,11 +89,11 @@ def cost(case: Case, num_bytes: float) -> Cost:
 def costs(architecture: int) -> Iterator[tuple[Cost, Cost]]:
     """Each beside that of float16 pages."""
     for heads in HEADS:
-        (case,) = attend_cases(architecture, heads, None)
+        case = attend_case(architecture, heads, None)
         plain = cost(case, 4 * heads[0])
         yield plain, plain
         for bits in WIDTHS:
-            (case,) = attend_cases(architecture, heads, bits)
+            case = attend_case(architecture, heads, bits)
             yield cost(case, chunk_layout(bits, heads[0]).token_bytes), plain
 
 
@@ -105,6 +109,21 @@ def show_instructions(architecture: int, is_json: bool) -> None:
                 f"{ratio:4.2f} x f16, {found.registers} registers",
                 flush=True,
             )
+
+
+def show_prompts(architecture: int, is_json: bool) -> None:
+    for heads, bits, is_wide in product(HEADS, (None, *WIDTHS), (False, True)):
+        case = attend_case(architecture, heads, bits, is_wide)
+        token_bytes = 4 * heads[0] if bits is None else chunk_layout(bits, heads[0]).token_bytes
+        rows = case.constants["COLUMNS"] // heads[1]
+        found = cost(case, token_bytes)
+        row = {"case": case.name, "bytes": token_bytes / rows, "instructions": found.instructions / rows}
+        print(
+            json.dumps(row)
+            if is_json
+            else f"{case.name:46} {row['bytes']:5.1f} bytes, {row['instructions']:5.2f} instructions",
+            flush=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -158,7 +177,7 @@ def check(lengths: list[int], is_json: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("command", choices=("instructions", "check"))
+    parser.add_argument("command", choices=("instructions", "prompts", "check"))
     parser.add_argument("--arch", type=int, default=90, help="compute capability to compile for: 80, 90, 100")
     parser.add_argument("--lengths", type=int, nargs="*", default=[40, 700], help="tokens, at least 4")
     parser.add_argument("--json", action="store_true", help="one object a line")
@@ -167,6 +186,8 @@ def main() -> None:
         raise SystemExit(gpu.MISSING)
     if options.command == "check":
         check(options.lengths, options.json)
+    elif options.command == "prompts":
+        show_prompts(options.arch, options.json)
     else:
         show_instructions(options.arch, options.json)
 

@@ -192,7 +192,7 @@ def runner_for(
     if plan.device != "cuda":
         return runner_of(model, caches), None
     plain = Runner(model, caches)
-    others = sorted({layer.attention.kernel.name for layer in model.layers} - {"triton"})
+    others = sorted({layer.attention.kernel.name for layer in model.layers} - {"triton", "triton-fixed"})
     if others:
         return plain, f"decode steps are launched kernel by kernel: attention on {', '.join(others)} waits for the host"
     every = sizes(plan.max_num_seqs, plan.max_model_len)

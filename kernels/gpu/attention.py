@@ -2,15 +2,17 @@
 
 A program serves one *tile*: COLUMNS columns, each a query row and one of the G heads that share a kv head, so that keys
 and values are read once for all of them. Keys, and values turned, stand on the left of a product: tokens or channels
-fill its M, columns its N.
+fill its M, columns its N. A tile of a prompt may be WIDE: then columns fill M and tokens N, where a softmax is summed
+within a thread. Either is written [tokens, COLUMNS]; `product` turns it.
 
 A context is cut into *splits* of SPLIT positions. Each has a softmax of its own, block by block in order; splits are
 folded in order, by `fold`, either in the program (a prompt) or by `merge` (a decode step, one program a split). Every
 operation of a column is the same in both, and what a column does not see adds exact zeros, so that a row's result does
-not depend on the other rows. There are no atomics.
+not depend on the other rows. WIDE tiles have one softmax for all splits of a part, and are merged likewise. There are
+no atomics.
 
 Scores are in powers of two. Queries are divided by the power of two below their largest channel, so that float16 holds
-them. Weights are rounded to float16 before they are summed, so that they are those that values are multiplied with.
+them. Weights are rounded to float16 to be multiplied, not to be summed.
 """
 
 import triton
@@ -41,15 +43,15 @@ def nothing(D: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def weigh(scores, visible, m, total):
-    """One block of an online softmax: scores [tokens, COLUMNS] -> weights float16, m, total, and what the sums so far
-    are multiplied with."""
+def weigh(scores, size, visible, m, total):
+    """One block of an online softmax of scores size, [tokens, COLUMNS] and [COLUMNS] -> weights float32, m, total, and
+    what the sums so far are multiplied with."""
     scores = tl.where(visible, scores, float("-inf"))
-    highest = tl.maximum(m, tl.max(scores, 0))
+    highest = tl.maximum(m, tl.max(scores, 0) * size)
     base = tl.where(highest == float("-inf"), 0.0, highest)
-    weights = tl.exp2(scores - base[None, :]).to(tl.float16)
+    weights = tl.exp2(tl.fma(scores, tl.broadcast_to(size[None, :], scores.shape), -base[None, :]))
     shrink = tl.exp2(m - base)
-    return weights, highest, tl.fma(total, shrink, tl.sum(weights.to(tl.float32), 0)), shrink
+    return weights, highest, tl.fma(total, shrink, tl.sum(weights, 0)), shrink
 
 
 @triton.jit
@@ -62,15 +64,27 @@ def fold(m, total, summed, m2, total2, summed2):
 
 
 @triton.jit
+def product(a, b, plus, WIDE: tl.constexpr):
+    """a b + plus. WIDE: as (b^T a^T + plus^T)^T, so that the columns of b fill the M of tensor cores."""
+    if WIDE:
+        if plus is not None:
+            plus = tl.trans(plus)
+        return tl.trans(tl.dot(tl.trans(b), tl.trans(a), plus))
+    else:
+        return tl.dot(a, b, plus)
+
+
+@triton.jit
 def plain_block(
     pages, table, base, needed, wanted, kv_head, num_kv_heads, x, size, visible, m, total, summed,
-    BLOCK: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    CAN_MISS: tl.constexpr,
 ):  # fmt: skip
     """Tokens base..base + BLOCK - 1 out of float16 pages of PAGE tokens (kernels/attention/f16/layout.py).
 
     They are read in runs of tokens of one page, so that keys too, whose tokens lie side by side, are loaded by vectors:
     a page for each token, or a mask for each, would make that 2 bytes at a time. wanted [runs]: what is read at all;
-    needed [BLOCK]: whose values are. A run whose page id is negative makes its scores NaN.
+    needed [BLOCK]: whose values are. With CAN_MISS a run whose page id is negative makes its scores NaN.
     """
     RUN: tl.constexpr = PAGE if PAGE < BLOCK else BLOCK
     RUNS: tl.constexpr = BLOCK // RUN
@@ -81,15 +95,34 @@ def plain_block(
     has_page = (wanted & (page >= 0))[:, None, None]
     keys = (head + at % PAGE)[:, None, None] + (d * PAGE)[None, :, None] + i[None, None, :]
     k = tl.load(pages + keys, has_page & (d < HEAD_DIM)[None, :, None], other=0)  # [RUNS, D, RUN]
-    scores = tl.dot(tl.reshape(tl.permute(k, (0, 2, 1)), (BLOCK, D)), x) * size[None, :]
-    missing = tl.reshape(tl.broadcast_to((page < 0)[:, None], (RUNS, RUN)), (BLOCK,))
-    scores = tl.where(missing[:, None], float("nan"), scores)
-    weights, m, total, shrink = weigh(scores, visible, m, total)
+    scores = product(tl.reshape(tl.permute(k, (0, 2, 1)), (BLOCK, D)), x, None, WIDE)
+    if CAN_MISS:
+        missing = tl.reshape(tl.broadcast_to((page < 0)[:, None], (RUNS, RUN)), (BLOCK,))
+        scores = tl.where(missing[:, None], float("nan"), scores)
+    weights, m, total, shrink = weigh(scores, size, visible, m, total)
     head += num_kv_heads * (PAGE * HEAD_DIM) + at % PAGE * HEAD_DIM
     values = head[:, None, None] + (i * HEAD_DIM)[None, :, None] + d[None, None, :]
     inside = has_page & tl.reshape(needed, (RUNS, RUN))[:, :, None] & (d < HEAD_DIM)[None, None, :]
     v = tl.reshape(tl.load(pages + values, inside, other=0), (BLOCK, D))
-    return m, total, tl.dot(tl.trans(v), weights, summed * shrink[None, :])
+    return m, total, product(tl.trans(v), weights.to(tl.float16), summed * shrink[None, :], WIDE)
+
+
+@triton.jit
+def plain_blocks(
+    pages, table, start, stop, position, last, kv_head, num_kv_heads, x, size, m, total, summed,
+    BLOCK: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Positions start..stop - 1 block by block in order. position: [COLUMNS], the last that each column sees."""
+    RUN: tl.constexpr = PAGE if PAGE < BLOCK else BLOCK
+    for base in range(start, stop, BLOCK):
+        at = base + tl.arange(0, BLOCK)
+        visible = at[:, None] <= position[None, :]
+        wanted = base + tl.arange(0, BLOCK // RUN) * RUN <= last
+        m, total, summed = plain_block(
+            pages, table, base, at <= last, wanted, kv_head, num_kv_heads, x, size, visible, m, total, summed,
+            BLOCK, PAGE, HEAD_DIM, D, WIDE, False,
+        )  # fmt: skip
+    return m, total, summed
 
 
 @triton.jit
@@ -111,7 +144,7 @@ def attend(
     q, pages, tables, tiles, part_sums, part_stats, factor, num_heads, num_kv_heads, max_pages,
     splits_per_part, num_parts,
     G: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """For each part p of the context: m = max_j s_j, sum_j 2^(s_j - m), sum_j 2^(s_j - m) v_j,   s_j = factor q . k_j
 
@@ -120,7 +153,6 @@ def attend(
     Reads 4 D bytes a token and kv head for each tile, for 4 D COLUMNS operations on tensor cores; writes 4 D + 8 bytes
     for each part of a row.
     """
-    RUN: tl.constexpr = PAGE if PAGE < BLOCK else BLOCK
     tile, kv_head, part = tiles + 6 * tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, q_row, out_row = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     first, rows = tl.load(tile + 3), tl.load(tile + 4)
@@ -131,17 +163,20 @@ def attend(
     table = tables + sequence.to(tl.int64) * max_pages
     m, total, summed = nothing(D, COLUMNS)
     start = part * splits_per_part
-    for split in range(start, tl.minimum(start + splits_per_part, last // SPLIT + 1)):
-        m2, total2, summed2 = nothing(D, COLUMNS)
-        for base in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, last + 1), BLOCK):
-            at = base + tl.arange(0, BLOCK)
-            visible = at[:, None] <= position[None, :]
-            wanted = base + tl.arange(0, BLOCK // RUN) * RUN <= last
-            m2, total2, summed2 = plain_block(
-                pages, table, base, at <= last, wanted, kv_head, num_kv_heads, x, size, visible, m2, total2, summed2,
-                BLOCK, PAGE, HEAD_DIM, D,
+    stop = tl.minimum((start + splits_per_part) * SPLIT, last + 1)
+    if WIDE:
+        m, total, summed = plain_blocks(
+            pages, table, start * SPLIT, stop, position, last, kv_head, num_kv_heads, x, size,
+            m, total, summed, BLOCK, PAGE, HEAD_DIM, D, WIDE,
+        )  # fmt: skip
+    else:
+        for base in range(start * SPLIT, stop, SPLIT):
+            m2, total2, summed2 = nothing(D, COLUMNS)
+            m2, total2, summed2 = plain_blocks(
+                pages, table, base, tl.minimum(base + SPLIT, stop), position, last, kv_head, num_kv_heads, x, size,
+                m2, total2, summed2, BLOCK, PAGE, HEAD_DIM, D, WIDE,
             )  # fmt: skip
-        m, total, summed = fold(m, total, summed, m2, total2, summed2)
+            m, total, summed = fold(m, total, summed, m2, total2, summed2)
     has_column = (n // G < rows) & (position >= start * SPLIT)
     store_part(part_sums, part_stats, out_row, part, num_parts, kv_head, num_heads, has_column, m, total, summed,
                G, HEAD_DIM, D, COLUMNS)  # fmt: skip

@@ -11,7 +11,7 @@ Nothing here asks for e4m3 in hardware, which sm_80 has not.
 import triton
 import triton.language as tl
 
-from kernels.gpu.attention import fold, nothing, plain_block, queries, saturate, store_part, weigh
+from kernels.gpu.attention import fold, nothing, plain_block, product, queries, saturate, store_part, weigh
 
 
 @triton.jit
@@ -132,6 +132,54 @@ def load_rows(
         return tl.reshape(y, (tokens, D))
 
 
+@triton.jit
+def packed_blocks(
+    chunks, words, halves, table, start, stop, position, last, window, num_sinks, kv_head, num_kv_heads,
+    x, size, m, total, summed,
+    BLOCK: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
+    K_BITS: tl.constexpr, K_GROUP: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr,
+    V_AT: tl.constexpr, K_PARAMETERS: tl.constexpr, V_PARAMETERS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Packed tokens of positions start..stop - 1, in order; sums in units of the values' prescale."""
+    STEP: tl.constexpr = PAGE if PAGE < BLOCK else BLOCK
+    for base in range(start, tl.minimum(stop, last - window + 1), STEP):
+        at = base + tl.arange(0, STEP)
+        needed = (at >= num_sinks) & (at <= last - window)
+        visible = needed[:, None] & (at[:, None] <= position[None, :] - window)
+        t = base % PAGE + tl.arange(0, STEP)
+        page = tl.load(table + base // PAGE)  # int64
+        chunk = (page * num_kv_heads + kv_head) * CHUNK
+        k = load_rows(chunks + chunk, words + chunk // 4, halves + chunk // 2, 0, K_PARAMETERS, t, needed,
+                      True, K_BITS, K_GROUP, PAGE, D)  # fmt: skip
+        weights, m, total, shrink = weigh(product(k, x, None, WIDE), size, visible, m, total)
+        v = load_rows(chunks + chunk, words + chunk // 4, halves + chunk // 2, V_AT, V_PARAMETERS, t, needed,
+                      False, V_BITS, V_GROUP, PAGE, D)  # fmt: skip
+        summed = product(tl.trans(v), weights.to(tl.float16), summed * shrink[None, :], WIDE)
+    return m, total, summed
+
+
+@triton.jit
+def recent_blocks(
+    recent, table, start, stop, position, last, window, first, num_sinks, kv_head, num_kv_heads,
+    x, size, m, total, summed, BLOCK: tl.constexpr, RECENT: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Those of positions start..stop - 1 that are read in high precision."""
+    before = tl.where(window > 0, first - window, last)  # the last position that no window reaches
+    for base in range(start, stop, BLOCK):
+        if (base < num_sinks) | ((base + BLOCK > before + 1) & (window > 0)):
+            at = base + tl.arange(0, BLOCK)
+            run = base + tl.arange(0, BLOCK // RECENT) * RECENT
+            wanted = (run <= last) & ((run < num_sinks) | (run + RECENT > before + 1))
+            needed = (at <= last) & ((at < num_sinks) | (at > before))
+            high = (at < num_sinks)[:, None] | (at[:, None] > position[None, :] - window)
+            visible = (at[:, None] <= position[None, :]) & high
+            m, total, summed = plain_block(
+                recent, table, base, needed, wanted, kv_head, num_kv_heads, x, size, visible,
+                m, total, summed, BLOCK, RECENT, D, D, WIDE, True,
+            )  # fmt: skip
+    return m, total, summed
+
+
 @triton.jit(do_not_specialize=["max_pages", "max_recent", "num_sinks", "splits_per_part", "num_parts"])
 def attend(
     q, chunks, words, halves, recent, tables, recent_tables, tiles, key_prescale, value_prescale, part_sums, part_stats,
@@ -140,6 +188,7 @@ def attend(
     SPLIT: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     K_BITS: tl.constexpr, K_GROUP: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr,
     V_AT: tl.constexpr, K_PARAMETERS: tl.constexpr, V_PARAMETERS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """For each part p of the context: m = max_j s_j, sum_j 2^(s_j - m), sum_j 2^(s_j - m) v_j,   s_j = factor q . k_j
 
@@ -150,58 +199,47 @@ def attend(
     head of a tile, and 4 D bytes where it is read in high precision; about 7 D operations to unpack a token,
     4 D COLUMNS on tensor cores.
     """
-    STEP: tl.constexpr = PAGE if PAGE < BLOCK else BLOCK
     tile, kv_head, part = tiles + 6 * tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, q_row, out_row = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     first, rows, window = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5)
     n = tl.arange(0, COLUMNS)
     position = first + n // G
     last = first + rows - 1
-    before = tl.where(window > 0, first - window, last)  # the last position that no window reaches
     x, size = queries(q, q_row, rows, kv_head, num_heads, factor, G, D, D, COLUMNS)
+    key_size, value_size = size, 1.0
     if K_BITS != 16:
         key_size = size * tl.load(key_prescale + kv_head)
-    else:
-        key_size = size
     if V_BITS != 16:
-        value_scale = tl.load(value_prescale + kv_head) + tl.zeros((D, COLUMNS), tl.float32)
+        value_size = tl.load(value_prescale + kv_head)
     table = tables + sequence.to(tl.int64) * max_pages
     recent_table = recent_tables + sequence.to(tl.int64) * max_recent
     m, total, summed = nothing(D, COLUMNS)
     start = part * splits_per_part
-    for split in range(start, tl.minimum(start + splits_per_part, last // SPLIT + 1)):
-        m2, total2, summed2 = nothing(D, COLUMNS)
-        stop = tl.minimum((split + 1) * SPLIT, last + 1)
-        for base in range(split * SPLIT, tl.minimum(stop, last - window + 1), STEP):
-            at = base + tl.arange(0, STEP)
-            needed = (at >= num_sinks) & (at <= last - window)
-            visible = needed[:, None] & (at[:, None] <= position[None, :] - window)
-            t = base % PAGE + tl.arange(0, STEP)
-            page = tl.load(table + base // PAGE)  # int64
-            chunk = (page * num_kv_heads + kv_head) * CHUNK
-            k = load_rows(chunks + chunk, words + chunk // 4, halves + chunk // 2, 0, K_PARAMETERS, t, needed,
-                          True, K_BITS, K_GROUP, PAGE, D)  # fmt: skip
-            scores = tl.dot(k, x) * key_size[None, :]
-            weights, m2, total2, shrink = weigh(scores, visible, m2, total2)
-            v = load_rows(chunks + chunk, words + chunk // 4, halves + chunk // 2, V_AT, V_PARAMETERS, t, needed,
-                          False, V_BITS, V_GROUP, PAGE, D)  # fmt: skip
-            if V_BITS != 16:
-                summed2 = tl.fma(tl.dot(tl.trans(v), weights), value_scale, summed2 * shrink[None, :])
-            else:
-                summed2 = tl.dot(tl.trans(v), weights, summed2 * shrink[None, :])
-        for base in range(split * SPLIT, stop, BLOCK):
-            if (base < num_sinks) | ((base + BLOCK > before + 1) & (window > 0)):
-                at = base + tl.arange(0, BLOCK)
-                run = base + tl.arange(0, BLOCK // RECENT) * RECENT
-                wanted = (run <= last) & ((run < num_sinks) | (run + RECENT > before + 1))
-                needed = (at <= last) & ((at < num_sinks) | (at > before))
-                high = (at < num_sinks)[:, None] | (at[:, None] > position[None, :] - window)
-                visible = (at[:, None] <= position[None, :]) & high
-                m2, total2, summed2 = plain_block(
-                    recent, recent_table, base, needed, wanted, kv_head, num_kv_heads, x, size, visible,
-                    m2, total2, summed2, BLOCK, RECENT, D, D,
-                )  # fmt: skip
-        m, total, summed = fold(m, total, summed, m2, total2, summed2)
+    stop = tl.minimum((start + splits_per_part) * SPLIT, last + 1)
+    if WIDE:
+        m, total, summed = packed_blocks(
+            chunks, words, halves, table, start * SPLIT, stop, position, last, window, num_sinks, kv_head, num_kv_heads,
+            x, key_size, m, total, summed,
+            BLOCK, PAGE, D, CHUNK, K_BITS, K_GROUP, V_BITS, V_GROUP, V_AT, K_PARAMETERS, V_PARAMETERS, WIDE,
+        )  # fmt: skip
+        m, total, summed = recent_blocks(
+            recent, recent_table, start * SPLIT, stop, position, last, window, first, num_sinks, kv_head, num_kv_heads,
+            x, size, m, total, summed * value_size, BLOCK, RECENT, D, WIDE,
+        )  # fmt: skip
+    else:
+        for base in range(start * SPLIT, stop, SPLIT):
+            end = tl.minimum(base + SPLIT, stop)
+            m2, total2, summed2 = nothing(D, COLUMNS)
+            m2, total2, summed2 = packed_blocks(
+                chunks, words, halves, table, base, end, position, last, window, num_sinks, kv_head, num_kv_heads,
+                x, key_size, m2, total2, summed2,
+                BLOCK, PAGE, D, CHUNK, K_BITS, K_GROUP, V_BITS, V_GROUP, V_AT, K_PARAMETERS, V_PARAMETERS, WIDE,
+            )  # fmt: skip
+            m2, total2, summed2 = recent_blocks(
+                recent, recent_table, base, end, position, last, window, first, num_sinks, kv_head, num_kv_heads,
+                x, size, m2, total2, summed2 * value_size, BLOCK, RECENT, D, WIDE,
+            )  # fmt: skip
+            m, total, summed = fold(m, total, summed, m2, total2, summed2)
     has_column = (n // G < rows) & (position >= start * SPLIT)
     store_part(part_sums, part_stats, out_row, part, num_parts, kv_head, num_heads, has_column, m, total, summed,
                G, D, D, COLUMNS)  # fmt: skip

@@ -8,6 +8,10 @@ from torch import Tensor
 from kernels.contract import AttentionInputs
 
 MIN_COLUMNS = 16  # of a tile
+WIDE_COLUMNS = (
+    64  # of a tile of a prompt: 128 take more instructions a query row on sm_80 and sm_100, and more registers
+)
+ENOUGH_PROGRAMS = 264  # two for each multiprocessor of an H200
 LONGEST = 1 << 30  # tokens; stands for any longer window
 
 
@@ -17,15 +21,22 @@ class Tiling:
 
     group: int  # G: query heads that share a kv head
     split: int  # positions; a multiple of every page size
+    num_kv_heads: int = 1
+    fixed: bool = False  # whether tiles of prompts are those of decode steps
 
-    @property
-    def columns(self) -> int:
-        return max(MIN_COLUMNS, 1 << (self.group - 1).bit_length())
+    def columns(self, is_wide: bool) -> int:
+        return max(WIDE_COLUMNS if is_wide else MIN_COLUMNS, 1 << (self.group - 1).bit_length())
 
-    @property
-    def rows(self) -> int:
-        """Query rows of a tile. The same for prompts and decode steps, so that products have one shape."""
-        return self.columns // self.group
+    def rows(self, is_wide: bool) -> int:
+        """Query rows of a tile."""
+        return self.columns(is_wide) // self.group
+
+    def splits_per_part(self, num_splits: int, num_tiles: int) -> int:
+        """Of prompts: all, but where tiles are too few to fill a GPU, so that one reads a long context alone."""
+        if self.fixed:
+            return num_splits
+        parts = -(-ENOUGH_PROGRAMS // (num_tiles * self.num_kv_heads))
+        return -(-num_splits // parts)
 
 
 @dataclass(frozen=True)
@@ -36,19 +47,21 @@ class Launch:
     rows: Tensor  # [num_rows, 2] int32: query row, parts in use
     num_parts: int  # of a row, room for
     splits_per_part: int
+    is_wide: bool
 
 
 def launches(inputs: AttentionInputs, tiling: Tiling, windows: tuple[int, ...], device: torch.device) -> list[Launch]:
     """A decode step's rows have a part for each split, so that many programs share a context; rows of prompts, which
-    are many programs already, have one part. Made for the first layer of a step and kept in `inputs.prepared`."""
+    are many programs already, have one part, or a few. Made for the first layer of a step and kept in
+    `inputs.prepared`."""
     key = ("triton", tiling, windows)
     made: list[Launch] | None = inputs.prepared.get(key)
     if made is None:
         counts = [stop - start for start, stop in zip(inputs.query_starts, inputs.query_starts[1:], strict=False)]
-        spread = [i for i, count in enumerate(counts) if 0 < count <= tiling.rows]
-        whole = [i for i, count in enumerate(counts) if count > tiling.rows]
+        decoding = [i for i, count in enumerate(counts) if 0 < count <= tiling.rows(False)]
+        prompts = [i for i, count in enumerate(counts) if count > tiling.rows(False)]
         made = inputs.prepared[key] = [
-            _launch(inputs, tiling, windows, chosen, device) for chosen in (spread, whole) if chosen
+            _launch(inputs, tiling, windows, chosen, device) for chosen in (decoding, prompts) if chosen
         ]
     return made
 
@@ -57,23 +70,27 @@ def _launch(
     inputs: AttentionInputs, tiling: Tiling, windows: tuple[int, ...], chosen: list[int], device: torch.device
 ) -> Launch:
     tiles: list[tuple[int, ...]] = []
-    rows: list[tuple[int, int]] = []
-    is_whole = inputs.query_starts[chosen[0] + 1] - inputs.query_starts[chosen[0]] > tiling.rows
+    at: list[tuple[int, int]] = []  # query row, position
+    is_prompt = inputs.query_starts[chosen[0] + 1] - inputs.query_starts[chosen[0]] > tiling.rows(False)
+    is_wide, splits_per_part = is_prompt and not tiling.fixed, 1
+    tile_rows = tiling.rows(is_wide)
     for i in chosen:
         start, stop = inputs.query_starts[i], inputs.query_starts[i + 1]
         first = inputs.context_lens[i] - (stop - start)  # position of the sequence's first row
-        for row in range(start, stop, tiling.rows):
-            num_rows = min(tiling.rows, stop - row)
-            tiles.append((i, row, len(rows), first + row - start, num_rows, min(windows[i], LONGEST)))
-            positions = range(first + row - start, first + row - start + num_rows)
-            rows += [(row + j, 1 if is_whole else at // tiling.split + 1) for j, at in enumerate(positions)]
-    num_parts = max(used for _, used in rows)
-    splits = max(inputs.context_lens[i] - 1 for i in chosen) // tiling.split + 1
+        for row in range(start, stop, tile_rows):
+            num_rows = min(tile_rows, stop - row)
+            tiles.append((i, row, len(at), first + row - start, num_rows, min(windows[i], LONGEST)))
+            at += [(row + j, first + row + j - start) for j in range(num_rows)]
+    if is_prompt:
+        num_splits = max(inputs.context_lens[i] - 1 for i in chosen) // tiling.split + 1
+        splits_per_part = tiling.splits_per_part(num_splits, len(tiles))
+    rows = [(row, position // (tiling.split * splits_per_part) + 1) for row, position in at]
     return Launch(
         torch.tensor(tiles, dtype=torch.int32).to(device, non_blocking=True),
         torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True),
-        num_parts,
-        splits if is_whole else 1,
+        max(used for _, used in rows),
+        splits_per_part,
+        is_wide,
     )
 
 

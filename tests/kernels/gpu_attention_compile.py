@@ -54,18 +54,22 @@ def chunk_layout(bits: tuple[float, float], head_dim: int) -> ChunkLayout:
     return ChunkLayout(RowLayout(bits[0], head_dim, group), RowLayout(bits[1], head_dim, group), PAGE_SIZE)
 
 
-def attend_cases(architecture: int, heads: tuple[int, int], bits: tuple[float, float] | None) -> Iterator[Case]:
-    """Attention over pages of `bits`, of float16 where there are none."""
+def attend_case(
+    architecture: int, heads: tuple[int, int], bits: tuple[float, float] | None, is_wide: bool = False
+) -> Case:
+    """Attention over pages of `bits`, of float16 where there are none, as decode steps or (wide) prompts take it."""
     head_dim, group = heads
     tiling = Tiling(group, plain.SPLIT)
     if bits is None:
         name, module, q, stages = "f16", "attention", "*bf16", plain.NUM_STAGES
-        fixed = plain.constants(head_dim, PAGE_SIZE, tiling, plain.BLOCK)
+        fixed = plain.constants(head_dim, PAGE_SIZE, tiling, plain.BLOCK, is_wide)
     else:
-        name, module, q, stages = f"k{bits[0]:g}v{bits[1]:g}", "quantized", "*fp32", quantized.NUM_STAGES
-        fixed = quantized.constants(chunk_layout(bits, head_dim), tiling, plain.BLOCK)
-    label = f"attend {name}, {head_dim} channels, {group} heads"
-    yield Case(label, architecture, module, "attend", POINTERS | {"q": q}, fixed, plain.NUM_WARPS, stages)
+        name, module, q = f"k{bits[0]:g}v{bits[1]:g}", "quantized", "*fp32"
+        stages = 1 if is_wide else quantized.NUM_STAGES
+        fixed = quantized.constants(chunk_layout(bits, head_dim), tiling, plain.BLOCK, is_wide)
+    label = f"attend {name}, {head_dim} channels, {group} heads{', prompts' * is_wide}"
+    warps = plain.num_warps(head_dim, is_wide)
+    return Case(label, architecture, module, "attend", POINTERS | {"q": q}, fixed, warps, stages)
 
 
 def store_cases(architecture: int, bits: tuple[float, float]) -> Iterator[Case]:
@@ -80,15 +84,18 @@ def store_cases(architecture: int, bits: tuple[float, float]) -> Iterator[Case]:
 def cases() -> Iterator[Case]:
     """What a model of 128 channels and 4 bits takes on every architecture; other widths and heads on one."""
     for architecture in ARCHITECTURES:
-        yield from attend_cases(architecture, HEADS[0], None)
-        yield from attend_cases(architecture, HEADS[0], WIDTHS[0])
-        yield from attend_cases(architecture, HEADS[0], (2.0, 2.0))
+        for bits in (None, WIDTHS[0]):
+            yield attend_case(architecture, HEADS[0], bits)
+            yield attend_case(architecture, HEADS[0], bits, is_wide=True)
+        yield attend_case(architecture, HEADS[0], (2.0, 2.0))
         yield from store_cases(architecture, WIDTHS[0])
     for heads in HEADS[1:]:
-        yield from attend_cases(90, heads, None)
-        yield from attend_cases(90, heads, WIDTHS[0])
+        yield attend_case(90, heads, None)
+        yield attend_case(90, heads, WIDTHS[0])
+    yield attend_case(80, HEADS[-1], WIDTHS[0], is_wide=True)
+    yield attend_case(80, HEADS[0], WIDTHS[-1], is_wide=True)
     for bits in WIDTHS[1:]:
-        yield from attend_cases(90, HEADS[0], bits)
+        yield attend_case(90, HEADS[0], bits)
     for bits in ((8.0, 8.0), (3.0, 3.0), (2.0, 2.0), (1.5, 1.5), (16.0, 16.0)):
         yield from store_cases(90, bits)
     yield Case(

@@ -57,19 +57,37 @@ def test_every_row_of_a_step_is_served_once() -> None:
     expected = [(0, 100, 20), *((1 + i, i, 1 << 30) for i in range(9)), *((10 + i, 7 + i, 0) for i in range(4))]
     assert sorted(row for launch in made for row in rows_of(launch)) == expected
     spread, whole = made
-    assert (spread.num_parts, spread.splits_per_part) == (4, 1)
+    assert (spread.num_parts, spread.splits_per_part, spread.is_wide) == (4, 1, False)
     assert spread.rows.tolist() == [[0, 4], *([10 + i, 1] for i in range(4))]  # 101 tokens are 4 splits of 32
-    assert (whole.num_parts, whole.splits_per_part) == (1, 1)
+    assert (whole.num_parts, whole.splits_per_part, whole.is_wide) == (1, 1, True)
     for launch in made:
         served = [row + i for _, _, row, _, count, _ in launch.tiles.tolist() for i in range(count)]
         assert served == list(range(len(launch.rows)))
     assert launches(inputs, Tiling(4, 32), windows, torch.device("cpu")) is made  # the next layer's
 
 
-@pytest.mark.parametrize(("group", "columns", "rows"), [(1, 16, 16), (3, 16, 5), (4, 16, 4), (7, 16, 2), (33, 64, 1)])
-def test_a_tile_holds_whole_rows(group: int, columns: int, rows: int) -> None:
+def test_long_contexts_of_few_prompt_rows_are_shared_out() -> None:
+    """Bugs: thirty rows behind a cached prefix that one program for each kv head reads alone; a row of the first part
+    said to have the later ones, whose sums nobody writes; "triton-fixed" cutting what its batch would then decide."""
+    inputs, cpu = step((9000, 30), (0, 6)), torch.device("cpu")
+    (free,) = launches(inputs, Tiling(4, 512, 8), (0, 0), cpu)
+    assert len(free.tiles) == 3  # of 16 rows: 11 parts would fill a GPU, 18 splits are 9 pairs
+    assert (free.splits_per_part, free.num_parts) == (2, 9)
+    assert free.rows[:, 1].tolist() == [9] * 30 + [1] * 6
+    (fixed,) = launches(inputs, Tiling(4, 512, 8, fixed=True), (0, 0), cpu)
+    assert len(fixed.tiles) == 8 + 2
+    assert (fixed.splits_per_part, fixed.num_parts, fixed.is_wide) == (18, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("group", "columns", "rows"),
+    [(1, (16, 64), (16, 64)), (3, (16, 64), (5, 21)), (7, (16, 64), (2, 9)), (33, (64, 64), (1, 1))],
+)
+def test_a_tile_holds_whole_rows(group: int, columns: tuple[int, int], rows: tuple[int, int]) -> None:
+    """Of decode steps and of prompts."""
     tiling = Tiling(group, 512)
-    assert (tiling.columns, tiling.rows) == (columns, rows)
+    assert (tiling.columns(False), tiling.columns(True)) == columns
+    assert (tiling.rows(False), tiling.rows(True)) == rows
 
 
 def test_on_a_cpu_they_step_back() -> None:
@@ -79,7 +97,8 @@ def test_on_a_cpu_they_step_back() -> None:
     row = RowLayout(4.0, 128, 64)
     spec = QuantizedSpec(32, 8, ChunkLayout(row, row, 64), cpu, torch.bfloat16)
     assert quantized.KERNELS[1].refuses(spec) == reason
-    assert f16.KERNELS[1].name == quantized.KERNELS[1].name == "triton"
+    assert [kernel.name for kernel in f16.KERNELS[1:3]] == ["triton", "triton-fixed"]
+    assert [kernel.name for kernel in quantized.KERNELS[1:3]] == ["triton", "triton-fixed"]
 
 
 def test_refusals_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

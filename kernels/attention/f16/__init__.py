@@ -5,4 +5,9 @@ from kernels.attention.f16.native import F16Native
 from kernels.attention.f16.reference import F16Reference
 from kernels.contract import AttentionKernel
 
-KERNELS: tuple[AttentionKernel, ...] = (F16Native(), F16Triton(), F16Reference())  # fastest first
+KERNELS: tuple[AttentionKernel, ...] = (
+    F16Native(),
+    F16Triton(),
+    F16Triton(fixed=True),
+    F16Reference(),
+)  # fastest first

@@ -15,7 +15,7 @@ MAX_HEAD_DIM = 256  # channels: the sums of a tile stay in registers
 MAX_GROUP = 64  # query heads of a kv head
 SPLIT = 512  # positions
 BLOCK = 64  # tokens of a product; half as many of heads above 128 channels, which would spill registers
-NUM_WARPS = 4
+NUM_WARPS = 4  # twice as many for prompts with heads above 128 channels
 MERGE_WARPS = 1
 STORE_WARPS = 1
 NUM_STAGES = 1  # two take 47 registers more on sm_90, which would halve the programs of a multiprocessor
@@ -24,17 +24,17 @@ NUM_STAGES = 1  # two take 47 registers more on sm_90, which would halve the pro
 class F16Triton:
     """out[h, i] = sum_{j <= i} softmax_j(scale * q[h, i] . k[h / G, j]) v[h / G, j]
 
-    Queries, divided by a power of two, and weights are rounded to float16; products are summed in float32. A row's
-    result does not depend on the batch or on the chunks of its prompt (kernels/gpu/attention.py says why).
+    Queries, divided by a power of two, and weights are rounded to float16; products are summed in float32. Of
+    "triton-fixed" a row's result does not depend on the batch or on the chunks of its prompt (kernels/gpu/attention.py
+    says why); "triton" serves prompts by wider tiles than decode steps, and cuts their contexts where tiles are few.
 
-    A sequence of n tokens reads 2 * n * num_kv_heads * head_dim elements of its pages, once for 16 / G query rows, for
-    4 * n * num_heads * head_dim operations a query row on tensor cores.
+    A sequence of n tokens reads 2 * n * num_kv_heads * head_dim elements of its pages, once for 16 / G query rows, or
+    64 / G of prompts, for 4 * n * num_heads * head_dim operations a query row on tensor cores.
     """
 
-    name = "triton"
-
-    def __init__(self, split: int = SPLIT, block: int = BLOCK) -> None:
-        self._split, self._block = split, block
+    def __init__(self, split: int = SPLIT, block: int = BLOCK, fixed: bool = False) -> None:
+        self._split, self._block, self._fixed = split, block, fixed
+        self.name = "triton-fixed" if fixed else "triton"
 
     def refuses(self, spec: AttentionSpec) -> str | None:
         if (reason := refusal(spec.device, spec.dtype)) is not None:
@@ -69,7 +69,7 @@ class F16Triton:
         check_float16("pages", pages)
         q, tables = q.contiguous(), inputs.block_tables.contiguous()
         result = torch.empty_like(q)
-        tiling = Tiling(num_heads // num_kv_heads, self._split)
+        tiling = Tiling(num_heads // num_kv_heads, self._split, num_kv_heads, self._fixed)
         for launch in launches(inputs, tiling, (0,) * len(inputs.context_lens), q.device):
             sums = q.new_empty(len(launch.rows), num_heads, launch.num_parts, head_dim, dtype=torch.float32)
             stats = q.new_empty(len(launch.rows), num_heads, launch.num_parts, 2, dtype=torch.float32)
@@ -86,24 +86,29 @@ class F16Triton:
                 tables.shape[1],
                 launch.splits_per_part,
                 launch.num_parts,
-                **constants(head_dim, page_size, tiling, self._block),
-                num_warps=NUM_WARPS,
+                **constants(head_dim, page_size, tiling, self._block, launch.is_wide),
+                num_warps=num_warps(head_dim, launch.is_wide),
                 num_stages=NUM_STAGES,
             )
             merge(sums, stats, launch, result)
         return result
 
 
-def constants(head_dim: int, page_size: int, tiling: Tiling, block: int) -> dict[str, int]:
+def num_warps(head_dim: int, is_wide: bool) -> int:
+    return 2 * NUM_WARPS if is_wide and head_dim > 128 else NUM_WARPS
+
+
+def constants(head_dim: int, page_size: int, tiling: Tiling, block: int, is_wide: bool) -> dict[str, int]:
     """What the attention kernel is compiled for."""
     return {
         "G": tiling.group,
         "PAGE": page_size,
         "HEAD_DIM": head_dim,
         "D": block_of(head_dim),
-        "COLUMNS": tiling.columns,
+        "COLUMNS": tiling.columns(is_wide),
         "SPLIT": tiling.split,
         "BLOCK": block if head_dim <= 128 else block // 2,
+        "WIDE": is_wide,
     }
 
 

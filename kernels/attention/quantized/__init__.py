@@ -5,4 +5,9 @@ from kernels.attention.quantized.gpu import QuantizedTriton
 from kernels.attention.quantized.native import QuantizedNative
 from kernels.attention.quantized.reference import QuantizedReference
 
-KERNELS: tuple[QuantizedKernel, ...] = (QuantizedNative(), QuantizedTriton(), QuantizedReference())  # fastest first
+KERNELS: tuple[QuantizedKernel, ...] = (
+    QuantizedNative(),
+    QuantizedTriton(),
+    QuantizedTriton(fixed=True),
+    QuantizedReference(),
+)  # fastest first

@@ -10,11 +10,11 @@ from kernels.attention.f16.gpu import (
     BLOCK,
     MAX_GROUP,
     MAX_HEAD_DIM,
-    NUM_WARPS,
     SPLIT,
     STORE_WARPS,
     check_float16,
     merge,
+    num_warps,
     store_plain,
 )
 from kernels.attention.quantized.cache import QuantizedCache, QuantizedSpec
@@ -25,7 +25,7 @@ from kernels.contract import AttentionInputs
 from kernels.gpu import refusal
 from kernels.gpu.steps import Launch, Tiling, launches
 
-NUM_STAGES = 2  # of packed tokens: costs 8 registers and 8 KiB on sm_90
+NUM_STAGES = 2  # of packed tokens: costs 8 registers and 8 KiB on sm_90; prompts have one, as two spill on sm_80
 
 
 class QuantizedTriton:
@@ -33,18 +33,17 @@ class QuantizedTriton:
 
     k_ij, v_ij as in the reference, rounded to float16 after unpacking, in units of the prescale. Queries, divided by a
     power of two, and weights are rounded to float16; products are summed in float32. Heads are turned before a step is
-    stored or attended, and back after it: by a kernel of its own (Hadamard) or by torch. A row's result does not depend
-    on the batch or on the chunks of its prompt (kernels/gpu/attention.py says why). A token whose recent page is
-    missing makes the rows that read it NaN: asking for it on the host would make every step wait for the device.
+    stored or attended, and back after it: by a kernel of its own (Hadamard) or by torch. Tiles of "triton" and
+    "triton-fixed" are those of float16 pages (F16Triton). A token whose recent page is missing makes the rows that read
+    it NaN: asking for it on the host would make every step wait for the device.
 
-    A sequence of n tokens reads n * token_bytes of its pages, once for 16 / G query rows, and its window, for
-    4 * n * num_heads * D operations a query row on tensor cores.
+    A sequence of n tokens reads n * token_bytes of its pages, once for 16 / G query rows, or 64 / G of prompts, and its
+    window, for 4 * n * num_heads * D operations a query row on tensor cores.
     """
 
-    name = "triton"
-
-    def __init__(self, split: int = SPLIT, block: int = BLOCK) -> None:
-        self._split, self._block = split, block
+    def __init__(self, split: int = SPLIT, block: int = BLOCK, fixed: bool = False) -> None:
+        self._split, self._block, self._fixed = split, block, fixed
+        self.name = "triton-fixed" if fixed else "triton"
 
     def refuses(self, spec: QuantizedSpec) -> str | None:
         if (reason := refusal(spec.device, spec.dtype)) is not None:
@@ -90,7 +89,7 @@ class QuantizedTriton:
             raise ValueError(f"windows of {windows} and {codec.num_sinks} sinks are read; the step has no recent pages")
         queries = _turned(q if codec.key_shift is None else codec.prepare_queries(q.float()), codec.key_transform)
         result = torch.empty_like(queries)
-        tiling = Tiling(q.shape[1] // cache.num_kv_heads, self._split)
+        tiling = Tiling(q.shape[1] // cache.num_kv_heads, self._split, cache.num_kv_heads, self._fixed)
         for launch in launches(inputs, tiling, windows, q.device):
             self._attend(queries, cache, inputs, (tiling, launch, scale / math.log(2)), result)
         return _turned_back(result, codec.value_transform, q.dtype)
@@ -132,21 +131,21 @@ class QuantizedTriton:
             codec.num_sinks,
             launch.splits_per_part,
             launch.num_parts,
-            **constants(cache.layout, tiling, self._block),
-            num_warps=NUM_WARPS,
-            num_stages=NUM_STAGES,
+            **constants(cache.layout, tiling, self._block, launch.is_wide),
+            num_warps=num_warps(head_dim, launch.is_wide),
+            num_stages=1 if launch.is_wide else NUM_STAGES,
         )
         merge(sums, stats, launch, result)
 
 
-def constants(layout: ChunkLayout, tiling: Tiling, block: int) -> dict[str, int]:
+def constants(layout: ChunkLayout, tiling: Tiling, block: int, is_wide: bool) -> dict[str, int]:
     """What the attention kernel is compiled for."""
     return {
         "G": tiling.group,
         "PAGE": layout.page_size,
         "RECENT": RECENT_TOKENS,
         "D": layout.head_dim,
-        "COLUMNS": tiling.columns,
+        "COLUMNS": tiling.columns(is_wide),
         "SPLIT": tiling.split,
         "BLOCK": block if layout.head_dim <= 128 else block // 2,
         "CHUNK": layout.chunk_bytes,
@@ -157,6 +156,7 @@ def constants(layout: ChunkLayout, tiling: Tiling, block: int) -> dict[str, int]
         "V_AT": layout.value_codes_at,
         "K_PARAMETERS": layout.key_parameters_at,
         "V_PARAMETERS": layout.value_parameters_at,
+        "WIDE": is_wide,
     }
 
 
