@@ -1,6 +1,7 @@
 """What the server sees of the engine: the protocol, and the client that runs it in a process of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -63,7 +64,7 @@ class EngineClient(Protocol):
         ...
 
     async def start(self) -> None:
-        """Begin loading; returns at once. Progress and the outcome show in `state`."""
+        """Begin loading, unless that has begun; returns at once. Progress and the outcome show in `state`."""
         ...
 
     async def wait_ready(self) -> Ready:
@@ -87,11 +88,24 @@ class EngineClient(Protocol):
         ...
 
 
-def start_engine(config: EngineConfig, on_loading: Callable[[Loading], None] | None = None) -> EngineClient:
-    """Return a client whose engine will run in a process of its own; nothing starts before `await client.start()`."""
+@contextmanager
+def start_engine(config: EngineConfig, on_loading: Callable[[Loading], None] | None = None) -> Iterator[EngineClient]:
+    """A client whose engine loads from now on, in a process of its own that ends with the block at the latest.
+
+    The client hears of it once its `start` is awaited, and `on_loading` with it: the time until then is for what the
+    server has to import and to read. Raises EngineUnavailable when there can be no process.
+    """
     from engine.remote import RemoteClient  # the implementation names this module's types
 
-    return RemoteClient(config, on_loading)
+    client = RemoteClient(config, on_loading)
+    try:
+        client.spawn()
+    except OSError as error:
+        raise EngineUnavailable(f"the engine process cannot be run: {error}", retry_after_s=0) from error
+    try:
+        yield client
+    finally:
+        client.kill()
 
 
 def locate_model(model: str, revision: str | None = None, offline: bool = False) -> Path:

@@ -1,7 +1,9 @@
-"""The engine as a process of its own: main() with the arguments ADDRESS and PARENT (a process id).
+"""The engine as a process of its own: main() with the arguments ADDRESS, PARENT (a process id) and an EngineConfig as
+JSON.
 
-It connects to the server's socket, receives an EngineConfig, loads the model, and steps until told to stop. It leaves
-as soon as its parent is gone, in whatever it is doing. Signals are left to the server, which drains first.
+It loads the model, tells the server's socket of it, and steps until told to stop. The server may still be starting:
+what is sent to it waits. The process leaves as soon as its parent is gone, in whatever it is doing. Signals are left to
+the server, which drains first.
 """
 
 import os
@@ -32,28 +34,28 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     address, parent = sys.argv[1], int(sys.argv[2])
+    config = msgspec.json.decode(sys.argv[3], type=EngineConfig)
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.set(zmq.SNDHWM, 0)  # a slow server must not stop the batch; what can pile up is bounded by max_tokens
     socket.connect(address)
     try:
-        run(socket, parent)
+        run(config, socket, parent)
     except Orphaned:
         pass
     finally:
         context.destroy(linger=LINGER_MS)
 
 
-def run(socket: "zmq.Socket[bytes]", parent: int) -> None:
-    """From the configuration to the last step. Raises Orphaned when the process `parent` is no longer the parent."""
+def run(config: EngineConfig, socket: "zmq.Socket[bytes]", parent: int) -> None:
+    """From loading the model to the last step. Raises Orphaned when the process `parent` is no longer the parent."""
     send = _sender(socket)
 
     def on_loading(progress: Loading) -> None:
         _check_parent(parent)
         send([progress])
 
-    _wait(socket, parent)
-    config = msgspec.msgpack.decode(socket.recv(), type=EngineConfig)
+    _check_parent(parent)
     try:
         core, summary = build(config, on_loading)
     except StartError as error:

@@ -9,9 +9,11 @@ import contextlib
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,27 @@ DECODER = msgspec.msgpack.Decoder(list[Outbound])
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class _Child:
+    """An engine process, which loads its model from when it is spawned, and the folder of the socket it reports to."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    @property
+    def address(self) -> str:
+        return _address(self.folder)
+
+    def end(self) -> None:
+        """Kill it, unless it has ended by itself, and wait, or it stays a zombie as long as this process lives."""
+        self.process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_GRACE_S)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 class RemoteClient(StreamingClient):
-    """An EngineClient over ZeroMQ."""
+    """An EngineClient over ZeroMQ. Its process is there from `spawn`, or else from `start` on, to `stop` or `kill`."""
 
     def __init__(self, config: EngineConfig, on_loading: Callable[[Loading], None] | None = None) -> None:
         super().__init__(None, Stats())
@@ -56,13 +77,23 @@ class RemoteClient(StreamingClient):
         self._reason = "the engine is still loading its model"
         self._last_words: str | None = None  # why the process of now says it cannot start
         self._socket: zmq.asyncio.Socket | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._child: _Child | None = None
         self._supervisor: asyncio.Task[None] | None = None
 
     @property
     def process_id(self) -> int | None:
         """Of the engine, while it runs."""
-        return self._process.pid if self._process else None
+        return self._child.process.pid if self._child else None
+
+    def spawn(self) -> None:
+        """Let the engine load while there is no event loop yet; what it reports waits for `start`. Raises OSError."""
+        self._child = _spawn(self._config)
+
+    def kill(self) -> None:
+        """End the process, if there still is one, when no event loop will."""
+        if self._child is not None:
+            self._child.end()
+            self._child = None
 
     async def start(self) -> None:
         if self._supervisor is not None:
@@ -94,18 +125,16 @@ class RemoteClient(StreamingClient):
     async def stop(self) -> None:
         if self._state == "stopped":
             return
+        was_ready = self._state == "ready"
         await self._become("stopped", "the engine was stopped")
-        if self._socket is not None and self._process is not None:
-            self._send(Shutdown())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._process.wait()), STOP_GRACE_S)
-            if self._process is not None and self._process.returncode is None:
-                self._process.kill()
-                await self._process.wait()  # or what was killed stays a zombie until this process ends
         if self._supervisor is not None:
+            if was_ready:  # one that loads its model reads no messages, and has nothing to lose
+                self._send(Shutdown())
+                await asyncio.wait([self._supervisor], timeout=STOP_GRACE_S)
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
+        self.kill()
         self._streams.fail_all(self._reason)
 
     def _unavailable(self) -> EngineUnavailable:
@@ -142,20 +171,20 @@ class RemoteClient(StreamingClient):
             await asyncio.sleep(delay)
 
     async def _run_once(self) -> bool:
-        """Spawn one process and serve it until it ends; open requests then get a clear error.
+        """Serve one process until it ends; open requests then get a clear error.
 
         Returns whether it had become ready. Nothing here waits for the process without watching that it lives.
         """
-        folder = Path(tempfile.mkdtemp(prefix="nibble-"))
         context = zmq.asyncio.Context()
         tasks: list[asyncio.Task[Any]] = []
         try:
             self._last_words = None
-            self._socket = self._bind(context, f"ipc://{folder}/engine.sock")
-            self._process = await self._spawn(f"ipc://{folder}/engine.sock")
-            self._socket.send(ENCODER.encode(self._config))  # leaves when the process has connected
+            if self._child is None:
+                self.spawn()
+            assert self._child is not None
+            self._socket = self._bind(context, self._child.address)
             receiver = asyncio.create_task(self._receive(self._socket))
-            exited = asyncio.create_task(self._process.wait())
+            exited = asyncio.create_task(asyncio.to_thread(self._child.process.wait))
             tasks += [receiver, exited]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if exited.done():
@@ -169,19 +198,9 @@ class RemoteClient(StreamingClient):
         finally:
             for task in tasks:
                 task.cancel()
-            self._kill()
+            self.kill()
             self._socket = None
             context.destroy(linger=0)
-            shutil.rmtree(folder, ignore_errors=True)
-
-    async def _spawn(self, address: str) -> asyncio.subprocess.Process:
-        """A Python that takes our packages from where they are, and nothing from the folder the user stands in.
-
-        It gets a session of its own, so that Ctrl-C in a terminal reaches the server alone.
-        """
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from engine.process import main; main()"
-        command = (sys.executable, "-P", "-c", code, address, str(os.getpid()))
-        return await asyncio.create_subprocess_exec(*command, start_new_session=True)
 
     def _bind(self, context: zmq.asyncio.Context, address: str) -> zmq.asyncio.Socket:
         socket = context.socket(zmq.PAIR)
@@ -220,10 +239,25 @@ class RemoteClient(StreamingClient):
             await self._become("restarting", reason)
         self._streams.fail_all(f"{reason}; the request was lost, send it again")
 
-    def _kill(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+
+def _spawn(config: EngineConfig) -> _Child:
+    """A Python that takes our packages from where they are, and nothing from the folder the user stands in.
+
+    It gets a session of its own, so that Ctrl-C in a terminal reaches the server alone. Raises OSError.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="nibble-"))
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from engine.process import main; main()"
+    settings = msgspec.json.encode(config).decode()
+    command = (sys.executable, "-P", "-c", code, _address(folder), str(os.getpid()), settings)
+    try:
+        return _Child(subprocess.Popen(command, start_new_session=True), folder)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _address(folder: Path) -> str:
+    return f"ipc://{folder}/engine.sock"
 
 
 def _describe_exit(code: int) -> str:

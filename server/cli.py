@@ -5,6 +5,7 @@ import errno
 import inspect
 import logging
 import os
+import signal
 import socket
 import ssl
 import sys
@@ -32,6 +33,7 @@ from server.tokenizer import GGUF, load_tokenizer
 from server.tracing import Tracing
 
 Sockets = tuple[socket.socket, socket.socket | None]  # of the API, and of --ops-port
+NOT_LOADED = "Stopped while the model was loading: nothing was served"
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -61,44 +63,57 @@ def serve(config_file: Path | None, **flags: Any) -> None:
         keys = KeyRing(settings.api_key, settings.api_keys)
     except ValueError as error:  # SettingsError, KeyFileError
         fail(str(error), 2)
-    with bound(settings) as sockets:
-        serve_at(sockets, settings, keys)
+    try:
+        with bound(settings) as sockets:
+            serve_at(sockets, settings, keys)
+    except KeyboardInterrupt:  # before there is a server that hears of signals
+        fail(NOT_LOADED, 128 + signal.SIGINT)
 
 
 def serve_at(sockets: Sockets, settings: config.ServerConfig, keys: KeyRing) -> None:
-    """Load the model and serve it until a signal."""
-    try:
-        folder = model_folder(settings)
-        tokenizer = load_tokenizer(folder, settings.chat_template)
-        tracing = None if settings.otlp_endpoint is None else Tracing.to(settings.otlp_endpoint)
-    except ValueError as error:  # TokenizerError, TracingUnavailable, and locate_model's
-        fail(str(error), 2)
+    """Load the model and serve it until a signal. The engine loads beside all that is imported and read here."""
+    console = Console(stderr=True, highlight=False)  # standard output is the access log's
+    with ExitStack() as stack:
+        try:
+            folder = model_folder(settings)
+            name = settings.served_name or served_name(settings.model)
+            bar = screen.LoadingBar(console, name)
+            stack.callback(bar.stop)
+            engine = stack.enter_context(start_engine(settings.engine(folder), bar.update))
+            tokenizer = load_tokenizer(folder, settings.chat_template)
+            tracing = None if settings.otlp_endpoint is None else Tracing.to(settings.otlp_endpoint)
+        except ValueError as error:  # TokenizerError, TracingUnavailable, and locate_model's
+            fail(str(error), 2)
+        except EngineUnavailable as error:
+            fail(str(error), 1)
+        if tracing is not None:
+            stack.callback(tracing.close)
+        open_ports(sockets, settings)
+        app = create_app(engine, tokenizer, settings, name, keys, tracing)
+
+        def on_ready(ready: Ready) -> None:
+            bar.stop()
+            screen.print_start(console, ready.plan, name, door_of(settings, *sockets), tokenizer.has_chat_template)
+
+        bar.start()
+        try:
+            asyncio.run(lifecycle.serve(ports(app, settings, *sockets), engine, on_ready))
+        except EngineUnavailable as error:
+            bar.stop()
+            fail(str(error), 1)
+        except lifecycle.Interrupted as stopped:
+            bar.stop()
+            fail(NOT_LOADED, 128 + stopped.signal)
+
+
+def open_ports(sockets: Sockets, settings: config.ServerConfig) -> None:
+    """Let clients ask, who hear that the model is still loading. Ends the program where another server was quicker."""
     for sock, port, flag in zip(sockets, (settings.port, settings.ops_port), ("--port", "--ops-port"), strict=True):
         try:
             if sock is not None:
                 lifecycle.listen(sock)
-        except OSError as error:  # another server, which bound in the same moment, was quicker
+        except OSError as error:  # it bound in the same moment
             fail(no_port(error, settings.host, port or 0, flag), 1)
-    name = settings.served_name or served_name(settings.model)
-    console = Console(stderr=True, highlight=False)  # standard output is the access log's
-    bar = screen.LoadingBar(console, name)
-    engine = start_engine(settings.engine(folder), bar.update)
-    app = create_app(engine, tokenizer, settings, name, keys, tracing)
-
-    def on_ready(ready: Ready) -> None:
-        bar.stop()
-        screen.print_start(console, ready.plan, name, door_of(settings, *sockets), tokenizer.has_chat_template)
-
-    bar.start()
-    try:
-        asyncio.run(lifecycle.serve(ports(app, settings, *sockets), engine, on_ready))
-    except EngineUnavailable as error:
-        bar.stop()
-        fail(str(error), 1)
-    finally:
-        bar.stop()
-        if tracing is not None:
-            tracing.close()
 
 
 def door_of(settings: config.ServerConfig, sock: socket.socket, ops_sock: socket.socket | None) -> screen.Door:

@@ -1,7 +1,7 @@
 """From open port to exit code.
 
     bind -> fetch -> listen -> load (503 + Retry-After) -> serve -> SIGTERM or SIGINT: drain -> exit 0
-                                                                                       a second signal: cut answers off
+                                    a signal: exit 128 + its number                    a second signal: cut answers off
 
 While draining, /ready and new work get 503 with Retry-After; running answers finish within --drain-seconds. The ones
 that do not, and all of them after a second signal, end with an error event.
@@ -52,6 +52,14 @@ def listen(sock: socket.socket) -> None:
     sock.listen(BACKLOG)
 
 
+class Interrupted(Exception):
+    """A signal came before the model was loaded."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"signal {signal}")
+        self.signal = signal
+
+
 class DrainingServer(uvicorn.Server):
     """uvicorn, with a first signal that lets running answers finish and an exit code of 0 after it."""
 
@@ -72,10 +80,11 @@ class DrainingServer(uvicorn.Server):
         )
         self._service: Service = app.state.service
         self._deadline = 0.0  # time.monotonic(); of a drain that has begun
+        self.signal: int | None = None  # the last
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal arrived. uvicorn would raise it again at the end, which would spoil the exit code."""
-        now, service = time.monotonic(), self._service
+        now, service, self.signal = time.monotonic(), self._service, sig
         limit = service.config.drain_seconds
         if not service.draining and service.in_flight and limit > 0:
             message = "finishing %d answers, at most %g s; press Ctrl-C again to cut them off"
@@ -118,7 +127,8 @@ class Ports:
 
 
 async def serve(ports: Ports, engine: EngineClient, on_ready: Callable[[Ready], None]) -> None:
-    """Serve until a signal. Raises EngineUnavailable when the model cannot be loaded; the engine is stopped always."""
+    """Serve until a signal. Raises EngineUnavailable when the model cannot be loaded, and Interrupted when the signal
+    comes before it is; the engine is stopped always."""
     server = ports.server
     serving = asyncio.ensure_future(server.serve([ports.sock]))
     loading = asyncio.ensure_future(_load(engine))
@@ -128,6 +138,8 @@ async def serve(ports: Ports, engine: EngineClient, on_ready: Callable[[Ready], 
         if loading.done():
             on_ready(loading.result())
         await serving
+        if not loading.done() and server.signal is not None:
+            raise Interrupted(server.signal)
     finally:
         loading.cancel()
         server.should_exit = server.force_exit = True

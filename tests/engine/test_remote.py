@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from engine.client import EngineUnavailable, start_engine
+from engine.client import EngineClient, EngineUnavailable, start_engine
 from engine.config import EngineConfig
 from engine.messages import Done, Event, Failed, Loading, Token
 from engine.remote import ROOT, RemoteClient
@@ -40,9 +41,9 @@ def test_loads_answers_dies_and_comes_back(tiny_checkpoint: Path, caplog: pytest
     """Bug: requests that wait for ever on a dead process, or an engine that stays away after one crash; a log that
     tells of the death and never that it is over."""
 
-    async def scenario() -> None:
-        progress: list[Loading] = []
-        client = start_engine(config_of(tiny_checkpoint), progress.append)
+    progress: list[Loading] = []
+
+    async def scenario(client: EngineClient) -> None:
         assert isinstance(client, RemoteClient)
         with pytest.raises(EngineUnavailable, match="loading"):
             client.submit(submit("early", [1]))
@@ -73,6 +74,33 @@ def test_loads_answers_dies_and_comes_back(tiny_checkpoint: Path, caplog: pytest
         ]
         await client.stop()
         assert state_of(client) == "stopped"
+
+    with start_engine(config_of(tiny_checkpoint), progress.append) as client:
+        asyncio.run(scenario(client))
+
+
+def test_an_engine_loads_before_there_is_a_loop_and_ends_without_one(tiny_checkpoint: Path) -> None:
+    """Bug: a second of imports after another in place of beside it; a process that outlives a server that could not
+    read its tokenizer."""
+    with start_engine(config_of(tiny_checkpoint)) as client:
+        process_id = client.process_id
+        assert process_id is not None
+        os.kill(process_id, 0)  # it is there
+    with pytest.raises(ProcessLookupError):
+        os.kill(process_id, 0)
+
+
+def test_stop_while_loading_does_not_wait(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: five seconds after Ctrl-C for a process that reads no messages yet."""
+
+    async def scenario() -> None:
+        client = RemoteClient(config_of(tiny_checkpoint))
+        monkeypatch.setattr(client, "_send", pytest.fail)
+        await client.start()
+        while client.process_id is None:
+            await asyncio.sleep(0.01)
+        await client.stop()
+        assert client.process_id is None
 
     asyncio.run(scenario())
 
@@ -158,7 +186,8 @@ def test_packages_of_the_current_folder_are_not_taken_for_ours(
 def test_an_engine_without_its_server_leaves(tmp_path: Path) -> None:
     """Bug: a process that outlives a killed server, holding a model's memory and deaf to SIGTERM."""
     code = "from engine.process import main; main()"
-    command = [sys.executable, "-c", code, f"ipc://{tmp_path}/nobody", "1"]  # process 1 is not its parent
+    settings = msgspec.json.encode(config_of(tmp_path)).decode()
+    command = [sys.executable, "-c", code, f"ipc://{tmp_path}/nobody", "1", settings]  # process 1 is not its parent
     assert subprocess.run(command, timeout=WAIT_S, cwd=ROOT, check=False).returncode == 0
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,7 @@ def wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
     """`nibble serve` with a fake engine, ended by a signal as soon as it is ready."""
     engine = FakeEngine(state="starting")
     (tmp_path / "config.json").touch()
-    monkeypatch.setattr(cli, "start_engine", lambda config, on_loading: engine)
+    monkeypatch.setattr(cli, "start_engine", lambda config, on_loading: nullcontext(engine))
     monkeypatch.setattr(cli, "load_tokenizer", lambda folder, template: ByteTokenizer())
     monkeypatch.setattr(cli, "set_up_logging", lambda level: None)
     print_start: Callable[..., None] = screen.print_start
@@ -137,6 +138,21 @@ def test_serve_shows_the_screen_and_exits_0(wired: FakeEngine, tmp_path: Path) -
     assert "mine: FakeForCausalLM" in result.stderr
     assert "curl -N http://127.0.0.1:" in result.stderr
     assert wired.stopped
+
+
+@pytest.mark.parametrize("moment", ["load_tokenizer", "lifecycle.serve"])
+def test_ctrl_c_while_loading_is_said_and_is_no_success(
+    wired: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Bug: exit code 0 and not a word, as if there had been a service that was ended."""
+
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt if moment == "load_tokenizer" else lifecycle.Interrupted(2)
+
+    monkeypatch.setattr(f"server.cli.{moment}", pressed)
+    result = invoke("serve", str(tmp_path), "--port", "0")
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr == "nibble: Stopped while the model was loading: nothing was served\n"
 
 
 def test_inspect_shows_progress_and_prints_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
