@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import msgspec
+import torch
 import zmq
 
 from engine.assembly import StartError, build
@@ -35,6 +36,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     address, parent = sys.argv[1], int(sys.argv[2])
     config = msgspec.json.decode(sys.argv[3], type=EngineConfig)
+    be_alone()
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.set(zmq.SNDHWM, 0)  # a slow server must not stop the batch; what can pile up is bounded by max_tokens
@@ -45,6 +47,12 @@ def main() -> None:
         pass
     finally:
         context.destroy(linger=LINGER_MS)
+
+
+def be_alone() -> None:
+    """Say that nothing here is spread over processes, or transformers imports torch's distributed tensors with the
+    model's configuration, which takes 0.5 s. In a process of the user's that is for the user to say."""
+    torch.distributed.is_available = lambda: False
 
 
 def run(config: EngineConfig, socket: "zmq.Socket[bytes]", parent: int) -> None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.checkpoint.errors import FilesError, TensorError
-from engine.checkpoint.mapping import drop_file_pages
+from engine.checkpoint.mapping import MappedFiles
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
 
@@ -69,6 +69,7 @@ class Source:
         self._file_of: dict[str, str] = {}  # tensor -> file
         self._read: set[str] = set()
         self._handed_out: list[tuple[Path, Tensor]] = []  # since the last release
+        self._mapped = MappedFiles()
         self._open_all()
         self.total_bytes = sum(self.num_bytes(name) for name in self._file_of)
         self.read_bytes = 0
@@ -83,6 +84,7 @@ class Source:
         """Let go of the files. Tensors already read stay valid."""
         self._handed_out.clear()
         self._handles.clear()
+        self._mapped = MappedFiles()
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of
@@ -149,7 +151,7 @@ class Source:
     def drop_pages(self) -> None:
         """As `release`, in the middle of reading a large tensor."""
         for path, tensor in self._handed_out:
-            drop_file_pages(tensor, path)
+            self._mapped.drop_pages(tensor, path)
 
     def unread(self) -> tuple[str, ...]:
         """The tensors nobody read and nobody may ignore."""

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.checkpoint import mapping
 from engine.checkpoint.errors import CheckpointError, FilesError, TensorError
 from engine.checkpoint.source import Source
 
@@ -44,6 +45,25 @@ def test_reading_copies_nothing(tmp_path: Path) -> None:
     assert first.data_ptr() == source.tensor("a").data_ptr()
     source.close()
     assert first.sum() == 1000
+
+
+def test_where_a_file_lies_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a thousand lines of mappings read anew for each tensor, which were a tenth of the loading of a 1B model."""
+    for file in ("a", "b"):
+        save_file({f"{file}{i}": torch.full((64, 64), i + 1.0) for i in range(3)}, tmp_path / f"{file}.safetensors")
+    looked: list[Path] = []
+    look = mapping._mapping_around
+
+    def looked_up(start: int, stop: int, file: Path) -> range | None:
+        looked.append(file)
+        return look(start, stop, file)
+
+    monkeypatch.setattr(mapping, "_mapping_around", looked_up)
+    with Source(tmp_path) as source:
+        tensors = [source.tensor(name) for name in source.names()]
+        source.release()
+        assert [path.name for path in looked] == ["a.safetensors", "b.safetensors"]
+        assert [tensor.mean().item() for tensor in tensors] == [1, 2, 3] * 2  # read again
 
 
 def test_progress_counts_every_tensor_once(tmp_path: Path) -> None:
