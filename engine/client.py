@@ -19,6 +19,7 @@ from engine.messages import (
     Submit,
 )
 
+GGUF = ".gguf"  # of a file that is a model by itself
 # Any of these in a folder makes a tokenizer that transformers reads.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken",

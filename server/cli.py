@@ -1,38 +1,34 @@
-"""nibble: the command line, and the only place where the parts are wired."""
+"""nibble: the command line. `nibble serve` begins here and goes on in `serving`, which takes longer to import."""
 
-import asyncio
-import errno
 import inspect
 import logging
-import os
 import signal
-import socket
-import ssl
-import sys
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 import typer
-from fastapi import FastAPI
 from pydantic.fields import FieldInfo
 from rich.console import Console
-from rich.markup import escape
 
-from engine.client import EngineUnavailable, calibrate_model, convert_model, inspect_model, locate_model, start_engine
-from engine.messages import CalibrationSettings, ConversionSettings, Ready
-from server import config, lifecycle, screen
-from server.app import create_app, create_ops_app
+from engine.client import (
+    GGUF,
+    EngineUnavailable,
+    calibrate_model,
+    convert_model,
+    inspect_model,
+    locate_model,
+    start_engine,
+)
+from engine.messages import CalibrationSettings, ConversionSettings
+from server import config, screen
 from server.bench.cli import bench
 from server.calibration import CalibrationBar, print_calibration
-from server.gate import AccessLogHandler
 from server.keys import KeyRing
-from server.tokenizer import GGUF, load_tokenizer
-from server.tracing import Tracing
+from server.ports import Sockets, bound, fail
 
-Sockets = tuple[socket.socket, socket.socket | None]  # of the API, and of --ops-port
 NOT_LOADED = "Stopped while the model was loading: nothing was served"
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 
@@ -71,70 +67,26 @@ def serve(config_file: Path | None, **flags: Any) -> None:
 
 
 def serve_at(sockets: Sockets, settings: config.ServerConfig, keys: KeyRing) -> None:
-    """Load the model and serve it until a signal. The engine loads beside all that is imported and read here."""
-    console = Console(stderr=True, highlight=False)  # standard output is the access log's
+    """Let the engine load the model, and meanwhile import and read all that the rest of a server needs."""
     with ExitStack() as stack:
         try:
             folder = model_folder(settings)
             name = settings.served_name or served_name(settings.model)
-            bar = screen.LoadingBar(console, name)
+            bar = screen.LoadingBar(Console(stderr=True, highlight=False), name)  # standard output is the access log's
             stack.callback(bar.stop)
             engine = stack.enter_context(start_engine(settings.engine(folder), bar.update))
-            tokenizer = load_tokenizer(folder, settings.chat_template)
-            tracing = None if settings.otlp_endpoint is None else Tracing.to(settings.otlp_endpoint)
-        except ValueError as error:  # TokenizerError, TracingUnavailable, and locate_model's
+        except ValueError as error:
             fail(str(error), 2)
         except EngineUnavailable as error:
             fail(str(error), 1)
-        if tracing is not None:
-            stack.callback(tracing.close)
-        open_ports(sockets, settings)
-        app = create_app(engine, tokenizer, settings, name, keys, tracing)
+        from server import serving
 
-        def on_ready(ready: Ready) -> None:
-            bar.stop()
-            screen.print_start(console, ready.plan, name, door_of(settings, *sockets), tokenizer.has_chat_template)
-
-        bar.start()
+        given = serving.Given(settings, folder, name, keys, sockets)
         try:
-            asyncio.run(lifecycle.serve(ports(app, settings, *sockets), engine, on_ready))
-        except EngineUnavailable as error:
-            bar.stop()
-            fail(str(error), 1)
-        except lifecycle.Interrupted as stopped:
+            serving.serve(given, engine, bar)
+        except serving.Interrupted as stopped:
             bar.stop()
             fail(NOT_LOADED, 128 + stopped.signal)
-
-
-def open_ports(sockets: Sockets, settings: config.ServerConfig) -> None:
-    """Let clients ask, who hear that the model is still loading. Ends the program where another server was quicker."""
-    for sock, port, flag in zip(sockets, (settings.port, settings.ops_port), ("--port", "--ops-port"), strict=True):
-        try:
-            if sock is not None:
-                lifecycle.listen(sock)
-        except OSError as error:  # it bound in the same moment
-            fail(no_port(error, settings.host, port or 0, flag), 1)
-
-
-def door_of(settings: config.ServerConfig, sock: socket.socket, ops_sock: socket.socket | None) -> screen.Door:
-    """What the start screen says of the address and of who may ask there."""
-    scheme = "http" if settings.tls_cert is None else "https"
-    keys = [
-        *(["the key of --api-key"] if settings.api_key is not None else []),
-        *([f"a key of {settings.api_keys}"] if settings.api_keys is not None else []),
-    ]
-    logged = "each request as a line of standard output" + (", with its beginning" if settings.log_prompts else "")
-    facts = [
-        *([("access", f"requests need {' or '.join(keys)}")] if keys else []),
-        *([("browsers", f"pages of {settings.cors_origins} may ask")] if settings.cors_origins else []),
-        *([("log", logged)] if settings.access_log else []),
-        *([("traces", f"sent to {settings.otlp_endpoint}")] if settings.otlp_endpoint is not None else []),
-    ]
-    if ops_sock is not None:
-        facts.append(("metrics", f"{address(settings.host, ops_sock.getsockname()[1], 'http')}/metrics"))
-    certificate = None if settings.tls_cert is None else str(settings.tls_cert)
-    url = address(settings.host, sock.getsockname()[1], scheme)
-    return screen.Door(url, tuple(facts), bool(keys), certificate)
 
 
 def inspect_command(config_file: Path | None, as_json: bool | None, **flags: Any) -> None:
@@ -234,54 +186,10 @@ def calibrate_command(
         print_calibration(Console(highlight=False), report, model)
 
 
-def bind(host: str, port: int, flag: str) -> socket.socket:
-    """A port of ours, still closed; ends the program where there is none to be had."""
-    try:
-        return lifecycle.bind(host, port)
-    except OSError as error:
-        fail(no_port(error, host, port, flag), 1)
-
-
-@contextmanager
-def bound(settings: config.ServerConfig) -> Iterator[Sockets]:
-    """The ports to serve on, which are had before anything that takes long, still closed."""
-    with ExitStack() as stack:
-        sock = stack.enter_context(bind(settings.host, settings.port, "--port"))
-        ops_port = settings.ops_port
-        yield sock, None if ops_port is None else stack.enter_context(bind(settings.host, ops_port, "--ops-port"))
-
-
-def no_port(error: OSError, host: str, port: int, flag: str) -> str:
-    """Why a port cannot be had, and how to choose another port or address."""
-    number = error.errno or 0  # negative when the host's name cannot be resolved
-    reason = os.strerror(number) if number > 0 else error.strerror  # error.strerror would repeat the address
-    make = ", or with make serve PORT=N" if flag == "--port" else ""
-    taken = number in (errno.EADDRINUSE, errno.EACCES)
-    advice = f"another port with {flag} N{make}" if taken else "another address with --host"
-    return f"Cannot listen on {host} port {port}: {reason}. Choose {advice}"
-
-
-def ports(
-    app: FastAPI, settings: config.ServerConfig, sock: socket.socket, ops_sock: socket.socket | None
-) -> lifecycle.Ports:
-    """The servers of `nibble serve`. Ends the program when the certificate cannot be used."""
-    try:
-        server = lifecycle.DrainingServer(app, access_log=settings.log_level == "debug")
-        server.config.load()
-    except (ssl.SSLError, OSError) as error:
-        fail(f"--tls-cert {settings.tls_cert} and --tls-key {settings.tls_key} cannot be used: {error}", 2)
-    ops = None if ops_sock is None else (lifecycle.OpsServer(create_ops_app(app.state.service)), ops_sock)
-    return lifecycle.Ports(server, sock, ops)
-
-
 def set_up_logging(level: config.LogLevel) -> None:
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if level != "debug":  # uvicorn tells of every start and stop
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    access = logging.getLogger("nibble.access")  # JSON lines, whatever the level of the rest
-    access.setLevel(logging.INFO)
-    access.propagate = False
-    access.handlers = [AccessLogHandler(sys.stdout)]
 
 
 def model_folder(settings: config.ServerConfig) -> Path:
@@ -305,19 +213,6 @@ def served_name(model: str | None) -> str:
         return "demo"
     path = Path(model).expanduser()
     return path.resolve().name.removesuffix(GGUF) if path.exists() else model
-
-
-def address(host: str, port: int, scheme: str = "http") -> str:
-    """A URL that works on this machine."""
-    if host in ("0.0.0.0", "::"):
-        host = "localhost"
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
-def fail(message: str, code: int) -> NoReturn:
-    """Say what is wrong, without a traceback, and exit."""
-    Console(stderr=True, highlight=False).print(f"[bold red]nibble:[/bold red] {escape(message)}", soft_wrap=True)
-    raise typer.Exit(code)
 
 
 def with_settings(command: Any, names: Collection[str], *others: inspect.Parameter) -> Any:

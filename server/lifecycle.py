@@ -24,32 +24,8 @@ from engine.messages import Ready
 from server.service import Service
 
 GRACE_S = 2  # for the last bytes of answers that were cut off
-BACKLOG = 2048  # connections that wait to be accepted
 KEEP_ALIVE_S = 75  # longer than proxies keep idle connections, so that they close first and no request is lost
 log = logging.getLogger(__name__)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A port that is ours and still closed: callers are refused, not kept waiting, while a model is fetched.
-
-    Raises OSError; so may `listen` on it, when another server took the port in the meantime.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # also right after the last server has ended
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((host, port))
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def listen(sock: socket.socket) -> None:
-    """Open the port, so that clients can ask /ready while the model loads. Raises OSError."""
-    sock.listen(BACKLOG)
 
 
 class Interrupted(Exception):

@@ -38,6 +38,7 @@ class LoadingBar:
 
     def __init__(self, console: Console, name: str, verb: str = "Loading") -> None:
         columns = (TextColumn(f"[bold]{verb} {{task.description}}"), BarColumn(), DownloadColumn(binary_units=True))
+        self.console = console
         # In a log file it would leave nothing but an empty line.
         speed, quiet = TransferSpeedColumn(), not console.is_terminal
         self._progress = Progress(*columns, speed, console=console, transient=True, disable=quiet)

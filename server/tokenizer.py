@@ -21,11 +21,10 @@ from typing import Any, Protocol
 
 import jinja2
 
-from engine.client import TOKENIZER_FILES, file_tokenizer
+from engine.client import GGUF, TOKENIZER_FILES, file_tokenizer
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 METASPACE = "▁"
-GGUF = ".gguf"
 
 
 class TokenizerError(ValueError):

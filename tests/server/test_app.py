@@ -162,7 +162,7 @@ async def test_every_route_is_documented() -> None:
 def test_server_process_does_not_import_torch() -> None:
     """Bug: 260 MiB and two seconds for a library the front end never calls."""
     code = (
-        "import sys, server.cli; from transformers import PreTrainedTokenizerFast;"
+        "import sys, server.cli, server.serving; from transformers import PreTrainedTokenizerFast;"
         "sys.exit('torch' in sys.modules or 'kernels' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

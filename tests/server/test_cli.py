@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from engine.config import EngineConfig
 from engine.messages import CacheMemory, Inspection, Loading
-from server import cli, lifecycle, screen
+from server import cli, lifecycle, ports, screen, serving
 from server.config import ServerConfig, flag_name
 from server.lifecycle import DrainingServer
 from tests.fakes import PLAN, ByteTokenizer, FakeEngine
@@ -92,7 +92,7 @@ def test_mistakes_end_with_a_sentence_and_code_2(arguments: list[str], sentence:
     ],
 )
 def test_address_works_on_this_machine(host: str, url: str) -> None:
-    assert cli.address(host, 80) == url
+    assert ports.address(host, 80) == url
 
 
 def test_served_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
     engine = FakeEngine(state="starting")
     (tmp_path / "config.json").touch()
     monkeypatch.setattr(cli, "start_engine", lambda config, on_loading: nullcontext(engine))
-    monkeypatch.setattr(cli, "load_tokenizer", lambda folder, template: ByteTokenizer())
+    monkeypatch.setattr(serving, "load_tokenizer", lambda folder, template: ByteTokenizer())
     monkeypatch.setattr(cli, "set_up_logging", lambda level: None)
     print_start: Callable[..., None] = screen.print_start
     servers: list[DrainingServer] = []
@@ -149,7 +149,7 @@ def test_ctrl_c_while_loading_is_said_and_is_no_success(
     def pressed(*_: object) -> None:
         raise KeyboardInterrupt if moment == "load_tokenizer" else lifecycle.Interrupted(2)
 
-    monkeypatch.setattr(f"server.cli.{moment}", pressed)
+    monkeypatch.setattr(f"server.serving.{moment}", pressed)
     result = invoke("serve", str(tmp_path), "--port", "0")
     assert (result.exit_code, result.stdout) == (130, "")
     assert result.stderr == "nibble: Stopped while the model was loading: nothing was served\n"

@@ -18,7 +18,8 @@ from engine.client import EngineUnavailable
 from engine.messages import Ready
 from server.app import create_app, create_ops_app
 from server.config import ServerConfig
-from server.lifecycle import DrainingServer, Interrupted, OpsServer, Ports, bind, listen, serve
+from server.lifecycle import DrainingServer, Interrupted, OpsServer, Ports, serve
+from server.ports import bind, listen
 from tests.fakes import ByteTokenizer, FakeEngine, Script
 
 pytestmark = pytest.mark.anyio
