@@ -7,7 +7,14 @@ from kernels import native
 from kernels.linear.affine import quantize
 from kernels.linear.affine.quantize import quantize_symmetric
 
-pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def _rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a GPU's head is rounded on the CPU, where a machine without a compiler has no native library."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "MISSING", "the C++ kernels are not built")
+    elif native.MISSING is not None:
+        pytest.skip(native.MISSING)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
