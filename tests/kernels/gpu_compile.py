@@ -30,6 +30,7 @@ TYPES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.int32: "i32",
+    torch.int16: "i16",
     torch.uint8: "u8",
     torch.int8: "i8",
 }

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.gpu import decoding
+from kernels.gpu.decoding import BOOK, E4M3, TABLES, Decoded
 from kernels.gpu.tiles import ANY, Tile
 from kernels.linear.int8 import gpu as int8_gpu
 from kernels.linear.rounding import Rounding
-from tests.kernels.gpu_compile import ARCHITECTURES, Case, K, N, record
+from tests.kernels.gpu_compile import TYPES, Case, K, N, record
 
 BUDGET = Path(__file__).parent / "gpu_families_budget.json"
 SIZES = ("padded", "out_features")
@@ -56,9 +58,8 @@ def int8_case(name: str, tile: Tile, architecture: int) -> Case:
         "scales": "*bf16",
         "out": "*bf16" if tile.max_tokens == ANY else "*fp32",
     }
-    fixed, label = int8_gpu.constants(matrix, tile), f"{name}, up to {tile.max_tokens} rows"
-    if tile.max_tokens == ANY:
-        label = f"{name}, any rows"
+    fixed = int8_gpu.constants(matrix, tile)
+    label = f"{name}, {f'up to {tile.max_tokens}' if tile.max_tokens < ANY else 'any'} rows"
     return Case(label, architecture, "int8", "multiply", types, fixed, tile.num_warps, tile.num_stages, sizes=SIZES)
 
 
@@ -76,16 +77,64 @@ def rounding_case(name: str, width: int, architecture: int) -> Case:
     return Case(label, architecture, "int8", "round_tokens", types, fixed, warps, 1, False, ("width", "padded"))
 
 
+def decoded(kind: int, group_size: int, bits: int, book: Tensor, rows_per_scale: int = 1) -> Decoded:
+    """A matrix without data."""
+    plane = decoding.plane_of(kind, K, group_size)
+    width, dtype = (K // book.shape[1], torch.int16) if kind == BOOK else (K * bits // 32, torch.int32)
+    groups = 1 if kind == TABLES else K // group_size
+    scales = empty(groups, -(-N // rows_per_scale), dtype=torch.float32)
+    return Decoded(kind, bits, K, group_size, plane, empty(N, width, dtype=dtype), book, scales, rows_per_scale)
+
+
+UNREAD = empty(1, dtype=torch.float32)
+DECODED = {
+    "e4m3 128x128": decoded(E4M3, 128, 8, UNREAD, 128),
+    "e4m3 row": decoded(E4M3, K, 8, UNREAD),
+    "e4m3 1x32": decoded(E4M3, 32, 8, UNREAD),
+    "65536 vectors of 8": decoded(BOOK, K, 16, empty(65536, 8, dtype=torch.bfloat16)),
+    "16-value tables g64": decoded(TABLES, 64, 4, empty(N, K // 64, 16, dtype=torch.float16), N),
+}
+
+
+def decoded_case(name: str, tile: Tile, architecture: int) -> Case:
+    matrix = DECODED[name]
+    types = {
+        "x": "*bf16",
+        "codes": "*i16" if matrix.kind == BOOK else "*i32",
+        "book": f"*{TYPES[matrix.book.dtype]}",
+        "scales": "*fp32",
+        "out": "*bf16" if tile.max_tokens == ANY else "*fp32",
+    }
+    label = f"{name}, {f'up to {tile.max_tokens}' if tile.max_tokens < ANY else 'any'} rows"
+    fixed = decoding.constants(matrix, tile)
+    sizes = ("in_features", "out_features")
+    return Case(label, architecture, "decoded", "multiply", types, fixed, tile.num_warps, tile.num_stages, sizes=sizes)
+
+
+def every_case(architecture: int) -> Iterator[Case]:
+    """All entries of every table."""
+    for name, matrix in INTEGERS.items():
+        for tile in int8_gpu.tiles_of(matrix, False):
+            yield int8_case(name, tile, architecture)
+    for name, decodable in DECODED.items():
+        for tile in decoding.tiles_of(decodable, False):
+            yield decoded_case(name, tile, architecture)
+
+
 def cases() -> Iterator[Case]:
-    """The largest and the smallest tiles of each kernel on every architecture."""
-    for architecture in ARCHITECTURES:
-        for name, matrix in INTEGERS.items():
-            tiles = int8_gpu.tiles_of(matrix, False)
-            for tile in (tiles[0], tiles[-1]):
-                yield int8_case(name, tile, architecture)
-    yield int8_case("int8", int8_gpu.WHOLE_ROWS[2], 90)
-    yield int8_case("int8", int8_gpu.WHOLE_ROWS[-1], 89)
-    yield rounding_case("int4 g128 with zeros", 4096, 90)
+    """What takes most registers and shared memory on each architecture, and what a decode step takes on one."""
+    largest = int8_gpu.WHOLE_ROWS[-1], int8_gpu.GROUPS_WITH_ZEROS[-1], decoding.TILES[-1]
+    for architecture in (80, 90, 100):
+        yield int8_case("int8", largest[0], architecture)
+        yield int8_case("int4 g128 with zeros", largest[1], architecture)
+        yield decoded_case("e4m3 128x128", largest[2], architecture)
+    for name in ("int8", "int4 g128"):
+        yield int8_case(name, int8_gpu.FEW[0], 90)
+    for name in ("e4m3 128x128", "65536 vectors of 8", "16-value tables g64"):
+        yield decoded_case(name, decoding.TILES[0], 90)
+    yield int8_case("int4 g128", int8_gpu.GROUPS[-1], 80)
+    yield decoded_case("16-value tables g64", decoding.TABLE_TILES[-1], 80)
+    yield decoded_case("65536 vectors of 8", largest[2], 89)
     yield rounding_case("int8", 14336, 80)
 
 

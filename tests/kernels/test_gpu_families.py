@@ -7,15 +7,20 @@ import torch
 
 from kernels import gpu
 from kernels.contract import KernelRefused, LinearSpec, select
+from kernels.gpu import decoding
+from kernels.gpu.decoding import DecodingKernel
+from kernels.linear.codebook.gpu import CodebookTriton
 from kernels.linear.dense.gpu import DenseCublas
+from kernels.linear.fp8.gpu import Fp8Triton
 from kernels.linear.int8.gpu import Int8Triton, Prepared, pack_halves
+from kernels.linear.lookup.gpu import LookupTriton
 from kernels.linear.lowrank.gpu import LowRankCublas
 from kernels.linear.registry import kernels_for
 from kernels.linear.rounding import Rounding
 from tests.kernels.gpu_checks import check_budget, check_interpreted, check_names, needs_interpreter, needs_triton
 from tests.kernels.gpu_compile import Case
 from tests.kernels.gpu_families_compile import BUDGET, cases
-from tests.kernels.weights import random_dense, random_int8, random_lowrank
+from tests.kernels.weights import random_dense, random_fp8, random_int8, random_lookup, random_lowrank
 from tests.tolerance import assert_within, dot_bound
 
 CUDA = torch.device("cuda")
@@ -118,6 +123,37 @@ def test_a_byte_holds_the_same_channel_of_two_runs() -> None:
             assert (int(halves[n, block * 32 + i]) >> 4 * run) & 15 == int(codes[n, k]) & 15
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_half_a_word_holds_one_code_of_each_plane(bits: int) -> None:
+    """The layout by its definition. Bug: the top code's sign bit smeared over the other half."""
+    codes = torch.randint(0, 1 << bits, (3, 200), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    words, planes = decoding.pack_halves(codes, bits, 16), 16 // bits
+    assert words.shape == (3, 8 * -(-200 // (16 * planes)))
+    for n in range(3):
+        for k in range(200):
+            block, plane, i = k // (16 * planes), k // 16 % planes, k % 16
+            half = int(words[n, block * 8 + i // 2]) >> 16 * (i % 2)
+            assert half >> bits * plane & (1 << bits) - 1 == int(codes[n, k])
+
+
+@pytest.mark.parametrize("family", ["fp8", "codebook", "lookup", "int8"])
+def test_who_insists_on_triton_gets_it(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a family left out of what is tried, or its variants in the wrong order."""
+    for module in ("kernels.gpu.decoding", "kernels.linear.int8.gpu"):
+        monkeypatch.setattr(f"{module}.refusal", lambda *_: None)
+    spec = LinearSpec(64, 32, CUDA, torch.bfloat16, family, 8, 64)
+    assert select(kernels_for(family), spec).kernel.name == "triton"
+    for asked in ("triton", "triton-fixed"):
+        assert select(kernels_for(family), spec, asked).kernel.name == asked
+
+
+def test_groups_that_no_plane_divides_are_refused() -> None:
+    with pytest.raises(ValueError, match="groups of 24 channels have no packed form"):
+        Fp8Triton().prepare(random_fp8(96, 5, (1, 24), seed=1))
+    with pytest.raises(ValueError, match="groups of 24 channels have no packed form"):
+        LookupTriton().prepare(random_lookup(2, 96, 5, 24, seed=1))
+
+
 def test_a_row_longer_than_an_integer_holds_is_cut() -> None:
     """Bug: a sum of 32 bits that overflows with the largest codes and zero points."""
     weights = random_int8(8, 40_000, 2, 40_000, Rounding("int", 8), seed=1)
@@ -153,3 +189,8 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         (96, 48, "groups of 48 channels are neither a multiple of 32 nor the whole row"),
     ):
         assert Int8Triton().refuses(LinearSpec(width, 64, CUDA, torch.bfloat16, "8-bit", 8, group)) == reason
+    kernels: tuple[DecodingKernel, ...] = (Fp8Triton(), CodebookTriton(), LookupTriton())
+    for kernel in kernels:
+        reason = "groups of 24 channels are neither a multiple of 16 nor the whole row"
+        assert kernel.refuses(LinearSpec(96, 64, CUDA, torch.bfloat16, "", 8, 24)) == reason
+        assert kernel.refuses(LinearSpec(96, 64, CUDA, torch.bfloat16, "", 8, 48)) is None
