@@ -149,6 +149,12 @@ def _check(config: EngineConfig, facts: ModelFacts) -> None:
         raise ConfigError(
             f"--max-model-len {config.max_model_len} exceeds the {facts.max_position} positions of the checkpoint"
         )
+    if config.threads is not None and config.threads > facts.num_cores:
+        cores = "the one core" if facts.num_cores == 1 else f"the {facts.num_cores} cores"
+        raise ConfigError(
+            f"--threads {config.threads} is more than {cores} this process may use: threads would wait for each other "
+            "in every step. Lower it, or leave it out"
+        )
     _check_request_window(config.kv_request_window, facts)
     if _is_exact(config) and facts.window is None:
         raise ConfigError("--kv-prefill exact is for quantized caches: this one reads every token in full precision")

@@ -121,6 +121,13 @@ def test_auto_device_and_threads() -> None:
     assert plan_for(threads=1).threads == 1
 
 
+def test_more_threads_than_cores_are_refused() -> None:
+    """Bug: --threads 1000 is taken without a word, and tokens come by the minute."""
+    assert plan_for(threads=2).threads == 2
+    with pytest.raises(ConfigError, match="--threads 3 is more than the 2 cores this process may use"):
+        plan_for(threads=3)
+
+
 @pytest.mark.parametrize(
     ("wishes", "words"),
     [
