@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.attention.quantized.layout import RECENT_TOKENS
 from kernels.contract import AttentionInputs, RecentInputs
+from kernels.transfer import send
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,18 @@ class BatchRow:
 
 
 @dataclass(frozen=True)
+class After:
+    """Ids that the step before draws: on the device, if they are computed yet, and nowhere else."""
+
+    ids: Tensor  # [num_draws] int32, below 0 where none was drawn: such a row is computed for nothing
+    rows: Tensor  # [num_tokens] int64, the draw that each row of the step reads
+
+    def read(self) -> Tensor:
+        """[num_tokens] int64, on the device of `ids`."""
+        return self.ids.index_select(0, self.rows).clamp(min=0).long()
+
+
+@dataclass(frozen=True)
 class Batch:
     """The rows of one step: chunks of prompts and single decode tokens of several sequences, one after the other."""
 
@@ -32,25 +45,41 @@ class Batch:
     positions: Tensor  # [num_tokens] int64
     attention: AttentionInputs
     logit_rows: Tensor  # [num_logits] int64, the rows whose next-token logits are wanted
+    after: After | None = None  # where input_ids are to be taken from; None: they are what they are
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that the host made."""
+        attention, recent = self.attention, self.attention.recent
+        made = [self.input_ids, self.positions, attention.block_tables, attention.slots, self.logit_rows]
+        return [
+            *made,
+            *([] if recent is None else [recent.tables, recent.slots]),
+            *([] if self.after is None else [self.after.rows]),
+        ]
+
+    def on(self, tensors: Sequence[Tensor]) -> "Batch":
+        """The same with copies of `self.tensors` in their places."""
+        input_ids, positions, tables, slots, logit_rows, *others = tensors
+        recent, after = self.attention.recent, self.after
+        if recent is not None:
+            recent = replace(recent, tables=others[0], slots=others[1])
+        if after is not None:
+            after = replace(after, rows=others[-1])
+        attention = replace(self.attention, block_tables=tables, slots=slots, recent=recent)
+        return Batch(input_ids, positions, attention, logit_rows, after)
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch with its tensors on `device`; itself when they are there already. A GPU is not waited for."""
-        if self.input_ids.device == device:
-            return self
-
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        inputs, recent = self.attention, self.attention.recent
-        if recent is not None:
-            recent = replace(recent, tables=moved(recent.tables), slots=moved(recent.slots))
-        tables, slots = moved(inputs.block_tables), moved(inputs.slots)
-        attention = replace(inputs, block_tables=tables, slots=slots, recent=recent)
-        return Batch(moved(self.input_ids), moved(self.positions), attention, moved(self.logit_rows))
+        """The same batch with its tensors on `device`, its ids in their place; itself when it is there already. A
+        GPU is not waited for."""
+        is_there = self.input_ids.device == device
+        batch = self if is_there else self.on(send(self.tensors, device).tensors)
+        return batch if batch.after is None else replace(batch, input_ids=batch.after.read(), after=None)
 
 
-def build_batch(rows: Sequence[BatchRow]) -> Batch:
-    """Lay the rows out one after the other, on the CPU; one tensor is made for each field.
+def build_batch(rows: Sequence[BatchRow], after: After | None = None) -> Batch:
+    """Lay the rows out one after the other, on the CPU; one tensor is made for each field. after: where ids that the
+    rows do not know yet are.
 
     The model's logits come in the same order: `rows[0].num_logits` of the first sequence, then the second's.
     """
@@ -78,6 +107,7 @@ def build_batch(rows: Sequence[BatchRow]) -> Batch:
         positions=torch.tensor(positions, dtype=torch.int64),
         attention=attention,
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        after=after,
     )
 
 

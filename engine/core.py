@@ -1,20 +1,22 @@
-"""The loop's body: receive, schedule, run, sample, emit.
+"""The loop's body: receive, schedule, launch, read what was drawn, emit.
 
 `EngineCore.step` takes what the server sent and returns what it must hear. It owns no process and no socket: the same
-core runs behind ZeroMQ (process.py) and inside a test.
+core runs behind ZeroMQ (process.py) and inside a test. On a GPU a step's ids are read in the next call, which launches
+the step after it first where it can (lookahead.py).
 """
 
 import itertools
 import os
 import time
-from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.batch import BatchRow, build_batch
+from engine import lookahead
+from engine.batch import After
 from engine.config import Plan
+from engine.flight import Flight, Launcher, Part, draw_of
 from engine.messages import (
     Accepted,
     Cancel,
@@ -31,7 +33,7 @@ from engine.messages import (
 from engine.precision import PrecisionRefused, window_of
 from engine.request import Request, Sequence
 from engine.runner import Runner
-from engine.sampling import BadLogits, Draw, Drawn, Sampler
+from engine.sampling import BadLogits, Drawn, Found, Sampler
 from engine.scheduler import Scheduler, Slice
 from kvcache.manager import KVCacheManager
 from kvcache.recent import ReadRule
@@ -60,7 +62,10 @@ class EngineCore:
         self._manager = parts.manager
         self._swap = SwapSpace(parts.plan.swap_bytes, parts.manager, parts.storage)
         self._scheduler = Scheduler(parts.manager, parts.plan.max_num_seqs, parts.plan.max_batch_tokens, self._swap)
+        window, page_size = parts.storage.layout.policy.window, parts.plan.page_size
+        self._launcher = Launcher(parts.runner, parts.sampler, page_size, window, parts.eos_token_ids)
         self._live: dict[str, list[Sequence]] = {}  # unfinished choices of each request
+        self._flight: Flight | None = None  # the step that was launched last, if its ids have not been read
         self._events: list[Event] = []
         self._sequence_ids = itertools.count()
         self._orders = itertools.count()
@@ -73,18 +78,19 @@ class EngineCore:
         return self._scheduler.has_work
 
     def step(self, inbox: Items[Inbound]) -> list[Event]:
-        """Take in messages, run one batch, and return the events it caused."""
+        """Take in messages, launch one batch, and return the events of the one before; on a CPU, which has computed
+        the batch by then, its own."""
         started = time.monotonic()
-        self._receive(inbox)
-        slices = self._scheduler.schedule()
-        if slices:
-            self._mark_admitted(slices)
-            rows = [self._row(item) for item in slices]
-            logits = self.parts.runner.run(build_batch(rows))  # [num_logits, vocab]
-            self._advance(slices, rows, logits)
-            self._num_steps += 1
-            self._num_rows += sum(item.num_tokens for item in slices)
-            self._step_seconds += time.monotonic() - started
+        ahead = None if inbox else self._launch_ahead()
+        self._retire()
+        if ahead is not None:
+            self._flight = self._settle(ahead)
+        else:
+            self._receive(inbox)
+            self._flight = self._launch(self._scheduler.schedule())
+        if self._flight is not None and not self._flight.is_apart:
+            self._retire()
+        self._step_seconds += time.monotonic() - started
         if not self.has_work:
             self.check_integrity()
         events, self._events = self._events, []
@@ -194,79 +200,74 @@ class EngineCore:
 
     # -- run -------------------------------------------------------------------------------------------------------
 
-    def _mark_admitted(self, slices: Items[Slice]) -> None:
+    def _launch_ahead(self) -> Flight | None:
+        """The step after the one whose ids nobody has read, if they do not decide what it is."""
+        following = lookahead.following(self._flight, self._scheduler)
+        return None if following is None else self._launch(following.slices, following.after)
+
+    def _launch(self, slices: Items[Slice], after: After | None = None) -> Flight | None:
+        """Run a step; None: there is nothing to run. One that is ahead is accounted for when it is settled."""
+        if not slices:
+            return None
         now = time.monotonic()
         for item in slices:
             if item.sequence.admitted_at is None:
                 item.sequence.admitted_at = now
+        flight = self._launcher.launch(slices, after)
+        for item in slices if after is None else ():
+            self._store(item)
+        self._num_steps += 1
+        self._num_rows += sum(item.num_tokens for item in slices)
+        return flight
 
-    def _row(self, item: Slice) -> BatchRow:
+    def _store(self, item: Slice) -> None:
+        """Account for what a step stores: whatever reads it is launched later, and so runs later."""
         sequence = item.sequence
-        tokens = sequence.tokens[item.start : item.start + item.num_tokens]
-        num_logits = item.num_tokens if sequence.wants_prompt_logprobs else int(item.completes)
-        page_size, own = self.parts.plan.page_size, self.parts.storage.layout.policy.window
-        window = None if sequence.window == own else sequence.window  # recorded steps know the policy's alone
-        return BatchRow(tokens, item.start, item.block_table, page_size, num_logits, item.recent_table, window)
+        sequence.num_computed = item.start + item.num_tokens
+        self._manager.commit(sequence.id, sequence.tokens, sequence.num_computed)
 
-    def _advance(self, slices: Items[Slice], rows: Items[BatchRow], logits: Tensor) -> None:
-        """Account for what the step stored, and sample for every sequence that is caught up."""
-        drawn = self._choose_on_gpu(slices, rows, logits)
-        first = 0  # row of `logits`
-        for item, row in zip(slices, rows, strict=True):
-            sequence = item.sequence
-            if sequence.finished is not None:  # a sibling's failure a moment ago ended it too
-                first += row.num_logits
-                continue
-            sequence.num_computed = item.start + item.num_tokens
-            self._manager.commit(sequence.id, sequence.tokens, sequence.num_computed)
-            own = logits[first : first + row.num_logits]  # [row.num_logits, vocab]
-            first += row.num_logits
-            if sequence.wants_prompt_logprobs:
-                self._collect_prompt_logprobs(item, own.cpu())
-            if item.completes:
-                self._complete(sequence, own[-1], drawn)
+    def _retire(self) -> None:
+        """Wait for the step in flight, and do what its ids say."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        found = flight.pending.read()
+        for part in flight.parts:
+            if part.sequence.finished is None:  # else a sibling's failure a moment ago ended it too
+                self._collect_prompt_logprobs(part, flight, found)
+                if part.draws:
+                    drawn = found.drawn[part.draws.start : part.draws.stop]
+                    part.sequence.is_left_to_cpu |= flight.is_apart and None in drawn
+                    self._complete(part.sequence, flight.logits[part.rows[-1]], drawn)
 
-    def _choose_on_gpu(
-        self, slices: Items[Slice], rows: Items[BatchRow], logits: Tensor
-    ) -> dict[tuple[int, int], Drawn | None]:
-        """What the step's choices draw where the logits are, by sequence and choice; empty where that is the CPU."""
-        if self.parts.sampler.on_gpu is None:
-            return {}
-        keys: list[tuple[int, int]] = []
-        draws: list[tuple[int, Draw]] = []
-        row = -1  # the last of the slice's rows of `logits`
-        for item, part in zip(slices, rows, strict=True):
-            row += part.num_logits
-            sequence = item.sequence
-            for index in sequence.indices if item.completes else ():
-                keys.append((sequence.id, index))
-                draws.append((row, self._draw(sequence, index)))
-        return dict(zip(keys, self.parts.sampler.choose_on_gpu(logits, draws), strict=True))
+    def _settle(self, ahead: Flight) -> Flight | None:
+        """What is left of a step that was launched before the ids of the one before it were read."""
+        flight = ahead.settled()
+        for part in () if flight is None else flight.parts:
+            self._store(part.item)
+        return flight
 
-    def _collect_prompt_logprobs(self, item: Slice, logits: Tensor) -> None:
-        """logits: [item.num_tokens, vocab]; the row at position p scores the prompt token at p + 1."""
-        submit = item.sequence.request.submit
-        num_top = submit.sampling.num_prompt_logprobs or 0
-        for offset in range(item.num_tokens):
-            target = item.start + offset + 1
-            if target < len(submit.prompt):
-                entry = self.parts.sampler.logprobs_of(logits[offset], submit.prompt[target], num_top)
-                item.sequence.request.prompt_logprobs.append(entry)
+    def _collect_prompt_logprobs(self, part: Part, flight: Flight, found: Found) -> None:
+        for i in part.targets:
+            target, entry = flight.pending.targets[i], found.scored[i]
+            if entry is None:
+                row = flight.logits[target.row].cpu()
+                entry = self.parts.sampler.logprobs_of(row, target.token, target.num_top)
+            part.sequence.request.prompt_logprobs.append(entry)
 
-    def _complete(self, sequence: Sequence, logits: Tensor, drawn: Mapping[tuple[int, int], Drawn | None]) -> None:
+    def _complete(self, sequence: Sequence, logits: Tensor, drawn: Items[Drawn | None]) -> None:
         """A sequence is caught up: fork its siblings off if it has just finished the prompt, then sample.
 
-        logits: [vocab], which only choices that have not been drawn look at.
+        logits: [vocab], which only choices that have not been drawn look at; drawn: by choice, as `sequence.indices`.
         """
         if sequence.wants_prompt_logprobs:
             self._events.append(PromptLogprobs(sequence.request.submit.id, sequence.request.prompt_logprobs))
-        family = [sequence, *self._fork(sequence)]
-        found = [drawn.get((sequence.id, member.index)) for member in family]
-        if None in found:
+        found = dict(zip(sequence.indices, drawn, strict=True))
+        if None in drawn:
             logits = logits.cpu()
-        for member, choice in zip(family, found, strict=True):
+        for member in [sequence, *self._fork(sequence)]:
             if member.finished is None:  # a failure of one choice ends them all
-                self._sample(member, logits, choice)
+                self._sample(member, logits, found[member.index])
 
     def _fork(self, leader: Sequence) -> list[Sequence]:
         """Start the other choices on the leader's pages. Those without room wait, and find the prompt in the index."""
@@ -288,11 +289,6 @@ class EngineCore:
 
     # -- sample ----------------------------------------------------------------------------------------------------
 
-    def _draw(self, sequence: Sequence, index: int) -> Draw:
-        eos = self.parts.eos_token_ids
-        request = sequence.request
-        return Draw(request.submit.sampling, request.seed, index, sequence.tokens, sequence.num_prompt, eos)
-
     def _sample(self, sequence: Sequence, logits: Tensor, drawn: Drawn | None) -> None:
         """Draw one token, unless it has been, and emit it, or end the choice.  logits: [vocab]."""
         request, sampling = sequence.request, sequence.request.submit.sampling
@@ -301,7 +297,7 @@ class EngineCore:
             return
         try:
             if drawn is None:
-                drawn = self.parts.sampler.sample(logits, self._draw(sequence, sequence.index))
+                drawn = self.parts.sampler.sample(logits, draw_of(sequence, sequence.index, self.parts.eos_token_ids))
         except BadLogits as error:
             self._fail(request, str(error))
             return

@@ -2,8 +2,9 @@
 
 Launching a step's few hundred kernels one by one takes the host longer than a GPU takes to run them; a graph is one
 launch. It reads its inputs from tensors that stay where they are, so a step is padded to a recorded size and copied
-into them. Padding repeats the sequence with the shortest context: it stores the same bytes in the same place once more,
-and its logits are cut off. Steps with prompts run as they are. All graphs are recorded at start: no request waits for a
+into them. All graphs leave their logits in one place: if each kept its own they would take memory for every size.
+Padding repeats the sequence with the shortest context: it stores the same bytes in the same place once more, and its
+logits are cut off. Steps with prompts run as they are. All graphs are recorded at start: no request waits for a
 recording, or for Triton's compiler.
 """
 
@@ -22,7 +23,8 @@ from engine.runner import Model, Runner
 from engine.tapes import runner_of
 from kernels.attention.quantized.layout import RECENT_TOKENS
 from kernels.contract import RecentInputs
-from kernels.gpu.steps import refill
+from kernels.gpu.steps import refill as refill_tiles
+from kernels.transfer import Parcel, refill, send
 
 SHORTEST = 2048  # tokens of the first context length; each further one is four times as long
 GROWTH = 4
@@ -115,29 +117,31 @@ def padded(batch: Batch, size: Size, page_size: int, has_recent: bool) -> Batch:
         slots=inputs.slots[at],
         recent=recent,
     )
-    return Batch(batch.input_ids[at], batch.positions[at], attention, torch.arange(size.num_seqs))
-
-
-def fill(held: Batch, step: Batch) -> None:
-    """Copy a padded step into the tensors that a graph reads."""
-    pairs = [
-        (held.input_ids, step.input_ids),
-        (held.positions, step.positions),
-        (held.attention.block_tables, step.attention.block_tables),
-        (held.attention.slots, step.attention.slots),
-    ]
-    if held.attention.recent is not None and step.attention.recent is not None:
-        pairs.append((held.attention.recent.tables, step.attention.recent.tables))
-        pairs.append((held.attention.recent.slots, step.attention.recent.slots))
-    for target, source in pairs:
-        target.copy_(source, non_blocking=True)
-    refill(held.attention, step.attention)
+    after = None if batch.after is None else replace(batch.after, rows=batch.after.rows[at])
+    return Batch(batch.input_ids[at], batch.positions[at], attention, torch.arange(size.num_seqs), after)
 
 
 @dataclass(frozen=True)
 class Graph:
-    inputs: Batch  # on the device
+    """A recorded step."""
+
+    inputs: Batch  # what it reads: tensors of `parcel`
+    parcel: Parcel  # on the device
     replay: Replay
+
+    def run(self, step: Batch) -> Tensor:
+        """The recorded step for a padded one; what it returns is overwritten by the next run of any graph."""
+        refill(self.parcel, _sent(step))
+        if step.after is not None:
+            self.inputs.input_ids.copy_(replace(step.after, rows=self.parcel.tensors[-1]).read())
+        refill_tiles(self.inputs.attention, step.attention)
+        return self.replay()
+
+
+def _sent(step: Batch) -> list[Tensor]:
+    """What goes to the device in one copy, the same for all steps of a size."""
+    rows = torch.zeros_like(step.input_ids) if step.after is None else step.after.rows
+    return [*replace(step, after=None).tensors, rows]
 
 
 @dataclass
@@ -154,6 +158,7 @@ class GraphRunner(Runner):
 
     def __post_init__(self) -> None:
         super().__init__(self.model, self.caches)
+        self._logits: Tensor | None = None  # [most sequences, vocab] float32, where every graph puts its own
 
     @torch.inference_mode()
     def prepare(self, max_batch_tokens: int) -> None:
@@ -167,19 +172,27 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
-        """As Runner's; what it returns is overwritten by the next step."""
+        """As Runner's. The logits of a recorded step are copied, 8 bytes an id: the next step may be launched before
+        anybody has seen what was drawn from them, and what was not drawn is drawn from them then."""
         size = size_for(batch, self.sizes)
         if size is None:
             return super().run(batch)
-        graph = self.graphs[size]
-        fill(graph.inputs, padded(batch, size, self.page_size, self.has_recent))
-        return graph.replay()[: len(batch.logit_rows)]
+        step = padded(batch, size, self.page_size, self.has_recent)
+        return self.graphs[size].run(step)[: len(batch.logit_rows)].clone()
 
     def _recorded(self, size: Size) -> Graph:
         row = BatchRow([0], size.context_len - 1, [0] * -(-size.context_len // self.page_size), self.page_size, 1)
         step = padded(build_batch([row] * size.num_seqs), size, self.page_size, self.has_recent)
-        inputs = step.to(self.caches[0].device)
-        return Graph(inputs, self.recorder.record(lambda: self.model.forward(inputs, self.caches)))
+        parcel = send(_sent(step), self.caches[0].device)
+        inputs = step.on(parcel.tensors[:-1])
+
+        def forward() -> Tensor:
+            logits = self.model.forward(inputs, self.caches)
+            if self._logits is None:  # the first one runs before it is recorded
+                self._logits = torch.empty_like(logits)
+            return self._logits[: len(logits)].copy_(logits)
+
+        return Graph(inputs, parcel, self.recorder.record(forward))
 
 
 def runner_for(

@@ -1,7 +1,7 @@
 """Logits to ids. Every row is drawn by itself, so a request's tokens do not depend on its neighbours.
 
-Logits that lie on a GPU are drawn from there, a step's rows at once; only rows with rules that no kernel has there come
-to the CPU.
+Logits that lie on a GPU are drawn from there, a step's rows at once, and the host need not wait for what is drawn; only
+rows that the kernels leave come to the CPU.
 
 Order of the rules: bias, penalties, min_tokens, temperature, then min_p, top_k and top_p, then one draw. The draw takes
 one uniform number that is a pure function of (seed, choice, position): replaying a request replays its tokens, whatever
@@ -11,7 +11,7 @@ ran beside it and however often it was preempted.
 import math
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
@@ -23,14 +23,17 @@ import kernels.sampling
 from engine.messages import Logprobs, Sampling
 from kernels.contract import (
     Choice,
+    Edits,
     Filters,
     KernelRefused,
     RowDraw,
     RowSpec,
     SamplingKernel,
+    Scores,
     StepSamplingKernel,
     select,
 )
+from kernels.transfer import Fetch, send
 
 
 class BadLogits(RuntimeError):
@@ -47,26 +50,30 @@ class Draw:
     tokens: list[int]  # prompt, then generated
     num_prompt: int
     eos_token_ids: tuple[int, ...]
+    num_ahead: int = 0  # tokens after these that are drawn, and that nobody knows yet
 
     @property
     def num_generated(self) -> int:
-        return len(self.tokens) - self.num_prompt
+        return len(self.tokens) - self.num_prompt + self.num_ahead
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing is to be applied to the raw logits before the temperature."""
+    def edits(self) -> Edits | None:
+        """What is done to the raw logits before the temperature; None: nothing."""
         s = self.sampling
-        return (
-            not s.logit_bias
-            and s.presence_penalty == s.frequency_penalty == 0
-            and s.repetition_penalty == 1
-            and self.num_generated >= s.min_tokens
-        )
-
-    @property
-    def is_plain_greedy(self) -> bool:
-        """Whether the largest raw logit wins, nothing else to apply."""
-        return self.sampling.temperature == 0 and self.is_plain
+        add, less = dict(s.logit_bias), {}
+        if s.presence_penalty or s.frequency_penalty:
+            counts = Counter(self.tokens[self.num_prompt :])
+            counted = torch.tensor(list(counts.values()), dtype=torch.int64)
+            penalties = s.presence_penalty + s.frequency_penalty * counted
+            less = dict(zip(counts, penalties.tolist(), strict=True))
+        if self.num_generated < s.min_tokens:
+            less |= dict.fromkeys((*s.stop_token_ids, *(() if s.ignore_eos else self.eos_token_ids)), math.inf)
+        seen = set(self.tokens) if s.repetition_penalty != 1 else set()
+        ids = sorted(add.keys() | less.keys() | seen)
+        if not ids:
+            return None
+        factors = [s.repetition_penalty if token in seen else 1.0 for token in ids]
+        terms = [[add.get(token, 0.0) for token in ids], factors, [less.get(token, 0.0) for token in ids]]
+        return Edits(torch.tensor(ids, dtype=torch.int64), torch.tensor(terms, dtype=torch.float32))
 
     @property
     def filters(self) -> Filters | None:
@@ -78,6 +85,11 @@ class Draw:
     def uniform(self) -> float:
         return uniform_at(self.seed, self.index, self.num_generated)
 
+    def of_row(self, row: int) -> RowDraw:
+        """The same for a kernel."""
+        filters = self.filters
+        return RowDraw(row, filters, 0.0 if filters is None else self.uniform, self.edits())
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -88,56 +100,94 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Target:
+    """One token of a prompt to score."""
+
+    row: int  # of the step's logits
+    token: int
+    num_top: int  # most likely ids to name
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a step drew and scored; None is left to `sample` and `logprobs_of`."""
+
+    drawn: Sequence[Drawn | None]
+    scored: Sequence[Logprobs | None]  # targets
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What a step draws and scores where its logits are: asked for, perhaps not computed yet."""
+
+    draws: Sequence[Draw]
+    targets: Sequence[Target]
+    ids: Tensor | None  # [num_draws] int32 on the device, -1 for what is left to the CPU; None: all is
+    fetch: Fetch | None  # ids, then the scores of draws that want some, and those of targets
+
+    def read(self) -> Found:
+        """Wait for it."""
+        drawn: list[Drawn | None] = [None] * len(self.draws)
+        if self.fetch is None:
+            return Found(drawn, [None] * len(self.targets))
+        ids, *scores = self.fetch.wait()
+        for i, token in enumerate(ids.tolist()):
+            drawn[i] = None if token < 0 else Drawn(token)
+        if wanted := _wanting(self.draws):
+            num_top = [self.draws[i].sampling.num_logprobs or 0 for i in wanted]
+            for i, entry in zip(wanted, _entries(scores[0], scores[1], num_top), strict=True):
+                drawn[i] = None if entry is None else Drawn(entry.token, entry)
+        scored = _entries(scores[-2], scores[-1], [target.num_top for target in self.targets]) if self.targets else []
+        return Found(drawn, scored)
+
+
+@dataclass(frozen=True)
 class Sampler:
     """The rules, on the kernels that were chosen at load."""
 
     kernel: SamplingKernel  # of one row on the CPU
     on_gpu: StepSamplingKernel | None = None
+    bring: Callable[[Sequence[Tensor]], Fetch] = Fetch  # results of on_gpu to the host
 
     def prepare(self, vocab_size: int, device: torch.device) -> None:
         """Compile what a step may need, so that no request waits for it."""
         if self.on_gpu is not None:
-            draws = [RowDraw(0, None), RowDraw(0, Filters(1.0, top_k=1))]
-            self.on_gpu.draw_all(torch.zeros(1, vocab_size, device=device), draws)
+            edits = Edits(torch.zeros(1, dtype=torch.int64), torch.ones(3, 1))
+            draws = [RowDraw(0, None), RowDraw(0, Filters(1.0, top_k=1)), RowDraw(0, None, edits=edits)]
+            logits = torch.zeros(1, vocab_size, device=device)
+            self.on_gpu.score_all(logits, [(0, 0)], self.on_gpu.draw_all(logits, draws), 1)
 
-    def choose_on_gpu(self, logits: Tensor, draws: Sequence[tuple[int, Draw]]) -> list[Drawn | None]:
-        """What a step draws, each from a row of `logits`; None is for `choose` to choose or to refuse.
+    def launch(self, logits: Tensor, draws: Sequence[tuple[int, Draw]], targets: Sequence[Target] = ()) -> Pending:
+        """Draw and score what can be drawn and scored where the logits are, each from a row of them. Waits for nothing.
 
-        logits: [num_logits, vocab] float32. Waits for the GPU once, for 4 bytes a draw, and once more where
-        log-probabilities are wanted.
+        logits: [num_logits, vocab] float32.
         """
-        found: list[Drawn | None] = [None] * len(draws)
-        able = [i for i, (_, draw) in enumerate(draws) if draw.is_plain]
-        if self.on_gpu is None or not able:
-            return found
-        asked = [RowDraw(row, draw.filters, draw.uniform) for row, draw in (draws[i] for i in able)]
-        tokens = self.on_gpu.draw_all(logits, asked).tolist()
-        scored: list[tuple[int, int, int]] = []  # draw, token, most likely ids to name
-        for i, token in zip(able, tokens, strict=True):
-            num_top = draws[i][1].sampling.num_logprobs
-            if token >= 0 and num_top is None:
-                found[i] = Drawn(token)
-            elif token >= 0 and num_top is not None:
-                scored.append((i, token, num_top))
-        if scored:
-            rows, most = [draws[i][0] for i, _, _ in scored], max(num_top for _, _, num_top in scored)
-            scores = self.on_gpu.log_probs_all(logits, rows, [token for _, token, _ in scored], most)
-            for (i, token, num_top), score in zip(scored, scores, strict=True):
-                found[i] = None if score is None else Drawn(token, Logprobs(token, score[0], score[1][:num_top]))
-        return found
+        wishes = [draw for _, draw in draws]
+        if self.on_gpu is None or not (draws or targets):
+            return Pending(wishes, targets, None, None)
+        ids = self.on_gpu.draw_all(logits, [draw.of_row(row) for row, draw in draws])  # [num_draws]
+        results = [ids]
+        if wanted := _wanting(wishes):
+            num_top = max(wishes[i].sampling.num_logprobs or 0 for i in wanted)
+            results += _tensors(self.on_gpu.score_all(logits, [(draws[i][0], i) for i in wanted], ids, num_top))
+        if targets:
+            (tokens,) = send([torch.tensor([target.token for target in targets])], logits.device).tensors
+            pairs = [(target.row, i) for i, target in enumerate(targets)]
+            results += _tensors(self.on_gpu.score_all(logits, pairs, tokens, max(t.num_top for t in targets)))
+        return Pending(wishes, targets, ids, self.bring(results))
 
     def choose(self, logits: Tensor, draw: Draw) -> int:
         """Choose one token id.  logits: [vocab] float32 on the CPU. Raises BadLogits."""
         best = self.kernel.argmax(logits)
         if best is None:
             raise BadLogits("the model produced logits that are not finite")
-        if draw.is_plain_greedy:
-            return best
-        logits = _adjust(logits.clone(), draw)
-        best = self.kernel.argmax(logits)
-        if best is None:
-            raise BadLogits("bias, penalties and min_tokens leave no logit that is finite")
-        filters = draw.filters
+        edits, filters = draw.edits(), draw.filters
+        if edits is not None:
+            logits = logits.clone()
+            logits[edits.ids] = edits.of(logits[edits.ids])
+            best = self.kernel.argmax(logits)
+            if best is None:
+                raise BadLogits("bias, penalties and min_tokens leave no logit that is finite")
         return best if filters is None else self.kernel.draw(logits, filters, draw.uniform)
 
     def sample(self, logits: Tensor, draw: Draw) -> Drawn:
@@ -171,24 +221,21 @@ def sampler_for(
     return Sampler(choice.kernel), [("sampling", Choice(choice.kernel, refusals))]
 
 
-def _adjust(logits: Tensor, draw: Draw) -> Tensor:
-    """Apply bias, penalties and min_tokens in place.  logits: [vocab] float32."""
-    s = draw.sampling
-    if s.logit_bias:
-        logits[torch.tensor(list(s.logit_bias))] += torch.tensor(list(s.logit_bias.values()))
-    if s.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(draw.tokens)))
-        values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
-    if s.presence_penalty or s.frequency_penalty:
-        counts = Counter(draw.tokens[draw.num_prompt :])
-        if counts:
-            penalty = s.presence_penalty + s.frequency_penalty * torch.tensor(list(counts.values()))
-            logits[torch.tensor(list(counts))] -= penalty
-    if draw.num_generated < s.min_tokens:
-        endings = (*s.stop_token_ids, *(() if s.ignore_eos else draw.eos_token_ids))
-        logits[torch.tensor(endings, dtype=torch.long)] = -math.inf
-    return logits
+def _wanting(draws: Sequence[Draw]) -> list[int]:
+    """Which draws want log-probabilities."""
+    return [i for i, draw in enumerate(draws) if draw.sampling.num_logprobs is not None]
+
+
+def _tensors(scores: Scores) -> list[Tensor]:
+    return [scores.ids, scores.values]
+
+
+def _entries(ids: Tensor, values: Tensor, num_top: Sequence[int]) -> list[Logprobs | None]:
+    """Scores on the host as they are sent; None where there are none.  ids, values: [n, 1 + most]; num_top: [n]."""
+    return [
+        None if own[0] < 0 else Logprobs(own[0], scores[0], list(zip(own[1:], scores[1:], strict=True))[:most])
+        for own, scores, most in zip(ids.tolist(), values.tolist(), num_top, strict=True)
+    ]
 
 
 def uniform_at(seed: int, index: int, position: int) -> float:

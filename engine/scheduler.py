@@ -2,6 +2,7 @@
 
 from bisect import insort
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from engine.request import Sequence
@@ -24,7 +25,12 @@ class Slice:
     @property
     def completes(self) -> bool:
         """Whether a token can be sampled afterwards: nothing of the sequence is left to compute."""
-        return self.start + self.num_tokens == len(self.sequence.tokens)
+        return self.start + self.num_tokens >= len(self.sequence.tokens)
+
+    @property
+    def num_ahead(self) -> int:
+        """Of its tokens, those that nobody knows yet: 1 where it follows a step whose ids have not been read."""
+        return max(0, self.start + self.num_tokens - len(self.sequence.tokens))
 
 
 class Scheduler:
@@ -67,7 +73,7 @@ class Scheduler:
 
     def adopt(self, sequence: Sequence) -> bool:
         """Run a fork that already holds its pages. False when there is no seat: the caller queues it instead."""
-        if len(self._running) >= self._max_num_seqs:
+        if not self._has_seat:
             return False
         insort(self._running, sequence, key=_rank)
         return True
@@ -96,6 +102,28 @@ class Scheduler:
         self._admit(slices)
         return list(slices.values())
 
+    def ahead(self, sequences: Items[Sequence], num_ending: int) -> list[Slice] | None:
+        """One token more of each of `sequences`, all of whose known tokens are stored; `num_ending` others end now.
+
+        None where there is something to choose: another one runs, one waits that may find room, or pages run out. What
+        was reserved until then is what the next step reserves.
+        """
+        if len(sequences) + num_ending != len(self._running):
+            return None
+        if self._waiting and (num_ending or (self._has_seat and self._has_room(self._waiting[0]))):
+            return None
+        slices: list[Slice] = []
+        for sequence in sequences:
+            block_table = self._manager.extend(sequence.id, 1)
+            if block_table is None:
+                return None
+            slices.append(self._slice(sequence, 1, block_table))
+        return slices
+
+    @property
+    def _has_seat(self) -> bool:
+        return len(self._running) < self._max_num_seqs
+
     def _run(self, sequences: Iterable[Sequence], slices: dict[int, Slice]) -> None:
         """Give running sequences their share, taking pages from the lowest-ranked when there are none left."""
         budget = self._max_batch_tokens
@@ -120,10 +148,11 @@ class Scheduler:
     def _admit(self, slices: dict[int, Slice]) -> None:
         """Start waiting sequences, best rank first, while the step has budget and the cache has room."""
         budget = self._max_batch_tokens - sum(item.num_tokens for item in slices.values())
-        while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
+        while self._waiting and budget > 0 and self._has_seat:
             sequence = self._waiting[0]
-            if not self._open(sequence):
+            if not self._has_room(sequence):
                 return
+            self._open(sequence)
             self._waiting.pop(0)
             insort(self._running, sequence, key=_rank)
             num_tokens = self._manager.fitting(sequence.id, _share(sequence, budget))
@@ -133,24 +162,26 @@ class Scheduler:
             slices[sequence.id] = self._slice(sequence, num_tokens, block_table)
             budget -= num_tokens
 
-    def _open(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence the pages that the swap space or the prefix index has of it. False, and nothing
-        changed, when it would leave too little room; alone it always fits."""
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence can start and leaves enough to those that run; alone it always can."""
+        if not self._running:
+            return True
         num_tokens, spare = len(sequence.tokens), len(self._running)  # a running sequence may want one more page soon
         if self._swap is not None and sequence.id in self._swap:
-            if self._running and not self._swap.has_room(sequence.id, num_tokens, spare):
-                return False
+            return self._swap.has_room(sequence.id, num_tokens, spare)
+        return self._manager.has_room(self._find_prefix(sequence), num_tokens, spare)
+
+    def _open(self, sequence: Sequence) -> None:
+        """Give a waiting sequence the pages that the swap space or the prefix index has of it."""
+        if self._swap is not None and sequence.id in self._swap:
             sequence.num_computed = self._swap.take(sequence.id)
-            return True
+            return
         match = self._find_prefix(sequence)
-        if self._running and not self._manager.has_room(match, num_tokens, spare):
-            return False
         is_new = sequence.num_preemptions == 0  # finding one's own pages again is no hit
-        self._manager.open(sequence.id, match, num_queried=num_tokens if is_new else 0)
+        self._manager.open(sequence.id, match, num_queried=len(sequence.tokens) if is_new else 0)
         sequence.num_computed = match.num_tokens
         if is_new:
             sequence.num_cached_tokens = match.num_tokens
-        return True
 
     def _find_prefix(self, sequence: Sequence) -> Match:
         """Prompt log-probabilities need every prompt row computed, so those requests take nothing from the cache."""

@@ -195,25 +195,51 @@ class SamplingKernel(Kernel, Protocol):
 
 
 @dataclass(frozen=True)
+class Edits:
+    """What is done to some logits of a row before anything is drawn from it, each step rounded to float32:
+
+    x'[id] = scaled(x[id] + add) - less,   scaled(y) = y / factor where y > 0, else y * factor
+    """
+
+    ids: Tensor  # [n] int64, each id once
+    terms: Tensor  # [3, n] float32: add, factor (1 scales nothing), less (inf leaves nothing of a finite logit)
+
+    def of(self, values: Tensor) -> Tensor:
+        """values: [n] float32, the logits of `ids` -> what becomes of them."""
+        add, factor, less = self.terms.unbind()
+        moved = values + add
+        return torch.where(moved > 0, moved / factor, moved * factor) - less
+
+
+@dataclass(frozen=True)
 class RowDraw:
     """One id to draw from one row of a step's logits."""
 
     row: int
     filters: Filters | None  # None takes the largest
     uniform: float = 0.0  # in [0, 1)
+    edits: Edits | None = None  # of the row before the draw, which leave the row itself as it is
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log softmax of one token of each of n rows, and of each row's most likely ids, falling."""
+
+    ids: Tensor  # [n, 1 + num_top] int64, the token first; -1 there is left to a SamplingKernel
+    values: Tensor  # [n, 1 + num_top] float64
 
 
 class StepSamplingKernel(Kernel, Protocol):
-    """One back end that draws for a whole step, where its logits are; what is drawn is as SamplingKernel has it."""
+    """One back end that draws for a whole step, where its logits are; what is drawn is as SamplingKernel has it. It
+    waits for nothing: what it returns may not be computed yet."""
 
     def draw_all(self, logits: Tensor, draws: Sequence[RowDraw]) -> Tensor:
         """logits: [num_rows, vocab] float32 -> [num_draws] int32, on their device; -1 is left to a SamplingKernel."""
         ...
 
-    def log_probs_all(
-        self, logits: Tensor, rows: Sequence[int], tokens: Sequence[int], num_top: int
-    ) -> list[tuple[float, list[tuple[int, float]]] | None]:
-        """What SamplingKernel.log_probs gives for a token of each of `rows`; None is left to it."""
+    def score_all(self, logits: Tensor, pairs: Sequence[tuple[int, int]], tokens: Tensor, num_top: int) -> Scores:
+        """What SamplingKernel.log_probs gives. pairs: a row, and where its token is among `tokens`, which are integers
+        on the logits' device, below 0 where there is none."""
         ...
 
 

@@ -11,13 +11,13 @@ All but logits is float64 or integer: weights are what the reference computes bu
 sums differ from its sums by their order. There are no atomics, and a draw's result depends on its row and rules alone.
 
 A draw is FIELDS numbers, float64: row of logits, temperature (0 takes the largest), top_k (0 keeps all; at most the
-vocabulary), top_p, min_p, uniform.
+vocabulary), top_p, min_p, uniform, place among the ids.
 """
 
 import triton
 import triton.language as tl
 
-FIELDS = tl.constexpr(6)
+FIELDS = tl.constexpr(7)
 # Four buckets to a factor e of a weight, and 16 factors to a bucket beyond e^-NEAR, where no more than a rank matters.
 STEPS = tl.constexpr(4.0)
 NEAR = tl.constexpr(24.0)
@@ -242,4 +242,4 @@ def pick(
                 found = from_candidates(
                     room, size, total, highest, temperature, top_k, top_p, min_p, uniform, vocab, ROOM
                 )
-    tl.store(ids + draw, found)
+    tl.store(ids + tl.load(draws + draw * FIELDS + 6).to(tl.int32), found)

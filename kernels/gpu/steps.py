@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import transfer
 from kernels.contract import AttentionInputs
+from kernels.transfer import Parcel, send
 
 MIN_COLUMNS = 16  # of a tile
 WIDE_COLUMNS = (
@@ -43,11 +45,20 @@ class Tiling:
 class Launch:
     """Tiles that are cut alike."""
 
-    tiles: Tensor  # [num_tiles, 6] int32: sequence, query row, row of the parts, position, rows, window
-    rows: Tensor  # [num_rows, 2] int32: query row, parts in use
+    parcel: Parcel  # tiles and rows
     num_parts: int  # of a row, room for
     splits_per_part: int
     is_wide: bool
+
+    @property
+    def tiles(self) -> Tensor:
+        """[num_tiles, 6] int32: sequence, query row, row of the parts, position, rows, window."""
+        return self.parcel.tensors[0]
+
+    @property
+    def rows(self) -> Tensor:
+        """[num_rows, 2] int32: query row, parts in use."""
+        return self.parcel.tensors[1]
 
 
 def launches(inputs: AttentionInputs, tiling: Tiling, windows: tuple[int, ...], device: torch.device) -> list[Launch]:
@@ -86,8 +97,7 @@ def _launch(
         splits_per_part = tiling.splits_per_part(num_splits, len(tiles))
     rows = [(row, position // (tiling.split * splits_per_part) + 1) for row, position in at]
     return Launch(
-        torch.tensor(tiles, dtype=torch.int32).to(device, non_blocking=True),
-        torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True),
+        send([torch.tensor(tiles, dtype=torch.int32), torch.tensor(rows, dtype=torch.int32)], device),
         max(used for _, used in rows),
         splits_per_part,
         is_wide,
@@ -100,5 +110,4 @@ def refill(held: AttentionInputs, step: AttentionInputs) -> None:
     host = torch.device("cpu")
     for (_, tiling, windows), made in held.prepared.items():
         for target, source in zip(made, launches(step, tiling, windows, host), strict=True):
-            target.tiles.copy_(source.tiles, non_blocking=True)
-            target.rows.copy_(source.rows, non_blocking=True)
+            transfer.refill(target.parcel, source.parcel.tensors)

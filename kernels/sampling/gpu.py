@@ -1,14 +1,15 @@
 """Draws for a whole step on NVIDIA GPUs, in Triton (kernels/gpu/sampling.py)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kernels.contract import Filters, RowDraw, RowSpec
+from kernels.contract import Edits, Filters, RowDraw, RowSpec, Scores
 from kernels.gpu import device_refusal
 from kernels.gpu.checks import check_memory
+from kernels.transfer import send
 
 PIECE = 4096  # ids of a program
 PIECES = 64  # of a row, at most: one program puts their results together
@@ -24,7 +25,6 @@ class Results:
     best: Tensor  # [num_draws, num_pieces] float32, the largest logit of each piece
     sums: Tensor  # [num_draws, num_pieces] float64, of draws that are not greedy: what each piece weighs
     rooms: Tensor  # [num_draws, ROOM] int64, of draws with filters: sort keys, ascending; an id is the low 32 bits
-    ids: Tensor  # [num_draws] int32, -1 where there is none
 
 
 class SamplingTriton:
@@ -41,7 +41,8 @@ class SamplingTriton:
 
     Reads the logits once to take the largest, twice to draw, and once more where candidates lie: 4 bytes an id each
     time. 36 operations in float64 an id of a draw; ROOM log2(ROOM)^2 / 2 comparisons to sort. A draw's result does not
-    depend on the others.
+    depend on the others. A row with edits is copied first, 8 bytes an id, and edited by torch, which rounds as the CPU
+    does; the host sends 20 bytes an edit.
     """
 
     name = "triton"
@@ -56,54 +57,81 @@ class SamplingTriton:
 
     def draw_all(self, logits: Tensor, draws: Sequence[RowDraw]) -> Tensor:
         """logits: [num_rows, vocab] float32 -> [num_draws] int32. Raises ValueError for a row that there is not."""
-        return self._drawn(logits, draws).ids
+        logits = _checked(logits, [draw.row for draw in draws])
+        ids = logits.new_empty(len(draws), dtype=torch.int32)
+        plain = [i for i, draw in enumerate(draws) if draw.edits is None]
+        edited = [i for i, draw in enumerate(draws) if draw.edits is not None]
+        if plain:
+            self._draw(logits, [draws[i] for i in plain], ids, plain)
+        if edited:
+            rows = edited_rows(logits, [draws[i] for i in edited])
+            self._draw(rows, [replace(draws[i], row=row) for row, i in enumerate(edited)], ids, edited)
+        return ids
 
-    def log_probs_all(
-        self, logits: Tensor, rows: Sequence[int], tokens: Sequence[int], num_top: int
-    ) -> list[tuple[float, list[tuple[int, float]]] | None]:
+    def score_all(self, logits: Tensor, pairs: Sequence[tuple[int, int]], tokens: Tensor, num_top: int) -> Scores:
         """x[token] - max x - log sum_i exp(x[i] - max x), likewise of the most likely ids; in float64.
 
-        logits: [num_rows, vocab] float32. Costs what a draw with top_k does, and waits for the device.
+        logits: [num_rows, vocab] float32. Costs what a draw with top_k does.
         """
-        num_top = min(num_top, logits.shape[1])
-        drawn = self._drawn(logits, [RowDraw(row, Filters(1.0, top_k=num_top)) for row in rows])
-        is_found = (drawn.ids >= 0)[:, None]
-        top = torch.where(is_found, drawn.rooms[:, :num_top] & 0xFFFFFFFF, 0)
-        ids = torch.cat((torch.tensor(tokens).to(top)[:, None], top), 1)  # [num_rows, 1 + num_top]
+        rows = [row for row, _ in pairs]
+        logits = _checked(logits, rows)
+        vocab = logits.shape[1]
+        num_top = min(num_top, vocab)
+        found = logits.new_empty(len(rows), dtype=torch.int32)
+        draws = [RowDraw(row, Filters(1.0, top_k=num_top)) for row in rows]
+        drawn = self._draw(logits, draws, found, range(len(rows)))
+        (at,) = send([torch.tensor(pairs, dtype=torch.int64).view(-1, 2)], logits.device).tensors
+        own = tokens.index_select(0, at[:, 1]).long()
+        is_found = (found >= 0) & (own >= 0)
+        top = torch.where(is_found[:, None], drawn.rooms[:, :num_top] & 0xFFFFFFFF, 0)
+        ids = torch.cat((own.clamp(min=0)[:, None], top), 1)  # [num_rows, 1 + num_top]
         normalizer = drawn.best.amax(1).double() + drawn.sums.sum(1).log()
-        values = logits[torch.tensor(rows).to(logits.device)[:, None], ids].double() - normalizer[:, None]
-        found = zip(is_found[:, 0].tolist(), ids.tolist(), values.tolist(), strict=True)
-        return [
-            (own[0], list(zip(near[1:], own[1:], strict=True))) if is_here else None for is_here, near, own in found
-        ]
+        values = logits.view(-1)[at[:, :1] * vocab + ids].double() - normalizer[:, None]
+        return Scores(torch.cat((torch.where(is_found, own, -1)[:, None], top), 1), values)
 
-    def _drawn(self, logits: Tensor, draws: Sequence[RowDraw]) -> Results:
+    def _draw(self, logits: Tensor, draws: Sequence[RowDraw], ids: Tensor, places: Sequence[int]) -> Results:
+        """ids[places[i]] = the id of draws[i], -1 where there is none. ids: int32 on the device, mutated."""
         from kernels.gpu import sampling
 
-        check_memory("logits", logits, logits, torch.float32)
-        num_rows, vocab = logits.shape
-        if outside := [draw.row for draw in draws if not 0 <= draw.row < num_rows]:
-            raise ValueError(f"there is no row {outside[0]} in logits of {num_rows} rows")
-        logits, num_draws, num_pieces = logits.contiguous(), len(draws), -(-vocab // self._piece)
-        ids = logits.new_empty(num_draws, dtype=torch.int32)
-        rules = torch.tensor([fields_of(draw, vocab) for draw in draws], dtype=torch.float64)
-        fields = rules.to(logits.device, non_blocking=True)  # logits are still being computed: launch behind them
+        (_, vocab), num_draws = logits.shape, len(draws)
+        num_pieces = -(-vocab // self._piece)
+        numbers = [(*fields_of(draw, vocab), place) for draw, place in zip(draws, places, strict=True)]
+        (fields,) = send([torch.tensor(numbers, dtype=torch.float64)], logits.device).tensors
         best = logits.new_empty(num_draws, num_pieces)
         first, sums = torch.empty_like(best, dtype=torch.int32), torch.empty_like(best, dtype=torch.float64)
         counts = logits.new_empty(num_draws, num_pieces, BUCKETS, dtype=torch.int32)
         rooms = logits.new_empty(num_draws, self._room, dtype=torch.int64)
-        results = Results(best, sums, rooms, ids)
-        if not num_draws:
-            return results
-        sizes = constants(self._piece, self._room)
-        grid = (num_pieces, num_draws)
-        sampling.largest[grid](logits, fields, best, first, vocab, **sizes["largest"], num_warps=NUM_WARPS)
-        if any(draw.filters is not None for draw in draws):
-            sampling.weigh[grid](logits, fields, best, sums, counts, vocab, **sizes["weigh"], num_warps=NUM_WARPS)
-        sampling.pick[(num_draws,)](
-            logits, fields, best, first, sums, counts, rooms, ids, vocab, **sizes["pick"], num_warps=NUM_WARPS
-        )
-        return results
+        if num_draws:
+            sizes = constants(self._piece, self._room)
+            grid = (num_pieces, num_draws)
+            sampling.largest[grid](logits, fields, best, first, vocab, **sizes["largest"], num_warps=NUM_WARPS)
+            if any(draw.filters is not None for draw in draws):
+                sampling.weigh[grid](logits, fields, best, sums, counts, vocab, **sizes["weigh"], num_warps=NUM_WARPS)
+            sampling.pick[(num_draws,)](
+                logits, fields, best, first, sums, counts, rooms, ids, vocab, **sizes["pick"], num_warps=NUM_WARPS
+            )
+        return Results(best, sums, rooms)
+
+
+def edited_rows(logits: Tensor, draws: Sequence[RowDraw]) -> Tensor:
+    """logits: [num_rows, vocab] float32 -> what each draw with edits draws from, [num_draws, vocab]."""
+    vocab = logits.shape[1]
+    edits = [(i, draw.edits) for i, draw in enumerate(draws) if draw.edits is not None]
+    places = torch.cat([i * vocab + edit.ids for i, edit in edits])
+    numbers = [torch.tensor([draw.row for draw in draws]), places, torch.cat([edit.terms for _, edit in edits], 1)]
+    rows, at, terms = send(numbers, logits.device).tensors
+    copies = logits.index_select(0, rows)
+    flat = copies.view(-1)
+    flat.scatter_(0, at, Edits(at, terms).of(flat.index_select(0, at)))
+    return copies
+
+
+def _checked(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """The same, contiguous. Raises ValueError for logits that the kernels cannot read, or a row that there is not."""
+    check_memory("logits", logits, logits, torch.float32)
+    if outside := [row for row in rows if not 0 <= row < len(logits)]:
+        raise ValueError(f"there is no row {outside[0]} in logits of {len(logits)} rows")
+    return logits.contiguous()
 
 
 def constants(piece: int, room: int) -> dict[str, dict[str, int]]:

@@ -95,12 +95,16 @@ class Gpu:
 
     syncs: list[str] = field(default_factory=list)  # operations that wait until the device has nothing left to do
     uploads: list[str] = field(default_factory=list)  # copies to the device that do not wait
+    downloads: list[str] = field(default_factory=list)  # and from it
+    pinned: list[Tensor] = field(default_factory=list)  # memory of the host without which a copy waits
     launches: list[Launched] = field(default_factory=list)
     is_recording: bool = False
 
     def clear(self) -> None:
         self.syncs.clear()
         self.uploads.clear()
+        self.downloads.clear()
+        self.pinned.clear()
         self.launches.clear()
 
     def wait(self, what: str) -> None:
@@ -108,11 +112,16 @@ class Gpu:
             raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
         self.syncs.append(what)
 
-    def upload(self, what: str, waits: bool) -> None:
-        if waits or self.is_recording:
+    def upload(self, what: str, source: Tensor | None = None) -> None:
+        """source: what is copied without waiting, if nothing keeps it from that."""
+        if source is None or not self.is_pinned(source) or self.is_recording:
             self.wait(f"upload by {what}")
         else:
             self.uploads.append(what)
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        at = tensor.untyped_storage().data_ptr()
+        return any(held.untyped_storage().data_ptr() == at for held in self.pinned)
 
 
 class Asked(TorchFunctionMode):
@@ -125,7 +134,7 @@ class Asked(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = (tree_map(with_index, part) for part in (args, kwargs or {}))
         if func is torch.tensor and kwargs.get("device") == CUDA:
-            self._gpu.upload("torch.tensor", waits=True)
+            self._gpu.upload("torch.tensor")
             return OnGpu(func(*args, **(kwargs | {"device": CPU})))
         is_on_gpu = bool(args) and isinstance(args[0], OnGpu)
         if is_on_gpu and func in TO_HOST:
@@ -144,7 +153,7 @@ class Asked(TorchFunctionMode):
         source: Tensor = held_of(args[0])
         dtype = dtypes[0] if dtypes else source.dtype
         if not isinstance(args[0], OnGpu):
-            self._gpu.upload("to", waits=not kwargs.get("non_blocking", False))
+            self._gpu.upload("to", source if kwargs.get("non_blocking", False) else None)
             return OnGpu(source.to(dtype, copy=True))
         if devices and devices[0].type == "cpu":
             self._gpu.wait("download")
@@ -176,7 +185,7 @@ def check(gpu: Gpu, name: str, args: Any, everything: Any) -> None:
         strangers = [tensor for tensor in strangers if not any(tensor is index for index in indices)]
         for index in indices:
             if not isinstance(index, OnGpu):
-                gpu.upload(f"indices of {name}", waits=True)
+                gpu.upload(f"indices of {name}")
             if index.dtype in (torch.bool, torch.uint8):
                 gpu.wait(f"mask of {name}")
     if any(tensor.ndim or base in NO_NUMBERS for tensor in strangers):
@@ -203,6 +212,7 @@ class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         asked = kwargs.get("device")
         if asked is not None:
             kwargs["device"] = CPU
+        is_pinned = bool(kwargs.pop("pin_memory", False))
         if name in ("_to_copy", "copy_"):
             self._count_copy(name, tensors, asked, kwargs.get("non_blocking", False) or (*args, False, False)[2])
         elif on_gpu:
@@ -213,16 +223,35 @@ class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0]
         if name == "empty" or name.startswith("new_empty") or name in ("empty_like", "empty_strided"):
             result.zero_()
+        if is_pinned:
+            self._gpu.pinned.append(result)
         to_gpu = on_gpu if asked is None else torch.device(asked).type == "cuda"
         return tree_map(lambda value: OnGpu(value) if to_gpu and isinstance(value, Tensor) else value, result)
 
     def _count_copy(self, name: str, tensors: Sequence[Tensor], asked: Any, is_async: bool) -> None:
-        source = tensors[-1].device.type
-        target = tensors[0].device.type if name == "copy_" else source if asked is None else torch.device(asked).type
-        if source == "cuda" and target == "cpu":
-            self._gpu.wait(f"download by {name}")
-        elif source == "cpu" and target == "cuda":
-            self._gpu.upload(name, waits=not is_async)
+        source = tensors[-1]
+        kind = source.device.type if asked is None else torch.device(asked).type
+        target = tensors[0].device.type if name == "copy_" else kind
+        if source.device.type == "cuda" and target == "cpu":
+            if is_async and name == "copy_" and self._gpu.is_pinned(tensors[0]):
+                self._gpu.downloads.append(name)
+            else:
+                self._gpu.wait(f"download by {name}")
+        elif source.device.type == "cpu" and target == "cuda":
+            self._gpu.upload(name, source if is_async else None)
+
+
+class Event:
+    """What the host waits for."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self._gpu.wait("event")
 
 
 class Kernel:
@@ -322,6 +351,7 @@ def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[Gpu]:
                 patch.setattr(
                     module, attribute, Kernel(gpu, f"{name}.{attribute}", value, types[f"{name}.{attribute}"])
                 )
+    patch.setattr(torch.cuda, "Event", lambda: Event(gpu))
     patch.setattr(torch.cuda, "is_available", lambda: True)
     patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     patch.setattr(torch.cuda, "mem_get_info", lambda *_: (FREE_BYTES - held_bytes(), FREE_BYTES))

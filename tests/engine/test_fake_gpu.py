@@ -108,14 +108,15 @@ def test_every_format_runs_on_a_gpu(gpu: Gpu, name: str) -> None:
 
 def test_a_decode_step_waits_for_its_ids_and_for_nothing_else(gpu: Gpu, started: Started) -> None:
     """Bug: a copy that waits, or a question to the device, between the launches of a step: the GPU idles meanwhile.
-    What a step sends are its ids, positions, tables, slots and tiles, and the rules of its draws."""
+    What a step sends are its tables, its tiles, and the rules of its draws; it waits for the ids of the one before."""
     core = started.core
     until_decoding(core)
     gpu.clear()
     core.step([])
-    assert gpu.syncs == ["tolist"]
+    assert gpu.syncs == ["event"]
     assert {launch.kernel for launch in gpu.launches} == {"sampling.largest", "sampling.weigh", "sampling.pick"}
-    assert len(gpu.uploads) == (9 if core.parts.plan.num_recent_pages else 7)
+    assert len(gpu.uploads) == 3
+    assert len(gpu.downloads) == 1
     run(core, [])
 
 
@@ -124,8 +125,27 @@ def test_a_step_with_prompts_waits_no_more_often(gpu: Gpu, started: Started) -> 
     core = started.core
     gpu.clear()
     core.step([submit("r", [1 + j % 7 for j in range(40)])])
-    assert gpu.syncs == ["tolist"]
+    assert gpu.syncs == []
     assert len(gpu.launches) > 10 * SHAPE.num_layers
+    core.step([])
+    assert gpu.syncs == ["event"]
+    run(core, [])
+
+
+def test_rules_and_scores_wait_no_more_often(gpu: Gpu, started: Started) -> None:
+    """Bug: a row of logits copied to the CPU, or an answer of the GPU's that is waited for before the next question."""
+    rules: dict[str, Any] = {
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "logit_bias": {3: 1.0},
+        "min_tokens": 2,
+    }
+    core = started.core
+    gpu.clear()
+    core.step([submit("r", [1, 2, 3], num_logprobs=3, num_prompt_logprobs=2, ignore_eos=True, **rules)])
+    assert gpu.syncs == []
+    core.step([])
+    assert gpu.syncs == ["event"]
     run(core, [])
 
 

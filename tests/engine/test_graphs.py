@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import Batch, BatchRow, build_batch
+from engine.batch import After, Batch, BatchRow, build_batch
 from engine.config import Device, EngineConfig, ModelFacts, Plan, resolve
 from engine.graphs import GraphRunner, Size, padded, runner_for, size_for, sizes
+from engine.runner import Runner
 
 
 def row(start: int, num_rows: int = 1, pages: Sequence[int] = (3, 1), num_logits: int = 1, **more: Any) -> BatchRow:
@@ -82,6 +83,32 @@ def test_a_step_goes_through_the_recorded_tensors() -> None:
         batch = build_batch(rows)
         expected = Sums().forward(batch, [])
         assert torch.equal(runner.run(batch), expected)
+
+
+def test_ids_that_are_still_on_the_device_are_read_there() -> None:
+    """Bugs: a row that reads the id of the row beside it, padding that reads another one than the sequence it repeats,
+    ids of an earlier step; -1 taken for an id."""
+    runner = GraphRunner(Sums(), [torch.zeros(1)], Again(), sizes(4, 64), 16, has_recent=False)
+    runner.prepare(max_batch_tokens=8)
+    ids = torch.tensor([40, 50, -1, 60], dtype=torch.int32)
+    starts, pages = (20, 3, 9), ([3, 1], [2], [7])
+    rows = [BatchRow([0], start, held, 16, 1) for start, held in zip(starts, pages, strict=True)]
+    known = [BatchRow([token], row.start, row.block_table, 16, 1) for token, row in zip((60, 40, 0), rows, strict=True)]
+    after = After(ids, torch.tensor([3, 0, 2]))
+    for recorded in (runner, Runner(Sums(), runner.caches)):
+        assert torch.equal(recorded.run(build_batch(rows, after)), Sums().forward(build_batch(known), []))
+        assert torch.equal(recorded.run(build_batch(known)), Sums().forward(build_batch(known), []))
+
+
+def test_logits_outlive_the_next_step() -> None:
+    """What the GPU could not draw is drawn from them when the next step is in flight. Bug: every graph puts its logits
+    in one place, and hands that out."""
+    runner = GraphRunner(Sums(), [torch.zeros(1)], Again(), sizes(4, 64), 16, has_recent=False)
+    runner.prepare(max_batch_tokens=8)
+    first = runner.run(build_batch([row(7)]))
+    kept = first.clone()
+    runner.run(build_batch([row(20), row(3)]))
+    assert torch.equal(first, kept)
 
 
 def test_what_cannot_be_recorded_is_said() -> None:

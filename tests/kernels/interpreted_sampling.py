@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.core import EngineCore
 from engine.messages import Token
 from engine.sampling import Sampler
-from kernels.contract import Filters, RowDraw
+from kernels.contract import Edits, Filters, RowDraw
 from kernels.sampling.gpu import SamplingTriton
 from kernels.sampling.reference import SamplingReference
 from tests.engine.worlds import make_core, run, submit
@@ -25,9 +25,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encount
 
 
 def expected(logits: Tensor, draw: RowDraw) -> int:
-    row = logits[draw.row]
-    if draw.filters is None:
-        best = REFERENCE.argmax(row)
+    row = logits[draw.row].clone()
+    if draw.edits is not None:
+        row[draw.edits.ids] = draw.edits.of(row[draw.edits.ids])
+    best = REFERENCE.argmax(row)
+    if best is None or draw.filters is None:
         return -1 if best is None else best
     return REFERENCE.draw(row, draw.filters, draw.uniform)
 
@@ -129,28 +131,58 @@ def test_rows_that_are_broken_or_too_flat_are_left_to_the_cpu() -> None:
     assert found[6:] == [expected(logits, drawn[0]), -1, -1, -1, -1, -1]
 
 
+def edits_of(*edits: tuple[int, float, float, float]) -> Edits:
+    ids, *terms = zip(*edits, strict=True)
+    return Edits(torch.tensor(ids), torch.tensor(terms, dtype=torch.float32))
+
+
+def test_edited_rows_are_copies() -> None:
+    """Bugs: a row edited for one draw and read by another one, or scored; edits of the row beside; a banned id drawn; a
+    row that NaN makes broken mended by a ban."""
+    logits = torch.stack([random_row(45, "plain", seed) for seed in (1, 2, 3)])
+    before, (first, second) = logits.clone(), logits[0].topk(2).indices.tolist()
+    banned = edits_of((first, 0.0, 1.0, math.inf), (second, 0.5, 1.3, 0.25))
+    raised = edits_of((44, 90.0, 1.0, 0.0), (0, -3.0, 2.0, 0.0))
+    everything = edits_of(*((i, 0.0, 1.0, math.inf) for i in range(45)))
+    draws = [RowDraw(0, None, edits=banned), RowDraw(0, None), RowDraw(2, Filters(0.7), 0.4, raised)]
+    draws += [RowDraw(0, Filters(1.0, top_k=5), 0.9, banned), RowDraw(1, None, edits=everything)]
+    check(logits, draws)
+    assert SamplingTriton(PIECE, 64).draw_all(logits, draws).tolist()[1:3] == [first, 44]
+    assert torch.equal(logits, before)
+    logits[1, 7] = math.nan
+    check(logits, [RowDraw(1, None, edits=edits_of((7, 0.0, 1.0, math.inf)))])
+
+
+def entries_of(logits: Tensor, rows: list[int], tokens: list[int], num_top: int, room: int = 64) -> list[Any]:
+    """(id, value) of each row, its token first; None where it is left."""
+    pairs = [(row, len(rows) - 1 - i) for i, row in enumerate(rows)]
+    scores = SamplingTriton(PIECE, room).score_all(logits, pairs, torch.tensor(tokens[::-1]).int(), num_top)
+    entries = [list(zip(*row, strict=True)) for row in zip(scores.ids.tolist(), scores.values.tolist(), strict=True)]
+    return [None if entry[0][0] < 0 else entry for entry in entries]
+
+
 @pytest.mark.parametrize("num_top", [0, 3, 10**6])
 def test_log_probs(num_top: int) -> None:
     """The same ids in the same order, values within the bound of test_sampling.py. Bugs: a filter or a temperature in
     them, ids of the row beside."""
     logits, rows = torch.stack([random_row(45, kind, seed=3) for kind in KINDS]), list(reversed(range(len(KINDS))))
     tokens = [7 * row for row in rows]
-    found = SamplingTriton(PIECE, room=64).log_probs_all(logits, rows, tokens, num_top)
+    found = entries_of(logits, rows, tokens, num_top)
     for row, token, entry in zip(rows, tokens, found, strict=True):
-        assert entry is not None
         expected_own, expected_top = REFERENCE.log_probs(logits[row], token, min(num_top, 45))
-        assert [near for near, _ in entry[1]] == [near for near, _ in expected_top]
+        expected_entry = [(token, expected_own), *expected_top]
+        assert [near for near, _ in entry] == [near for near, _ in expected_entry]
         bound = 1e-15 * (45 + float(logits[row][logits[row].isfinite()].abs().max()))
-        values = [(entry[0], expected_own), *((a[1], b[1]) for a, b in zip(entry[1], expected_top, strict=True))]
+        values = [(a[1], b[1]) for a, b in zip(entry, expected_entry, strict=True)]
         assert all(a == b or abs(a - b) <= bound for a, b in values)
 
 
 def test_log_probs_that_are_left_to_the_cpu() -> None:
-    """Bug: ids read out of a room that was never filled."""
+    """Bugs: ids read out of a room that was never filled; a token that was not drawn taken for an index."""
     logits = torch.stack([torch.ones(45), random_row(45, "plain", seed=1), random_row(45, "plain", seed=2)])
     logits[2, 20] = math.nan
-    flat, plain, broken = SamplingTriton(PIECE, room=32).log_probs_all(logits, [0, 1, 2], [3, 4, 5], 2)
-    assert flat is broken is None
+    flat, plain, broken, absent = entries_of(logits, [0, 1, 2, 1], [3, 4, 5, -1], 2, room=32)
+    assert flat is broken is absent is None
     assert plain is not None
 
 

@@ -1,0 +1,72 @@
+"""Steps that are launched before the ids of the step before them are read.
+
+A GPU that waits while the host reads ids, schedules and sends events is idle for as long. So where the next step does
+not depend on what the ids are, it is launched first, and reads them on the device:
+
+    launch k+1   each sequence of step k decodes once more: decided from ids and counts
+    read k       wait for the ids of step k; append tokens, end sequences, send events; the GPU computes k+1 meanwhile
+    settle k+1   leave out what it computed for nothing; what remains is stored
+
+It is computed for nothing where a sequence turns out to have ended with step k, and where its token could not be drawn
+on the device, so that k+1 read a wrong one. What such a row stored is at the position after the last token that is
+counted as stored, in a page that this sequence alone holds and that is not published, for only full pages of stored
+tokens are. If the sequence goes on, its next step stores the right keys and values there before anything reads them.
+If it has ended, the page is released at once: whoever is given it is given it for a later step, and the device runs
+steps in order, so that everything written for it is written later. The window is no exception: tokens are quantized
+when they are stored, in the same step that writes their recent page, and nothing happens when they leave the window.
+Recent pages are the sequence's own until they are full, too.
+
+Copies of pages (forks, swapping out and in) are made on the way from one step that was read to the next, never while a
+step is ahead. They would find the right bytes all the same, of all tokens that are stored: the device makes copies in
+order, too.
+"""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+
+from engine.batch import After
+from engine.flight import Flight, Part
+from engine.request import Sequence
+from engine.scheduler import Scheduler, Slice
+
+
+@dataclass(frozen=True)
+class Next:
+    """The step after one whose ids have not been read."""
+
+    slices: Items[Slice]
+    after: After
+
+
+def following(flight: Flight | None, scheduler: Scheduler) -> Next | None:
+    """The step after `flight`, if it is one that its ids do not decide. Reserves its pages."""
+    if flight is None or flight.pending.ids is None or not all(_may_be_followed(part) for part in flight.parts):
+        return None
+    going_on = [part for part in flight.parts if not _ends_by_length(part.sequence)]
+    if not going_on:
+        return None
+    slices = scheduler.ahead([part.sequence for part in going_on], len(flight.parts) - len(going_on))
+    if slices is None:
+        return None
+    rows = torch.tensor([part.draws.start for part in going_on], dtype=torch.int64)
+    return Next(slices, After(flight.pending.ids, rows))
+
+
+def _may_be_followed(part: Part) -> bool:
+    """Whether one more token of the sequence can be computed and drawn before its last one is known."""
+    sequence = part.sequence
+    sampling = sequence.request.submit.sampling
+    return (
+        len(part.draws) == 1
+        and not sequence.wants_prompt_logprobs
+        and not sequence.is_left_to_cpu
+        and sampling.presence_penalty == sampling.frequency_penalty == 0  # which the last token changes
+        and sampling.repetition_penalty == 1
+    )
+
+
+def _ends_by_length(sequence: Sequence) -> bool:
+    """Whether the token that is being drawn is its last one, whatever it is."""
+    return sequence.num_generated + 1 >= sequence.request.submit.sampling.max_tokens
