@@ -150,6 +150,14 @@ def calibrate_model(
     return calibrate(settings, on_progress)
 
 
+def conversion_forecast(model: Path, settings: ConversionSettings) -> tuple[str, ...]:
+    """What a user should know before a conversion begins: layers that no fast kernel would serve. Raises as
+    `convert_model`."""
+    from engine.conversion.forecast import slow_kernels
+
+    return slow_kernels(model, settings)
+
+
 def convert_model(
     model: Path, destination: Path, settings: ConversionSettings, on_progress: Callable[[Loading], None] | None = None
 ) -> Conversion:

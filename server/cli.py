@@ -17,6 +17,7 @@ from engine.client import (
     GGUF,
     EngineUnavailable,
     calibrate_model,
+    conversion_forecast,
     convert_model,
     inspect_model,
     locate_model,
@@ -138,9 +139,11 @@ def convert_command(
         fail("nibble convert takes either --recover or --scheme", 2)
     bar = screen.LoadingBar(Console(stderr=True), source, "Converting")
     try:
-        folder = locate_model(source)
+        folder, settings = locate_model(source), ConversionSettings(scheme, tuple(keep or ()))
+        for line in conversion_forecast(folder, settings):
+            screen.print_note(bar.console, line)
         bar.start()
-        conversion = convert_model(folder, destination, ConversionSettings(scheme, tuple(keep or ())), bar.update)
+        conversion = convert_model(folder, destination, settings, bar.update)
     except ValueError as error:
         bar.stop()
         fail(str(error), 2)

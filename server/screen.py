@@ -74,6 +74,11 @@ def print_start(console: Console, plan: PlanSummary, name: str, door: Door, chat
     console.print(curl(door, name, chat), soft_wrap=True, markup=False, highlight=False)
 
 
+def print_note(console: Console, text: str) -> None:
+    """What a user should know before something long begins."""
+    console.print(f"[bold cyan]note:[/bold cyan] {escape(text)}", soft_wrap=True, highlight=False)
+
+
 def print_inspection(console: Console, inspection: Inspection) -> None:
     """What a decode step reads, layer by layer, and how fast that can be."""
     plan, total = inspection.plan, inspection.weight_bytes_per_token

@@ -8,7 +8,7 @@ import pytest
 
 from engine.messages import Conversion, ConversionSettings, ConvertedLayer
 from server import cli
-from tests.server.test_cli import run
+from tests.server.test_cli import invoke, run
 
 CONVERSION = Conversion(
     source="old",
@@ -37,6 +37,7 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[ConversionSettings]:
         return CONVERSION
 
     monkeypatch.setattr(cli, "convert_model", convert)
+    monkeypatch.setattr(cli, "conversion_forecast", lambda folder, settings: ("g100 is slow",))
     return asked
 
 
@@ -44,6 +45,7 @@ def test_convert_says_what_became_of_every_layer(converted: list[ConversionSetti
     """Bug: a table that leaves out what was lost, a command to paste that breaks on a space."""
     code, text = run("convert", str(tmp_path), "new", "--scheme", "rtn:b4:g64", "--keep", ".*down", "--keep", ".*up")
     assert (code, converted) == (0, [ConversionSettings("rtn:b4:g64", (".*down", ".*up"))])
+    assert "note: g100 is slow\n" in text
     assert re.search(r"mlp.up_proj +4-bit g64 +4.25 +11.25%", text)
     assert re.search(r"x +kept +16.00 +none", text)
     assert "1 of 3 shards from an earlier run" in text
@@ -51,9 +53,9 @@ def test_convert_says_what_became_of_every_layer(converted: list[ConversionSetti
 
 
 def test_convert_in_json(converted: list[ConversionSettings], tmp_path: Path) -> None:
-    code, text = run("convert", str(tmp_path), "new", "--recover", "--json")
-    assert (code, converted) == (0, [ConversionSettings(None)])
-    assert json.loads(text)["layers"][0]["error"] == 0.1125
+    result = invoke("convert", str(tmp_path), "new", "--recover", "--json")
+    assert (result.exit_code, converted) == (0, [ConversionSettings(None)])
+    assert json.loads(result.stdout)["layers"][0]["error"] == 0.1125
 
 
 @pytest.mark.parametrize(

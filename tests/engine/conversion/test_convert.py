@@ -20,10 +20,12 @@ from engine.checkpoint.source import Source
 from engine.conversion import convert as module
 from engine.conversion.convert import convert
 from engine.conversion.encoder import ConversionRefused
+from engine.conversion.forecast import slow_kernels
 from engine.conversion.layers import linear_layers
 from engine.conversion.workplace import Workplace
 from engine.loading import open_checkpoint
 from engine.messages import ConversionSettings, Loading
+from kernels import native
 from tests.engine.models.oracle import write_checkpoint
 
 SIZES: dict[str, Any] = {
@@ -35,6 +37,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+NO_FAST_KERNEL = "4-bit g24: only the slow reference kernel would serve it on CPUs (groups of 24 channels are"
 RTN = ConversionSettings("rtn:b4:g32")
 QUERY = "model.layers.0.self_attn.q_proj"
 
@@ -57,6 +60,14 @@ def source(tmp_path: Path) -> Path:
     (folder / "tokenizer.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"never copied")
     return folder
+
+
+@pytest.mark.skipif(native.MISSING is not None, reason="without the C++ library nothing is fast")
+def test_a_scheme_that_no_fast_kernel_serves_is_foretold(source: Path) -> None:
+    """Bug: minutes of conversion into a checkpoint that answers by the minute, without a word before."""
+    assert slow_kernels(source, RTN) == ()
+    (line,) = slow_kernels(source, ConversionSettings("rtn:b4:g24"))
+    assert line.startswith(NO_FAST_KERNEL)
 
 
 def test_every_linear_layer_is_converted_and_the_rest_is_copied(source: Path, tmp_path: Path) -> None:
