@@ -159,7 +159,7 @@ def convert_command(
 
 
 def calibrate_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hugging Face id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a GGUF file or a Hugging Face id.")],
     data: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text of the kind that will be served.")],
     policy: Annotated[str, typer.Option(help="What to calibrate for: skvq:k2v2, skvq:k4v2:g32, ...")],
     out: Annotated[
@@ -266,11 +266,16 @@ def _metavar(field: FieldInfo) -> str:
     return "N" if kinds & {int, float} else "FILE" if Path in kinds else "TEXT"
 
 
-cli.command()(with_settings(serve, list(config.ServerConfig.model_fields)))
+def _help(command: Any) -> str:
+    """What its docstring says, without the line breaks that --help would keep inside a paragraph."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in command.__doc__.split("\n\n"))
+
+
+cli.command(help=_help(serve))(with_settings(serve, list(config.ServerConfig.model_fields)))
 JSON = _parameter("as_json", Annotated[bool | None, typer.Option("--json", help="Print one JSON object.")])
-cli.command("inspect")(with_settings(inspect_command, config.ENGINE_SETTINGS, JSON))
-cli.command("convert", no_args_is_help=True)(convert_command)
-cli.command("calibrate", no_args_is_help=True)(calibrate_command)
+cli.command("inspect", help=_help(inspect_command))(with_settings(inspect_command, config.ENGINE_SETTINGS, JSON))
+cli.command("convert", help=_help(convert_command), no_args_is_help=True)(convert_command)
+cli.command("calibrate", help=_help(calibrate_command), no_args_is_help=True)(calibrate_command)
 
 
 if __name__ == "__main__":

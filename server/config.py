@@ -184,7 +184,7 @@ class ServerConfig(BaseSettings):
         ge=0,
     )
     page_size: int = setting(64, "KV cache", f"Tokens of one page: {', '.join(map(str, PAGE_SIZES))}.")
-    prefix_caching: bool = setting(True, "KV cache", "Reuse the pages of prompts that begin alike.")
+    prefix_caching: bool = setting(True, "Prefix cache", "Reuse the pages of prompts that begin alike.")
 
     def engine(self, folder: Path) -> EngineConfig:
         """The part of it that concerns the engine, for the checkpoint in `folder`."""

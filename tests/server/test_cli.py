@@ -25,8 +25,8 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def invoke(*arguments: str) -> Result:
-    result = CliRunner().invoke(cli.cli, arguments, env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+def invoke(*arguments: str, columns: int = 200) -> Result:
+    result = CliRunner().invoke(cli.cli, arguments, env=dict.fromkeys(("COLUMNS", "TERMINAL_WIDTH"), str(columns)))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
@@ -44,6 +44,14 @@ def test_help_lists_every_setting_in_its_panel() -> None:
     assert "Default: 16.0 MiB." in text
     assert re.search(r"--no-prefix-caching.*Default: on\.", text)
     assert text.count("SIZE") == 3
+
+
+@pytest.mark.parametrize("command", ["serve", "inspect", "convert", "calibrate", "bench serve", "bench sweep"])
+def test_help_is_whole_in_a_narrow_terminal(command: str) -> None:
+    """Bug: --kv-request-wind… in 80 columns, which nobody can type."""
+    result = invoke(*command.split(), "--help", columns=80)
+    assert result.exit_code == 0
+    assert "…" not in result.output
 
 
 def test_help_begins_with_what_most_people_want() -> None:
