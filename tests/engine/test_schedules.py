@@ -16,6 +16,8 @@ from tests.engine.artifacts import write_random
 from tests.engine.cached import MAX_LEN, World, prompt_of, seeded
 from tests.engine.models.oracle import write_checkpoint
 from tests.engine.models.variants import SIZES
+from tests.engine.queued import queued
+from tests.engine.test_gpu_sampling import OnGpu
 from tests.engine.worlds import run, submit
 
 POLICIES = {"k4v4:w16:s4": 16, "skvq:k2v2:w40:s4": 32, "f16": 16}  # name -> tokens of a page
@@ -118,6 +120,35 @@ def test_every_way_is_taken(alone: Alone, swap_sequences: int) -> None:
     assert stats.swaps_in_total == stats.swaps_out_total
     assert 0 <= stats.swap_bytes_in_total <= stats.swap_bytes_out_total
     assert (stats.swap_bytes_in_total > 0) == bool(swap_sequences)
+
+
+@pytest.mark.parametrize(("swap_sequences", "left"), [(0, 1 << 30), (8, 90)])
+def test_steps_that_are_launched_ahead_change_nothing(alone: Alone, swap_sequences: int, left: int) -> None:
+    """A device that computes when it must (queued.py) and few pages, with windows where the policy has one. Bugs: a
+    recent page let go of that the step in flight reads, or pages of a sequence that ended written after they were given
+    away."""
+    core, device = queued(
+        alone.world.core(64, num_sequences=1, spare_recent=8, swap_sequences=swap_sequences).parts, OnGpu(left)
+    )
+    events: list[Event] = []
+    for request in REQUESTS:
+        events += core.step([request])
+        for _ in range(3):
+            events += core.step([])
+            core.check_integrity()
+    events += run(core, [])
+    for request in REQUESTS:
+        assert tokens(events, request.id) == [one[:2] for one in alone.answers[request.id] if isinstance(one, tuple)]
+    stats = core.stats()
+    assert stats.prefix_hits_total > 0
+    assert stats.preemptions_total > 0
+    assert (stats.swaps_in_total > 0) == bool(swap_sequences)
+    assert device.num_overlapped > stats.steps_total / 3
+
+
+def tokens(events: Sequence[Event], request_id: str) -> list[tuple[int, int]]:
+    found = [(e.index, e.token) for e in events if isinstance(e, Token) and e.id == request_id]
+    return sorted(found, key=lambda token: token[0])
 
 
 def test_prompt_scores_survive_swapping(alone: Alone) -> None:
