@@ -25,6 +25,7 @@ from server.bench.load import prefix_counts, run
 Dataset = Literal["random", "shared-prefix", "sharegpt", "folder"]
 DEFAULT_OUTPUT = 128  # tokens
 WARM_UP_SEED = -1
+WARM_UP_CHOICE = 100  # prompts of which the shortest warm up: of texts from files some may be longer than the context
 BURSTINESS = "1 Poisson, below 1 bursts, inf evenly spaced."
 
 
@@ -76,6 +77,10 @@ class Asked:
             return folder_prompts(self.data, count, seed, lengths.output_tokens)
         return random_prompts(count, lengths, seed)
 
+    def _warm_up_prompts(self) -> list[Prompt]:
+        drawn = self.prompts(max(self.warm_up, WARM_UP_CHOICE), WARM_UP_SEED)
+        return sorted(drawn, key=lambda prompt: len(prompt.text))[: self.warm_up]
+
     def _check_unused(self) -> None:
         """Raises BenchError for an option that the dataset has no use for."""
         unused = ["prefixes", "prefix_len"] if self.dataset != "shared-prefix" else []
@@ -96,7 +101,7 @@ class Asked:
         if self.metrics_url is not None and await prefix_counts(client, target) is None:
             raise BenchError(f"--metrics-url {self.metrics_url} has no counters of a prefix cache")
         if self.warm_up > 0:
-            done = await run(client, target, self.prompts(self.warm_up, WARM_UP_SEED), Arrivals(clients=1))
+            done = await run(client, target, self._warm_up_prompts(), Arrivals(clients=1))
             if done.outcomes[-1].error is not None:
                 last = done.outcomes[-1]
                 raise BenchError(f"the last request of the warm-up failed: {last.error} {last.answer}".rstrip())

@@ -239,6 +239,22 @@ def test_metrics_may_be_elsewhere_and_must_be_there() -> None:
     assert asked_urls == ["http://ops:8001/metrics"]
 
 
+def test_texts_that_are_too_long_do_not_end_the_warm_up(tmp_path: Path) -> None:
+    """Bug: of a folder with one text beyond the context nothing could be measured, depending on which came first."""
+    for name, num_words in (("a", 900), ("b", 5), ("c", 900)):
+        (tmp_path / name).write_text("word " * num_words)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        is_short = len(json.loads(request.content)["prompt"]) < 100
+        return httpx.Response(200, stream=Stream([piece("x"), USAGE])) if is_short else httpx.Response(400)
+
+    async def go() -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+            await Asked("http://test", model="m", dataset="folder", data=tmp_path, warm_up=2).target(client)
+
+    asyncio.run(go())
+
+
 def test_a_report_of_another_kind_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"\.html or \.png"):
         report.check_report(tmp_path / "r.pdf")
