@@ -298,8 +298,9 @@ class CheckpointParts:
             self.notes.append(f"output head kept in {term.bits} bits: {reason}")
             return weights
         self.notes.append(f"output head rounded from {term.bits} to 8 bits; --head-bits 16 keeps it as it is")
+        weight = term.weight.cpu()  # an embedding that is the head as well lies on the model's device
         try:
-            return replace(weights, terms=(quantize_symmetric(term.weight, HEAD_GROUP, self._source.drop_pages),))
+            return replace(weights, terms=(quantize_symmetric(weight, HEAD_GROUP, self._source.drop_pages),))
         except ValueError as error:
             raise TensorError(f"tensor {name + '.weight'!r} cannot be rounded to 8 bits: {error}") from error
 

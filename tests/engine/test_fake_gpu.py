@@ -85,13 +85,14 @@ def until_decoding(core: EngineCore) -> None:
     "name",
     [
         "gptq-v1-4bit-asym-actorder",
+        "gptq-v2-4bit-asym",  # whose embedding is its head
         "awq-gemv-fast-4bit-g32",
         "hqq-4bit-ragged",
         "bnb-nf4-nested-ragged-qwen2",
         "ct-nvfp4",
         "ct-fp8-block",
         "ct-int8-token",
-        "quip-e8p12",
+        "quip-e8p12rvq3b",
         "gguf/types.gguf",
         "gguf/mixed.gguf",
     ],
