@@ -77,10 +77,13 @@ def rounding_case(name: str, width: int, architecture: int) -> Case:
     return Case(label, architecture, "int8", "round_tokens", types, fixed, warps, 1, False, ("width", "padded"))
 
 
+CODES = {8: torch.uint8, 16: torch.int16}  # of books
+
+
 def decoded(kind: int, group_size: int, bits: int, book: Tensor, rows_per_scale: int = 1) -> Decoded:
     """A matrix without data."""
     plane = decoding.plane_of(kind, K, group_size)
-    width, dtype = (K // book.shape[1], torch.int16) if kind == BOOK else (K * bits // 32, torch.int32)
+    width, dtype = (K // book.shape[1], CODES[bits]) if kind == BOOK else (K * bits // 32, torch.int32)
     groups = 1 if kind == TABLES else K // group_size
     scales = empty(groups, -(-N // rows_per_scale), dtype=torch.float32)
     return Decoded(kind, bits, K, group_size, plane, empty(N, width, dtype=dtype), book, scales, rows_per_scale)
@@ -92,6 +95,7 @@ DECODED = {
     "e4m3 row": decoded(E4M3, K, 8, UNREAD),
     "e4m3 1x32": decoded(E4M3, 32, 8, UNREAD),
     "65536 vectors of 8": decoded(BOOK, K, 16, empty(65536, 8, dtype=torch.bfloat16)),
+    "256 vectors of 8": decoded(BOOK, K, 8, empty(256, 8, dtype=torch.bfloat16)),
     "16-value tables g64": decoded(TABLES, 64, 4, empty(N, K // 64, 16, dtype=torch.float16), N),
 }
 
@@ -100,7 +104,7 @@ def decoded_case(name: str, tile: Tile, architecture: int) -> Case:
     matrix = DECODED[name]
     types = {
         "x": "*bf16",
-        "codes": "*i16" if matrix.kind == BOOK else "*i32",
+        "codes": f"*{TYPES[matrix.codes.dtype]}",
         "book": f"*{TYPES[matrix.book.dtype]}",
         "scales": "*fp32",
         "out": "*bf16" if tile.max_tokens == ANY else "*fp32",
@@ -130,7 +134,7 @@ def cases() -> Iterator[Case]:
         yield decoded_case("e4m3 128x128", largest[2], architecture)
     for name in ("int8", "int4 g128"):
         yield int8_case(name, int8_gpu.FEW[0], 90)
-    for name in ("e4m3 128x128", "65536 vectors of 8", "16-value tables g64"):
+    for name in ("e4m3 128x128", "65536 vectors of 8", "256 vectors of 8", "16-value tables g64"):
         yield decoded_case(name, decoding.TILES[0], 90)
     yield int8_case("int4 g128", int8_gpu.GROUPS[-1], 80)
     yield decoded_case("16-value tables g64", decoding.TABLE_TILES[-1], 80)
