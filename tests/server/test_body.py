@@ -19,6 +19,8 @@ pytestmark = pytest.mark.anyio
         (b'{"model": "demo", "prompt": "\\ud800"}', "invalid_json"),
         (b'{"model": "demo", "prompt": "\xff"}', "invalid_json"),
         (b'{"model": "demo", "prompt": "x", "temperature": NaN}', "invalid_json"),
+        (b'{"model": "demo", "prompt": "x", "max_tokens": 1, "max_tokens": 900}', "invalid_json"),
+        (b'{"model": "demo", "prompt": "x", "logit_bias": {"5": 1, "\\u0035" : 2}}', "invalid_json"),
         (b"[]", "invalid_value"),
         (b"", "invalid_value"),
         (b"{}", "missing_field"),
@@ -31,6 +33,27 @@ async def test_broken_bodies_are_the_callers_fault(content: bytes, code: str) ->
     response = await world.http.post("/v1/completions", content=content, headers=headers)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == code
+
+
+async def test_a_repeated_key_is_named_and_what_only_looks_like_one_is_not() -> None:
+    """Bug: of two values for max_tokens the first is dropped without a word."""
+    world = World(FakeEngine())
+    headers = {"content-type": "application/json"}
+    body = b'{"model": "demo", "model": "demo", "prompt": "x"}'
+    response = await world.http.post("/v1/completions", content=body, headers=headers)
+    assert "an object has the key 'model' twice" in response.json()["error"]["message"]
+    assert (await world.text(prompt='{"model": 1, "model": 2}')).status_code == 200
+
+
+async def test_parameters_of_the_address_are_refused() -> None:
+    """Bug: ?max_tokens=5 is accepted and ignored. Balancers and monitors may send what they like."""
+    http = World(FakeEngine()).http
+    for method, path in (("POST", "/v1/completions"), ("POST", "/tokenize"), ("GET", "/v1/models")):
+        response = await http.request(method, f"{path}?foo=1", json={"model": "demo", "prompt": "x"})
+        error = response.json()["error"]
+        assert (response.status_code, error["param"], error["code"]) == (400, "foo", "unknown_field"), path
+    for path in ("/health", "/metrics", "/", "/docs"):
+        assert (await http.get(f"{path}?foo=1")).status_code < 400, path
 
 
 async def test_bodies_over_the_limit_are_refused_before_they_are_kept() -> None:
