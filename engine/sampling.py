@@ -158,12 +158,13 @@ class Sampler:
             self.on_gpu.score_all(logits, [(0, 0)], self.on_gpu.draw_all(logits, draws), 1)
 
     def launch(self, logits: Tensor, draws: Sequence[tuple[int, Draw]], targets: Sequence[Target] = ()) -> Pending:
-        """Draw and score what can be drawn and scored where the logits are, each from a row of them. Waits for nothing.
+        """Draw and score what can be drawn and scored where the logits are, each from a row of them. Waits for nothing;
+        who reads what is pending waits for the step, also where nothing is drawn in it.
 
         logits: [num_logits, vocab] float32.
         """
         wishes = [draw for _, draw in draws]
-        if self.on_gpu is None or not (draws or targets):
+        if self.on_gpu is None:
             return Pending(wishes, targets, None, None)
         ids = self.on_gpu.draw_all(logits, [draw.of_row(row) for row, draw in draws])  # [num_draws]
         results = [ids]

@@ -14,7 +14,7 @@ from benchmarks.shapes import Shape
 from engine.assembly import _with_weights, build, make_manager
 from engine.config import EngineConfig, ModelFacts, resolve
 from engine.core import EngineCore
-from engine.messages import Done, Inbound
+from engine.messages import Cancel, Done, Inbound
 from tests.engine.artifacts import write_random
 from tests.engine.fake_cuda import FREE_BYTES, Gpu, OnGpu, fake_cuda, held_bytes
 from tests.engine.worlds import endings, run, submit, tokens_of
@@ -131,6 +131,17 @@ def test_a_step_with_prompts_waits_no_more_often(gpu: Gpu, started: Started) -> 
     core.step([])
     assert gpu.syncs == ["event"]
     run(core, [])
+
+
+def test_the_host_is_one_chunk_of_a_prompt_ahead(gpu: Gpu, started: Started) -> None:
+    """Bug: a long prompt launched as a whole, which a request that comes meanwhile must wait for."""
+    core = started.core
+    gpu.clear()
+    core.step([submit("r", [1 + j % 7 for j in range(300)])])
+    for num_waits in range(1, 4):
+        core.step([])
+        assert gpu.syncs == ["event"] * num_waits
+    core.step([Cancel("r")])
 
 
 def test_rules_and_scores_wait_no_more_often(gpu: Gpu, started: Started) -> None:
