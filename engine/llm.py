@@ -36,6 +36,7 @@ from engine.messages import (
     Submit,
     Token,
 )
+from engine.models.config import UnsupportedModel, read_json
 from engine.tokenizer import read_tokenizer
 
 Prompt = str | Sequence[int]  # text, or token ids
@@ -80,13 +81,10 @@ class LLM:
         EngineConfig(**wishes)  # before anything is fetched
         try:
             path = locate_model(wishes["model"], revision, offline)
+            self._tokenizer = _tokenizer_of(path)
             self._core, self.plan = build(EngineConfig(**wishes | {"model": str(path)}))
         except (CheckpointError, StartError) as error:
             raise type(error)(in_python(str(error))) from error
-        try:
-            self._tokenizer = read_tokenizer(path)
-        except CheckpointError as error:
-            raise StartError(str(error)) from error
         self._ids = itertools.count()
         self._is_running = False
 
@@ -206,6 +204,16 @@ class LLM:
                 del answer.token_ids[-1:], answer.logprobs[-1:]
             ids = answer.token_ids
             answer.text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _tokenizer_of(path: Path) -> Any:
+    """Read before the weights, which take minutes where this takes a second. Raises StartError."""
+    try:
+        if path.is_dir():
+            read_json(path)  # a folder that is no model is called that
+        return read_tokenizer(path)
+    except (CheckpointError, UnsupportedModel) as error:
+        raise StartError(str(error)) from error
 
 
 def in_python(message: str) -> str:

@@ -219,8 +219,11 @@ def test_conversations_are_written_by_the_template() -> None:
         ("tokenizer_config.json", "{", r"the tokenizer in .*/copy/tokenizer_config.json cannot be read \(.*\): put"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path, file: str, content: str | None, words: str) -> None:
-    """Bug: a library's page of guesses, or a JSON error that names no file."""
+def test_a_tokenizer_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: str | None, words: str
+) -> None:
+    """Bug: a library's page of guesses, a JSON error that names no file, or either after minutes of weights."""
+    monkeypatch.setattr("engine.llm.build", pytest.fail)
     copy = shutil.copytree(DEMO, tmp_path / "copy")
     (copy / file).unlink()
     if content is not None:
@@ -228,3 +231,9 @@ def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path, file: str, con
     with pytest.raises(StartError, match=words) as caught:
         LLM(copy, kv_memory=8 << 20)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_no_model_is_called_that(tmp_path: Path) -> None:
+    """Bug: an empty folder is answered with advice about tokenizers."""
+    with pytest.raises(StartError, match=r"is not a model folder: it has no config\.json"):
+        LLM(tmp_path)
