@@ -1,30 +1,30 @@
-"""How fast the Triton kernels are on this machine's GPU:  python -m benchmarks.gpu [--json] [--model llama-3-8b]
+"""How fast the Triton kernels are on this machine's GPU:  python -m benchmarks.gpu [--only linear attention ...]
 
-One layer's matrices at several numbers of rows, decode attention at several contexts, ops on rows and sampling,
-beside what torch offers for the same work: bfloat16 products, its 4-bit product, scaled dot product attention, logits
-sorted or only copied to the CPU; and a copy in device memory, which says what bandwidth there is. All of a group take
-turns, call by call; before each call 512 MB are written, so that nothing it reads lies in the L2 cache and the host
-is ahead of the GPU. Times are from CUDA events; a trial's time is the median of its rounds, its ratio the first
-case's time over a case's, and what is told is the median of the trials with the lowest and the highest ratio. Bytes
-are those that a call must read and write.
+One layer's matrices at several numbers of rows, attention of decode steps and prompts, what stores keys and values, ops
+on rows and sampling, beside what torch offers for the same work: bfloat16 products, its 4-bit product, scaled dot
+product attention by each of its back ends, FlexAttention, logits sorted or only copied to the CPU; and a copy in device
+memory, which says what bandwidth there is. All of a group take turns, call by call; before each call 512 MB are
+written, so that nothing it reads lies in the L2 cache and the host is ahead of the GPU. Times are from CUDA events; a
+trial's time is the median of its rounds, its ratio the first case's time over a case's, and what is told is the median
+of the trials with the lowest and the highest ratio. Bytes are those that a call must read and write.
 
-Without a CUDA device it ends with a message: benchmarks.gpu_instructions says what can be known then.
+Results are added to a file, one JSON object a line, as they come (benchmarks/gpu_timing.py). Without a CUDA device it
+ends with a message: benchmarks.gpu_instructions says what can be known then.
 """
 
-import argparse
-import json
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.gpu_timing import Case, Clock, Group, Maker, Timing, Write, arguments, copy_case, main_of
 from benchmarks.shapes import SHAPES, Shape
-from engine.batch import BatchRow, build_batch
+from engine.batch import Batch, BatchRow, build_batch
 from kernels import gpu
 from kernels.activation.gpu import ActivationTriton
 from kernels.attention.f16.gpu import F16Triton
@@ -33,19 +33,24 @@ from kernels.attention.quantized.cache import QuantizedCache, recent_page_shape
 from kernels.attention.quantized.gpu import QuantizedTriton
 from kernels.attention.quantized.layout import ChunkLayout
 from kernels.contract import Filters, RowDraw
+from kernels.gpu.multiply import TritonKernel
 from kernels.linear.affine.gpu import AffineTriton
 from kernels.linear.affine.layout import AffineWeights
+from kernels.linear.table import tables
+from kernels.linear.table.gpu import TableTriton
+from kernels.linear.table.layout import TableWeights
 from kernels.norm.gpu import NormTriton
+from kernels.rope.gpu import RopeTriton
 from kernels.sampling.gpu import SamplingTriton
 from kvcache.codecs import uncalibrated_codec
 from kvcache.policy import read_policy
 
 MODELS = ("llama-3.2-1b", "llama-3-8b")
 WIDTHS = {"w4 g128": (4, 128), "w2 g64": (2, 64), "w8 row": (8, 0)}
-ROWS = (1, 4, 16, 64, 512)
-CONTEXTS = (4096, 32768)
-BATCH = 8  # sequences of a decode step
-POLICIES = ("k4v4:w128:s4", "skvq:k2v2:w128:s4")
+TABLES = {"nf4 g64": (tables.NF4, 64), "e2m1 g16": (tables.E2M1, 16)}
+POLICIES = ("k8v8:w128:s4", "k4v4:w128:s4", "skvq:k2v2:w128:s4")
+SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+SDPA |= {"efficient": SDPBackend.EFFICIENT_ATTENTION}
 SAMPLERS = {
     "greedy": None,
     "temperature": Filters(1.0),
@@ -53,189 +58,292 @@ SAMPLERS = {
     "top-k 50, top-p 0.9": Filters(1.0, top_k=50, top_p=0.9),
 }
 PAGE_SIZE = 64  # tokens
-FLUSH_BYTES = 512 << 20
-COPY_BYTES = 512 << 20
-ROUNDS = 9
+RECENT = 16
 
 
 @dataclass(frozen=True)
-class Case:
-    name: str
-    num_bytes: int  # that a call must read and write
-    call: Callable[[], object]
+class Extent:
+    """How much is timed; a test takes less."""
+
+    rows: tuple[int, ...] = (1, 4, 16, 64, 512)  # of activations
+    steps: tuple[tuple[int, int], ...] = ((8, 4096), (1, 32768), (8, 32768))  # sequences, tokens of each
+    prompts: tuple[tuple[int, int], ...] = ((512, 512), (512, 4096), (4096, 4096))  # rows, tokens with those before
+    op_rows: tuple[int, ...] = (1, 512)
+    draws: tuple[int, ...] = (1, 64)
 
 
-@dataclass(frozen=True)
-class Result:
-    group: str
-    name: str
-    microseconds: float  # median of the trials
-    gigabytes_per_second: float
-    share: float  # of the group's copy
-    ratio: float  # the first case's time over this one's: median, lowest, highest
-    lowest: float
-    highest: float
-
-
-class Clock:
-    """Times calls by CUDA events, with a cold L2 cache."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
-
-    def trial(self, cases: Sequence[Case]) -> list[float]:
-        """Median milliseconds of each case over ROUNDS rounds in turns."""
-        event: Any = torch.cuda.Event
-        events: list[list[tuple[Any, Any]]] = [[] for _ in cases]
-        for _ in range(ROUNDS):
-            for case, pairs in zip(cases, events, strict=True):
-                start, stop = (event(enable_timing=True) for _ in range(2))
-                self._flush.zero_()
-                start.record()
-                case.call()
-                stop.record()
-                pairs.append((start, stop))
-        torch.cuda.synchronize()
-        return [statistics.median(start.elapsed_time(stop) for start, stop in pairs) for pairs in events]
-
-
-def copy_case(device: torch.device) -> Case:
-    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
-    return Case("copy", 2 * COPY_BYTES, partial(torch.empty_like(source).copy_, source))
-
-
-def linear_cases(shape: tuple[int, int], num_rows: int, device: torch.device) -> Iterator[Case]:
+def linear_makers(shape: tuple[int, int], num_rows: int, device: torch.device) -> Iterator[Maker]:
     """(outputs, inputs); random codes, for speed does not depend on them."""
     n, k = shape
     x = torch.randn(num_rows, k, device=device).bfloat16()
     traffic = 2 * num_rows * (n + k)
-    weight = torch.randn(n, k, device=device).bfloat16()
-    yield Case("torch bf16", 2 * n * k + traffic, partial(functional.linear, x, weight))
-    kernel = AffineTriton()
+
+    def dense() -> Case:
+        weight = torch.randn(n, k, device=device).bfloat16()
+        return Case("torch bf16", 2 * n * k + traffic, partial(functional.linear, x, weight))
+
+    def ours(name: str, kernel: TritonKernel, weights: Any) -> Case:
+        packed = kernel.prepare(weights)  # type: ignore[attr-defined]
+        return Case(name, packed.num_bytes + traffic, partial(kernel.linear, x, kernel.join([packed])))
+
+    yield Maker("torch bf16", dense)
     for name, (bits, group) in WIDTHS.items():
-        groups = k // group if group else 1
-        weights = AffineWeights(
-            bits,
-            k,
-            group or k,
-            torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8, device=device),
-            torch.rand(n, groups, device=device).half(),
-            torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8, device=device),
-        )
-        packed = kernel.prepare(weights)
-        yield Case(name, packed.num_bytes + traffic, partial(kernel.linear, x, kernel.join([packed])))
-    yield Case("torch int4 g128", n * k // 2 + n * k // 128 * 4 + traffic, torch_int4(x, n, k))
+        make = partial(affine, bits, shape, group or k, device)
+        yield Maker(name, lambda name=name, make=make: ours(name, AffineTriton(), make()))  # type: ignore[misc]
+    fixed = partial(affine, 4, shape, 128, device)
+    yield Maker("w4 g128 fixed", lambda: ours("w4 g128 fixed", AffineTriton(fixed=True), fixed()))
+    for name, (table, group) in TABLES.items():
+        entries = partial(tabled, table, shape, group, device)
+        yield Maker(name, lambda name=name, entries=entries: ours(name, TableTriton(), entries()))  # type: ignore[misc]
+    yield Maker(
+        "torch int4 g128", lambda: Case("torch int4 g128", n * k // 2 + n * k // 32 + traffic, torch_int4(x, n))
+    )
 
 
-def torch_int4(x: Tensor, n: int, k: int) -> Callable[[], object]:
+def affine(bits: int, shape: tuple[int, int], group: int, device: torch.device) -> AffineWeights:
+    (n, k), groups = shape, shape[1] // group
+    return AffineWeights(
+        bits,
+        k,
+        group,
+        torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8, device=device),
+        torch.rand(n, groups, device=device).half(),
+        torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8, device=device),
+    )
+
+
+def tabled(table: tuple[float, ...], shape: tuple[int, int], group: int, device: torch.device) -> TableWeights:
+    n, k = shape
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+    return TableWeights(4, k, group, codes, torch.rand(n, k // group, device=device).half(), table)
+
+
+def torch_int4(x: Tensor, n: int) -> Callable[[], object]:
+    k = x.shape[1]
     codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=x.device)
     packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
     parameters = torch.rand(k // 128, n, 2, device=x.device).bfloat16()
     return partial(torch.ops.aten._weight_int4pack_mm, x, packed, 128, parameters)
 
 
-def attention_cases(shape: Shape, context: int, device: torch.device) -> Iterator[Case]:
-    """One decode step of BATCH sequences. Pages are zeros, which cost what others cost."""
-    heads, kv, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    q = torch.randn(BATCH, heads, dim, device=device).bfloat16()
-    k, v = (torch.zeros(BATCH, kv, context, dim, dtype=torch.bfloat16, device=device) for _ in range(2))
-    sdpa = partial(functional.scaled_dot_product_attention, q[:, :, None], k, v, enable_gqa=True)
-    yield Case("torch sdpa bf16", BATCH * kv * context * 4 * dim, sdpa)
-    pages_each = context // PAGE_SIZE
-    pages = torch.zeros(BATCH * pages_each, *page_shape(kv, PAGE_SIZE, dim), dtype=torch.float16, device=device)
-    step = build_batch([_row(i, context, pages_each, {}) for i in range(BATCH)]).to(device).attention
-    yield Case("f16 pages", pages.nbytes, partial(F16Triton().attend, q, pages, step, dim**-0.5))
+@dataclass(frozen=True)
+class Attended:
+    """Sequences of one length, of which the last rows are queries."""
+
+    shape: Shape
+    num_seqs: int
+    num_rows: int  # of each
+    context: int
+    device: torch.device
+
+    @property
+    def pages_each(self) -> int:
+        return -(-self.context // PAGE_SIZE)
+
+    @property
+    def f16_bytes(self) -> int:
+        return self.num_seqs * self.shape.num_kv_heads * self.context * 4 * self.shape.head_dim
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device).bfloat16()
+
+    def queries(self) -> Tensor:
+        return self.random(self.num_seqs * self.num_rows, self.shape.num_heads, self.shape.head_dim)
+
+    def step(self, recent_each: int = 0) -> Batch:
+        """recent_each: recent pages of a sequence, the first of them for its sinks."""
+        rows = []
+        for i in range(self.num_seqs):
+            last = self.context // RECENT
+            high = [0, *range(max(1, last - recent_each + 1), last)] if recent_each else []
+            table = list(range(i * self.pages_each, (i + 1) * self.pages_each))
+            held = {at: i * recent_each + j for j, at in enumerate(high)}
+            rows.append(BatchRow([0] * self.num_rows, self.context - self.num_rows, table, PAGE_SIZE, 1, held))
+        return build_batch(rows).to(self.device)
+
+
+def attention_makers(work: Attended) -> Iterator[Maker]:
+    """torch's back ends, ours over float16 pages and over packed ones."""
+    for name, backend in SDPA.items():
+        yield Maker(f"sdpa {name}", partial(sdpa, work, f"sdpa {name}", backend))
+    yield Maker("flex", partial(flex, work))
+    yield Maker("f16 pages", partial(plain, work, F16Triton()))
+    yield Maker("f16 pages fixed", partial(plain, work, F16Triton(fixed=True)))
     for policy in POLICIES:
-        layer = read_policy(policy).layers(1, dim)[0]
-        codec = uncalibrated_codec(layer, kv, dim).to(device)
-        layout = ChunkLayout(codec.keys.layout, codec.values.layout, PAGE_SIZE)
-        chunks = torch.zeros(BATCH * pages_each, kv, layout.chunk_bytes, dtype=torch.uint8, device=device)
-        high = [0, *range((context - codec.window) // 16, context // 16)]  # recent pages: the sinks' and the window's
-        recent = torch.zeros(BATCH * len(high), *recent_page_shape(kv, dim), dtype=torch.float16, device=device)
-        cache = QuantizedCache(codec, layout, chunks, recent)
-        tables = [{at: i * len(high) + j for j, at in enumerate(high)} for i in range(BATCH)]
-        step = build_batch([_row(i, context, pages_each, tables[i]) for i in range(BATCH)]).to(device).attention
-        yield Case(policy, chunks.nbytes + recent.nbytes, partial(QuantizedTriton().attend, q, cache, step, dim**-0.5))
+        yield Maker(policy, partial(packed_pages, work, policy))
 
 
-def _row(index: int, context: int, num_pages: int, recent: dict[int, int]) -> BatchRow:
-    return BatchRow([0], context - 1, list(range(index * num_pages, (index + 1) * num_pages)), PAGE_SIZE, 1, recent)
+def sdpa(work: Attended, name: str, backend: SDPBackend) -> Case:
+    """Of a decode step the query heads that share a kv head are rows of one head, so that its keys are read once."""
+    shape, num_rows = work.shape, work.num_rows
+    kv, dim, group = shape.num_kv_heads, shape.head_dim, shape.num_heads // shape.num_kv_heads
+    k, v = (work.random(work.num_seqs, kv, work.context, dim) for _ in range(2))
+    if num_rows == 1:
+        q = work.random(work.num_seqs, kv, group, dim)
+        attend = partial(functional.scaled_dot_product_attention, q, k, v)
+    else:
+        q = work.random(work.num_seqs, shape.num_heads, num_rows, dim)
+        mask = causal_mask(num_rows, work.context, work.device)
+        attend = partial(functional.scaled_dot_product_attention, q, k, v, mask, enable_gqa=True)
+        if num_rows == work.context:
+            attend = partial(functional.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
+
+    def call() -> Tensor:
+        with sdpa_kernel(backend):
+            return attend()
+
+    return Case(name, work.f16_bytes, call)
 
 
-def row_cases(shape: Shape, num_rows: int, device: torch.device) -> Iterator[Case]:
+def causal_mask(num_rows: int, context: int, device: torch.device) -> Tensor:
+    last = torch.arange(context - num_rows, context, device=device)
+    return torch.arange(context, device=device) <= last[:, None]
+
+
+def flex(work: Attended) -> Case:
+    """Compiled for this shape, untuned."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    shape, first = work.shape, work.context - work.num_rows
+    q = work.random(work.num_seqs, shape.num_heads, work.num_rows, shape.head_dim)
+    k, v = (work.random(work.num_seqs, shape.num_kv_heads, work.context, shape.head_dim) for _ in range(2))
+    mask = None
+    if work.num_rows > 1:
+
+        def causal(_: Tensor, __: Tensor, row: Tensor, column: Tensor) -> Tensor:
+            return row + first >= column
+
+        mask = create_block_mask(causal, None, None, work.num_rows, work.context, device=work.device.type)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return Case("flex", work.f16_bytes, partial(compiled, q, k, v, block_mask=mask, enable_gqa=True))
+
+
+def plain(work: Attended, kernel: F16Triton) -> Case:
+    shape = work.shape
+    sizes = (work.num_seqs * work.pages_each, *page_shape(shape.num_kv_heads, PAGE_SIZE, shape.head_dim))
+    pages = torch.randn(sizes, device=work.device, dtype=torch.float16)
+    step, q = work.step().attention, work.queries()
+    name = "f16 pages" + " fixed" * (kernel.name != "triton")
+    return Case(name, work.f16_bytes, partial(kernel.attend, q, pages, step, shape.head_dim**-0.5))
+
+
+def packed_pages(work: Attended, policy: str) -> Case:
+    shape = work.shape
+    cache, recent_each = random_cache(work, policy)
+    step, q = work.step(recent_each).attention, work.queries()
+    num_bytes = cache.pages.nbytes + cache.recent.nbytes
+    return Case(policy, num_bytes, partial(QuantizedTriton().attend, q, cache, step, shape.head_dim**-0.5))
+
+
+def random_cache(work: Attended, policy: str) -> tuple[QuantizedCache, int]:
+    """One layer, every byte random but those of scales, which stay finite; and the recent pages of a sequence."""
+    shape = work.shape
+    layer = read_policy(policy).layers(1, shape.head_dim)[0]
+    codec = uncalibrated_codec(layer, shape.num_kv_heads, shape.head_dim).to(work.device)
+    layout = ChunkLayout(codec.keys.layout, codec.values.layout, PAGE_SIZE)
+    sizes = (work.num_seqs * work.pages_each, shape.num_kv_heads, layout.chunk_bytes)
+    pages = torch.randint(0, 256, sizes, dtype=torch.uint8, device=work.device)
+    pages[..., layout.key_parameters_at :] = 0x38  # as e4m3 1, as float16 a half
+    recent_each = 1 + -(-(codec.window + work.num_rows) // RECENT)  # the sinks', the window's
+    recent_shape = recent_page_shape(shape.num_kv_heads, shape.head_dim)
+    recent = torch.randn(work.num_seqs * recent_each, *recent_shape, device=work.device)
+    return QuantizedCache(codec, layout, pages, recent.half()), recent_each
+
+
+def store_makers(shape: Shape, num_rows: int, device: torch.device) -> Iterator[Maker]:
+    """One row of as many sequences, or a prompt: what is written is little, so that launching is what is timed."""
+    work = Attended(shape, 1, num_rows, -(-(num_rows + 1) // 128) * 128, device)
+    k, v = (work.random(num_rows, shape.num_kv_heads, shape.head_dim) for _ in range(2))
+    num_bytes = 2 * k.nbytes
+
+    def f16() -> Case:
+        sizes = (work.pages_each, *page_shape(shape.num_kv_heads, PAGE_SIZE, shape.head_dim))
+        pages = torch.zeros(sizes, dtype=torch.float16, device=device)
+        return Case("f16 pages", 2 * num_bytes, partial(F16Triton().store, k, v, pages, work.step().attention))
+
+    def packed(policy: str) -> Case:
+        cache, recent_each = random_cache(work, policy)
+        step = work.step(recent_each).attention
+        return Case(policy, 2 * num_bytes, partial(QuantizedTriton().store, k, v, cache, step))
+
+    yield Maker("f16 pages", f16)
+    for policy in POLICIES:
+        yield Maker(policy, partial(packed, policy))
+
+
+def row_makers(shape: Shape, num_rows: int, device: torch.device) -> Iterator[Maker]:
     x = torch.randn(num_rows, shape.hidden, device=device).bfloat16()
     gate = torch.randn(num_rows, shape.intermediate, device=device).bfloat16()
+    q = torch.randn(num_rows, shape.num_heads, shape.head_dim, device=device).bfloat16()
+    k = q[:, : shape.num_kv_heads].contiguous()
+    angles = torch.randn(num_rows, shape.head_dim // 2, device=device)
     weight = x[0].clone()
-    yield Case("torch rms_norm", 4 * x.numel(), partial(functional.rms_norm, x, (shape.hidden,), weight, 1e-5))
-    yield Case("rms_norm", 4 * x.numel(), partial(NormTriton().rms_norm, x, weight, 1e-5))
-    yield Case("rms_norm of a sum", 8 * x.numel(), partial(NormTriton().add_rms_norm, x, x, weight, 1e-5))
-    yield Case("swiglu", 6 * gate.numel(), partial(ActivationTriton().swiglu, gate, gate))
+    cases = (
+        Case("torch rms_norm", 4 * x.numel(), partial(functional.rms_norm, x, (shape.hidden,), weight, 1e-5)),
+        Case("rms_norm", 4 * x.numel(), partial(NormTriton().rms_norm, x, weight, 1e-5)),
+        Case("rms_norm of a sum", 8 * x.numel(), partial(NormTriton().add_rms_norm, x, x, weight, 1e-5)),
+        Case("swiglu", 6 * gate.numel(), partial(ActivationTriton().swiglu, gate, gate)),
+        Case("rope", 2 * (q.nbytes + k.nbytes), partial(RopeTriton().rotate_pair, q, k, angles.cos(), angles.sin())),
+    )
+    for case in cases:
+        yield Maker(case.name, lambda case=case: case)  # type: ignore[misc]
 
 
-def sampling_cases(shape: Shape, num_rows: int, device: torch.device) -> Iterator[Case]:
+def sampling_makers(shape: Shape, num_rows: int, device: torch.device) -> Iterator[Maker]:
     """A draw from each row. All must read the logits once."""
     logits = 2 * torch.randn(num_rows, shape.vocab, device=device)
-    yield Case("logits to the CPU", logits.nbytes, logits.cpu)
-    yield Case("torch sort", logits.nbytes, partial(torch.sort, logits, descending=True, stable=True))
-    yield Case("torch argmax", logits.nbytes, partial(torch.argmax, logits, dim=-1))
     kernel = SamplingTriton()
+    cases = [
+        Case("logits to the CPU", logits.nbytes, logits.cpu),
+        Case("torch sort", logits.nbytes, partial(torch.sort, logits, descending=True, stable=True)),
+        Case("torch argmax", logits.nbytes, partial(torch.argmax, logits, dim=-1)),
+    ]
     for name, filters in SAMPLERS.items():
         draws = [RowDraw(row, filters, 0.4) for row in range(num_rows)]
-        yield Case(name, logits.nbytes, partial(kernel.draw_all, logits, draws))
+        cases.append(Case(name, logits.nbytes, partial(kernel.draw_all, logits, draws)))
+    for case in cases:
+        yield Maker(case.name, lambda case=case: case)  # type: ignore[misc]
 
 
-def judged(group: str, cases: Sequence[Case], trials: Sequence[Sequence[float]]) -> list[Result]:
-    """trials: milliseconds by case. The first case is what the others are held against, the last one the copy."""
-    milliseconds = [statistics.median(times) for times in zip(*trials, strict=True)]
-    rates = [case.num_bytes / spent / 1e6 for case, spent in zip(cases, milliseconds, strict=True)]
-    results = []
-    for i, case in enumerate(cases):
-        ratios = [times[0] / times[i] for times in trials]
-        spread = (round(x, 2) for x in (statistics.median(ratios), min(ratios), max(ratios)))
-        figures = (round(1e3 * milliseconds[i], 1), round(rates[i], 1), round(rates[i] / rates[-1], 3))
-        results.append(Result(group, case.name, *figures, *spread))
-    return results
+def groups(shape: Shape, device: torch.device, extent: Extent) -> dict[str, Callable[[], Group]]:
+    """By name; nothing is made before its turn."""
+    makers: dict[str, Callable[[], Iterator[Maker]]] = {}
+    for size in sorted(set(shape.linears().values())):
+        for rows in extent.rows:
+            makers[f"linear {size[0]} x {size[1]}, {rows} rows"] = partial(linear_makers, size, rows, device)
+    for num_seqs, context in extent.steps:
+        work = Attended(shape, num_seqs, 1, context, device)
+        makers[f"attention, {num_seqs} x {context}"] = partial(attention_makers, work)
+    for rows, context in extent.prompts:
+        work = Attended(shape, 1, rows, context, device)
+        makers[f"prompt, {rows} of {context}"] = partial(attention_makers, work)
+    for rows in extent.op_rows:
+        makers[f"store, {rows} rows"] = partial(store_makers, shape, rows, device)
+        makers[f"ops, {rows} rows"] = partial(row_makers, shape, rows, device)
+    for rows in extent.draws:
+        makers[f"sampling, {rows} of {shape.vocab:,}"] = partial(sampling_makers, shape, rows, device)
+    return {name: partial(_group, name, make) for name, make in makers.items()}
 
 
-def groups(shape: Shape, device: torch.device) -> Iterator[tuple[str, list[Case]]]:
-    sizes = sorted(set(shape.linears().values()))
-    for size in sizes:
-        for num_rows in ROWS:
-            yield f"{size[0]} x {size[1]}, {num_rows} rows", list(linear_cases(size, num_rows, device))
-    for context in CONTEXTS:
-        yield f"attention, {BATCH} sequences of {context}", list(attention_cases(shape, context, device))
-    for num_rows in (1, 512):
-        yield f"ops on {num_rows} rows", list(row_cases(shape, num_rows, device))
-    for num_rows in (1, 64):
-        yield f"sampling, {num_rows} of {shape.vocab:,} ids", list(sampling_cases(shape, num_rows, device))
+def _group(name: str, makers: Callable[[], Iterator[Maker]]) -> Group:
+    return Group(name, list(makers()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = arguments(__doc__, seconds=560)
     parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
     parser.add_argument("--trials", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="no table")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("torch finds no CUDA device, and there is nothing to time without one: see docs/gpu.md")
     device = torch.device("cuda")
-    if (reason := gpu.refusal(device, torch.bfloat16)) is not None:
-        raise SystemExit(reason)
-    clock, copy = Clock(device), copy_case(device)
-    every: list[Result] = []
-    for name, cases in groups(SHAPES[options.model], device):
-        cases.append(copy)
-        clock.trial(cases)  # compiles
-        found = judged(name, cases, [clock.trial(cases) for _ in range(options.trials)])
-        every += found
-        for result in () if options.json else found:
-            print(
-                f"{result.group:32} {result.name:20} {result.microseconds:9.1f} us {100 * result.share:4.0f} % of copy "
-                f"{result.ratio:6.2f}x ({result.lowest:.2f} to {result.highest:.2f})",
-                flush=True,
-            )
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    print(json.dumps(machine | {"results": [asdict(result) for result in every]}))
+    every = groups(SHAPES[options.model], device, Extent())
+
+    def start() -> Callable[[str], Callable[[Write], None]]:
+        if (reason := gpu.refusal(device, torch.bfloat16)) is not None:
+            raise SystemExit(reason)
+        timing = Timing(Clock(device), copy_case(device), options.trials)
+        return lambda name: partial(timing.run, every[name]())
+
+    main_of("benchmarks.gpu", options, list(every), start)
 
 
 if __name__ == "__main__":

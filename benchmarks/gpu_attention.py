@@ -133,9 +133,10 @@ class Sweep:
     group: int  # query heads of a kv head
     page_size: int
     length: int
+    num_rows: int = 3  # the last ones, which are attended
 
     def worst(self, device: torch.device) -> float:
-        """The largest error of the last three rows, in parts of the bound."""
+        """The largest error of the last rows, in parts of the bound."""
         dim, length = self.head_dim, self.length
         keys, values = (row_codec(bits, dim, dim // 2, 2, seed=5 + i) for i, bits in enumerate(self.bits))
         codec = LayerCodec(keys, values, Identity(), Identity(), window=min(17, length), num_sinks=4)
@@ -146,10 +147,11 @@ class Sweep:
         q, k, v = (random_tokens(length, heads, dim, heads) for heads in (2 * self.group, 2, 2))
         QuantizedReference().store(k, v, cache, self._row(0).attention)
         read = read_as((q, k, v), cache)
-        expected, bound = exact_attention(q[-3:], read[0][:, -3:], read[1][:, -3:], prescale_of(cache))
+        last = slice(-self.num_rows, None)
+        expected, bound = exact_attention(q[last], read[0][:, last], read[1][:, last], prescale_of(cache))
         moved = QuantizedCache(codec.to(device), cache.layout, cache.pages.to(device), cache.recent.to(device))
-        inputs = self._row(length - 3).to(device).attention
-        found = QuantizedTriton().attend(q[-3:].to(device), moved, inputs, SCALE).cpu()
+        inputs = self._row(length - self.num_rows).to(device).attention
+        found = QuantizedTriton().attend(q[last].to(device), moved, inputs, SCALE).cpu()
         return float(((found - expected).abs() / bound).nan_to_num(torch.inf).max())
 
     def _row(self, start: int) -> Batch:

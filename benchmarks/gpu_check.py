@@ -1,0 +1,335 @@
+"""Whether the Triton kernels are right on this machine's GPU:  python -m benchmarks.gpu_check
+
+At the sizes of Llama-3-8B:
+
+linear       every kind of codes at every entry of the table of configurations, against float64
+ops          RMSNorm, RoPE and SwiGLU, likewise
+store        bytes written to pages, against those of the reference: the same to the last bit
+attention    a sweep of widths, heads and page sizes (benchmarks.gpu_attention), and contexts of up to 32k tokens
+far          a layer's pages beyond the first 4 GiB, where offsets do not fit 32 bits
+sampling     ids drawn from 128,256, against the reference's
+
+A result's error is told in parts of the bound of the tests (tests/tolerance.py): above 1 it is wrong. Lines of JSON as
+benchmarks.gpu writes them; ends with an error where one is wrong. On a CPU under TRITON_INTERPRET=1 for a test, small.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import PAGE_SIZE, Attended, random_cache
+from benchmarks.gpu_attention import HEADS, SCALE, WIDTHS, Sweep
+from benchmarks.gpu_timing import Line, Write, arguments, lines_of, main_of
+from benchmarks.shapes import SHAPES, Shape
+from engine.batch import BatchRow, build_batch
+from kernels.activation.gpu import ActivationTriton
+from kernels.attention.f16.gpu import F16Triton
+from kernels.attention.f16.layout import page_shape
+from kernels.attention.quantized.cache import QuantizedCache
+from kernels.attention.quantized.gpu import QuantizedTriton
+from kernels.attention.quantized.reference import QuantizedReference
+from kernels.contract import AttentionInputs, Filters, RowDraw
+from kernels.gpu.configs import grid_for
+from kernels.gpu.multiply import multiply
+from kernels.gpu.packing import LINEAR, LOOKUP, Packed
+from kernels.linear.affine.gpu import AffineTriton
+from kernels.linear.table import tables
+from kernels.linear.table.gpu import TableTriton
+from kernels.norm.gpu import NormTriton
+from kernels.rope.gpu import RopeTriton
+from kernels.sampling.gpu import SamplingTriton
+from kernels.sampling.reference import SamplingReference
+from tests.kernels.attention_oracle import random_tokens
+from tests.kernels.interpreted_attention import exact_attention
+from tests.kernels.weights import random_affine, random_nested, random_table
+from tests.tolerance import EPS, dot_bound
+
+EPS_BF16 = torch.finfo(torch.bfloat16).eps
+FAR_BYTES = 5 << 30
+RULES = (None, Filters(1.0), Filters(0.7), Filters(1.0, top_k=50), Filters(1.0, top_k=40, top_p=0.9))
+POLICIES = ("k8v8:w128:s4", "k4v4:w128:s4", "skvq:k2v2:w128:s4", "skvq:k2v1.5:w128:s4")
+
+Checked = tuple[str, float]  # what, and its error in parts of the bound
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is checked; a test takes less."""
+
+    rows: tuple[int, ...] = (1, 8, 9, 16, 17, 64, 65, 500)  # both ends of every entry of the table
+    lengths: tuple[int, ...] = (40, 700)
+    long: tuple[tuple[int, int], ...] = ((32768, 1), (5000, 3), (1500, 70))  # tokens, rows of them
+    far_bytes: int = FAR_BYTES
+    stored: int = 77  # rows: more than a page of them
+    num_draws: int = 16
+
+
+def worst(found: Tensor, expected: Tensor, bound: Tensor) -> float:
+    """The largest error in parts of its bound; infinite where there is a NaN."""
+    parts = (found.double() - expected.double()).abs() / bound.double().clamp_min(1e-300)
+    return float(parts.nan_to_num(torch.inf).max())
+
+
+# ---- linear ----------------------------------------------------------------------------------------------------------
+
+
+def matrices(n: int, k: int) -> dict[str, Callable[[], Any]]:
+    return {
+        **{f"{b}-bit g{g}": partial(random_affine, b, k, n, g, torch.float16, b) for b, g in ((4, 128), (3, 128))},
+        "2-bit g64": partial(random_affine, 2, k, n, 64, torch.bfloat16, 2),
+        "8-bit g32": partial(random_affine, 8, k, n, 32, torch.float16, 8),
+        "4-bit nested": partial(random_nested, 4, k, n, 32, 5),
+        "nf4 g64": partial(random_table, tables.NF4, k, n, 64, torch.float32, 6),
+        "mxfp4 g32": partial(random_table, tables.E2M1, k, n, 32, torch.float8_e8m0fnu, 7),
+        "nvfp4 g16": partial(random_table, tables.E2M1, k, n, 16, torch.float8_e4m3fn, 8),
+    }
+
+
+def placed(holder: Any, device: torch.device) -> Any:
+    """A frozen dataclass with its tensors on the device; one number that stands for all still does."""
+    moved: dict[str, Any] = {}
+    for name, value in vars(holder).items():
+        if isinstance(value, Tensor) and 0 in value.stride():
+            moved[name] = value[:1, :1].to(device).expand(value.shape)
+        elif isinstance(value, Tensor):
+            moved[name] = value.to(device)
+        elif hasattr(value, "__dataclass_fields__"):
+            moved[name] = placed(value, device)
+    return replace(holder, **moved)
+
+
+def check_linear(size: tuple[int, int], extent: Extent, device: torch.device) -> Iterator[Checked]:
+    for name, make in matrices(*size).items():
+        weights = placed(make(), device)
+        affine = weights.family == "affine"
+        for fixed in (False, True):
+            kernel: Any = AffineTriton(fixed) if affine else TableTriton(fixed)
+            packed = kernel.prepare(weights)
+            matrix = weights.dequantize().double()
+            for num_rows in extent.rows:
+                x = torch.randn(num_rows, size[1], device=device).bfloat16()
+                error = linear_error(x, packed, matrix, fixed)
+                yield f"{name}{' fixed' * fixed}, {size[0]} x {size[1]}, {num_rows} rows", error
+
+
+def linear_error(x: Tensor, packed: Packed, matrix: Tensor, fixed: bool) -> float:
+    """The bound of the tests (tests/kernels/interpreted.py): of codes less `base` and of what that leaves, each."""
+    y = torch.full((x.shape[0], packed.out_features), torch.nan, device=x.device)
+    multiply(x, packed, y, fixed)
+    exact, shift = x.double(), shift_of(packed)
+    size = exact.abs() @ matrix.abs().T
+    bound = dot_bound(exact, matrix - shift) + dot_bound(exact, shift) + 2 * EPS * (exact.abs() @ shift.abs().T)
+    if packed.meaning == LOOKUP:
+        bound += EPS_BF16 / 2 * size
+    if grid_for(x.shape[0], packed.out_features, packed.num_blocks, fixed).config.kernel == "many":
+        bound += EPS_BF16 * size
+    return worst(y, exact @ matrix.T, bound + EPS * size)
+
+
+def shift_of(packed: Packed) -> Tensor:
+    """What is added to every scaled value, [N, K] float64."""
+    if packed.meaning != LINEAR:
+        return torch.zeros(packed.out_features, packed.in_features, dtype=torch.float64, device=packed.words.device)
+    scales = packed.scales.double()
+    zeros = packed.center if packed.zeros is None else packed.zeros.double()
+    offsets: Tensor | float = 0.0 if packed.offsets is None else packed.offsets.double()
+    if packed.steps is not None:
+        scales = scales * packed.steps.scales.double().repeat_interleave(packed.steps.ratio, dim=0)
+        if packed.steps.offsets is not None:
+            offsets = offsets * packed.steps.offsets.double().repeat_interleave(packed.steps.ratio, dim=0)
+    shift = scales * (packed.base - zeros) * packed.factor + offsets
+    return shift.T.repeat_interleave(packed.group_size, dim=1)[:, : packed.in_features]
+
+
+# ---- ops -------------------------------------------------------------------------------------------------------------
+
+
+def check_ops(shape: Shape, extent: Extent, device: torch.device) -> Iterator[Checked]:
+    """Bounds as in tests/kernels/interpreted.py."""
+    for num_rows in extent.rows:
+        x, delta = (torch.randn(num_rows, shape.hidden, device=device).bfloat16() for _ in range(2))
+        weight = torch.randn(shape.hidden, device=device).bfloat16()
+        total, normed = NormTriton().add_rms_norm(x, delta, weight, 1e-5)
+        exact = x.double() + delta.double()
+        yield f"sum, {num_rows} rows", worst(total, exact, EPS_BF16 * exact.abs())
+        wide = total.double()
+        expected = weight.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        yield f"rms_norm, {num_rows} rows", worst(normed, expected, (8 * EPS + 2 * EPS_BF16) * expected.abs())
+        gate, up = (4 * torch.randn(num_rows, shape.intermediate, device=device).bfloat16() for _ in range(2))
+        wide = gate.double()
+        expected = wide / (1 + (-wide).exp()) * up.double()
+        bound = (6 * EPS + EPS_BF16 + EPS * wide.abs()) * expected.abs()
+        yield f"swiglu, {num_rows} rows", worst(ActivationTriton().swiglu(gate, up), expected, bound)
+        yield f"rope, {num_rows} rows", rope_error(shape, num_rows, device)
+
+
+def rope_error(shape: Shape, num_rows: int, device: torch.device) -> float:
+    q = torch.randn(num_rows, shape.num_heads, shape.head_dim, device=device).bfloat16()
+    k = torch.randn(num_rows, shape.num_kv_heads, shape.head_dim, device=device).bfloat16()
+    angles = 100 * torch.rand(num_rows, shape.head_dim // 2, device=device)
+    errors = []
+    for x, found in zip((q, k), RopeTriton().rotate_pair(q, k, angles.cos(), angles.sin()), strict=True):
+        low, high = x.double().chunk(2, dim=-1)
+        cos, sin = (part[:, None].double() for part in (angles.cos(), angles.sin()))
+        expected = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+        size = (low.square() + high.square()).sqrt().repeat(1, 1, 2)
+        errors.append(worst(found, expected, 4 * EPS * size + EPS_BF16 * expected.abs()))
+    return max(errors)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def check_store(shape: Shape, extent: Extent, device: torch.device) -> Iterator[Checked]:
+    """The number of bytes that differ: above 0 is wrong, and told as such."""
+    for policy in POLICIES:
+        work = Attended(shape, 1, extent.stored, -(-extent.stored // 128) * 128, device)
+        cache, recent_each = random_cache(work, policy)
+        pages, recent = torch.zeros_like(cache.pages), torch.zeros_like(cache.recent)
+        sizes = (extent.stored, shape.num_kv_heads, shape.head_dim)
+        k, v = (4 * torch.randn(sizes, device=device).bfloat16() for _ in range(2))
+        ours, theirs = (QuantizedCache(cache.codec, cache.layout, pages.clone(), recent.clone()) for _ in range(2))
+        host = QuantizedCache(cache.codec.to(torch.device("cpu")), cache.layout, theirs.pages.cpu(), recent.cpu())
+        QuantizedTriton().store(k, v, ours, work.step(recent_each).attention)
+        QuantizedReference().store(k.cpu(), v.cpu(), host, replace_device(work, recent_each))
+        differing = (ours.pages.cpu() != host.pages).sum() + (ours.recent.cpu() != host.recent).sum()
+        yield f"store {policy}", float(2 * differing)
+
+
+def replace_device(work: Attended, recent_each: int) -> AttentionInputs:
+    return replace(work, device=torch.device("cpu")).step(recent_each).attention
+
+
+def check_sweep(extent: Extent, device: torch.device) -> Iterator[Checked]:
+    for bits, (dim, group), page_size, length in product(
+        WIDTHS, (*HEADS, (64, 1), (256, 7)), (16, 64, 128), extent.lengths
+    ):
+        sweep = Sweep(bits, dim, group, page_size, length)
+        yield str(sweep), sweep.worst(device)
+
+
+def check_long(extent: Extent, device: torch.device) -> Iterator[Checked]:
+    """Decode steps over long contexts, which many programs share, and chunks of prompts, whose tiles are others."""
+    for bits in ((8.0, 8.0), (4.0, 4.0), (2.0, 2.0)):
+        for length, num_rows in extent.long:
+            sweep = Sweep(bits, 128, 4, PAGE_SIZE, length, num_rows)
+            yield str(sweep), sweep.worst(device)
+    for length, num_rows in extent.long:
+        yield f"f16, {num_rows} rows of {length}", f16_error(length, num_rows, device)
+
+
+def f16_error(length: int, num_rows: int, device: torch.device) -> float:
+    q, k, v = (random_tokens(length, heads, 128, heads) for heads in (8, 2, 2))
+    table = list(range(-(-length // PAGE_SIZE)))
+    pages = torch.full((len(table), *page_shape(2, PAGE_SIZE, 128)), torch.nan, dtype=torch.float16, device=device)
+
+    def step(start: int) -> AttentionInputs:
+        row = BatchRow([0] * (length - start), start, table, PAGE_SIZE, 0)
+        return build_batch([row]).to(device).attention
+
+    kernel, first = F16Triton(), length - num_rows
+    kernel.store(k.to(device), v.to(device), pages, step(0))
+    found = kernel.attend(q[first:].to(device), pages, step(first), SCALE).cpu()
+    keys, values = (x.half().double().repeat_interleave(4, dim=1).transpose(0, 1)[:, None] for x in (k, v))
+    shape = (8, num_rows, length, 128)
+    return worst(found, *exact_attention(q[first:], keys.expand(shape), values.expand(shape), 0.0))
+
+
+def check_far(shape: Shape, extent: Extent, device: torch.device) -> Iterator[Checked]:
+    """The same rows in the first page and in the last must give the same bits."""
+    page = page_shape(shape.num_kv_heads, PAGE_SIZE, shape.head_dim)
+    pages = torch.zeros(extent.far_bytes // (2 * math.prod(page)), *page, dtype=torch.float16, device=device)
+    num_rows = min(extent.stored, PAGE_SIZE)
+    work = Attended(shape, 1, num_rows, num_rows, device)
+    k, v = (work.random(num_rows, shape.num_kv_heads, shape.head_dim) for _ in range(2))
+    q, kernel, found = work.queries(), F16Triton(), []
+    for at in (0, len(pages) - 1):
+        step = moved_to(work.step().attention, at, PAGE_SIZE)
+        kernel.store(k, v, pages, step)
+        found.append(kernel.attend(q, pages, step, 0.1))
+    yield f"f16 pages of {pages.nbytes >> 30} GiB", 2.0 * float((found[0] != found[1]).sum())
+    del pages
+    cache, _ = random_cache(work, "skvq:k4v4:w0:s0")
+    chunks = cache.pages[:1].expand(extent.far_bytes // cache.pages[0].numel(), -1, -1).contiguous()
+    cache, quantized, found = QuantizedCache(cache.codec, cache.layout, chunks, cache.recent), QuantizedTriton(), []
+    for at in (0, len(chunks) - 1):
+        step = replace(moved_to(work.step().attention, at, PAGE_SIZE), recent=None)
+        quantized.store(k, v, cache, step)
+        found.append(quantized.attend(q, cache, step, 0.1))
+    yield f"packed pages of {chunks.nbytes >> 30} GiB", 2.0 * float((found[0] != found[1]).sum())
+
+
+def moved_to(inputs: AttentionInputs, page: int, page_size: int) -> AttentionInputs:
+    """A step of one sequence on one page, on another page."""
+    tables = torch.full_like(inputs.block_tables, page)
+    return replace(inputs, block_tables=tables, slots=inputs.slots % page_size + page * page_size)
+
+
+# ---- sampling and steps ----------------------------------------------------------------------------------------------
+
+
+def check_sampling(shape: Shape, extent: Extent, device: torch.device) -> Iterator[Checked]:
+    """Ids that are not the reference's, of those that are not left to the CPU."""
+    logits = 3 * torch.randn(extent.num_draws, shape.vocab, device=device)
+    rows, reference = logits.cpu(), SamplingReference()
+    for rules in RULES:
+        draws = [RowDraw(row, rules, (row + 0.5) / extent.num_draws) for row in range(extent.num_draws)]
+        found = SamplingTriton().draw_all(logits, draws).tolist()
+        expected = [
+            reference.argmax(rows[draw.row]) if rules is None else reference.draw(rows[draw.row], rules, draw.uniform)
+            for draw in draws
+        ]
+        wrong = sum(ours not in (-1, theirs) for ours, theirs in zip(found, expected, strict=True))
+        left = sum(ours == -1 for ours in found)
+        yield f"{'greedy' if rules is None else rules}, {left} of {len(draws)} left", 2.0 * wrong
+
+
+Check = Callable[[], Iterator[Checked]]
+
+
+def checks(shape: Shape, extent: Extent, device: torch.device) -> dict[str, Check]:
+    sizes = sorted({*shape.linears().values()})
+    return {
+        **{f"linear {n} x {k}": partial(check_linear, (n, k), extent, device) for n, k in sizes},
+        "ops": partial(check_ops, shape, extent, device),
+        "store": partial(check_store, shape, extent, device),
+        "attention sweep": partial(check_sweep, extent, device),
+        "attention long": partial(check_long, extent, device),
+        "far": partial(check_far, shape, extent, device),
+        "sampling": partial(check_sampling, shape, extent, device),
+    }
+
+
+def run(name: str, check: Check, write: Write) -> None:
+    """Write down what is wrong, and how close to its bound the rest came."""
+    highest, num_checked = 0.0, 0
+    for what, error in check():
+        num_checked, highest = num_checked + 1, max(highest, error)
+        if not error <= 1:
+            write({"group": name, "name": what, "worst": error, "error": "off"})
+    write({"group": name, "checked": num_checked, "worst": highest})
+
+
+def main() -> None:
+    parser = arguments(__doc__, seconds=560)
+    options = parser.parse_args()
+    device = torch.device("cuda")
+    every = checks(SHAPES["llama-3-8b"], Extent(), device)
+    before = len(lines_of(options.out))
+    main_of("benchmarks.gpu_check", options, list(every), lambda: lambda name: partial(run, name, every[name]))
+    if not options.worker and (wrong := _failures(lines_of(options.out)[before:])):
+        raise SystemExit(f"{wrong} results are off or missing")
+
+
+def _failures(lines: list[Line]) -> int:
+    return sum("error" in line for line in lines)
+
+
+if __name__ == "__main__":
+    main()
