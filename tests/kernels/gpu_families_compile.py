@@ -15,6 +15,7 @@ from kernels.gpu.decoding import BOOK, E4M3, TABLES, Decoded
 from kernels.gpu.tiles import ANY, Tile
 from kernels.linear.int8 import gpu as int8_gpu
 from kernels.linear.rounding import Rounding
+from kernels.linear.sparse import gpu as sparse_gpu
 from tests.kernels.gpu_compile import TYPES, Case, K, N, record
 
 BUDGET = Path(__file__).parent / "gpu_families_budget.json"
@@ -115,6 +116,13 @@ def decoded_case(name: str, tile: Tile, architecture: int) -> Case:
     return Case(label, architecture, "decoded", "multiply", types, fixed, tile.num_warps, tile.num_stages, sizes=sizes)
 
 
+def sparse_case(tile: Tile, architecture: int) -> Case:
+    types = {"x": "*bf16", "starts": "*i32", "columns": "*i32", "values": "*fp16", "out": "*bf16"}
+    fixed = {"CHUNK": sparse_gpu.CHUNK, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    label = f"sparse, {f'up to {tile.max_tokens}' if tile.max_tokens < ANY else 'any'} rows"
+    return Case(label, architecture, "sparse", "multiply", types, fixed, tile.num_warps, sizes=("out_features",))
+
+
 def every_case(architecture: int) -> Iterator[Case]:
     """All entries of every table."""
     for name, matrix in INTEGERS.items():
@@ -140,6 +148,8 @@ def cases() -> Iterator[Case]:
     yield decoded_case("16-value tables g64", decoding.TABLE_TILES[-1], 80)
     yield decoded_case("65536 vectors of 8", largest[2], 89)
     yield rounding_case("int8", 14336, 80)
+    yield sparse_case(sparse_gpu.TILES[0], 90)
+    yield sparse_case(sparse_gpu.TILES[-1], 80)
 
 
 if __name__ == "__main__":

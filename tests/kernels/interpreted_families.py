@@ -23,7 +23,10 @@ from kernels.linear.int8.layout import Int8Weights
 from kernels.linear.lookup.gpu import LookupTriton
 from kernels.linear.lookup.layout import LookupWeights
 from kernels.linear.rounding import Rounding
-from tests.kernels.weights import random_codebook, random_fp8, random_int8, random_lookup
+from kernels.linear.sparse import gpu as sparse_gpu
+from kernels.linear.sparse.gpu import SparseTriton
+from kernels.linear.sparse.layout import SparseWeights
+from tests.kernels.weights import random_codebook, random_fp8, random_int8, random_lookup, random_sparse
 from tests.tolerance import EPS, assert_within, dot_bound
 
 EPS_BF16 = torch.finfo(torch.bfloat16).eps
@@ -263,3 +266,31 @@ def test_a_fixed_row_of_what_is_decoded_does_not_depend_on_its_batch() -> None:
     (whole,) = kernel.linear(x, joined)
     for rows in (1, 17):
         assert torch.equal(kernel.linear(x[:rows], joined)[0], whole[:rows])
+
+
+# -- sparse ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("density", "num_tokens"), [(0.0, 1), (0.05, 3), (0.4, 9), (0.05, 70)])
+def test_sparse(density: float, num_tokens: int) -> None:
+    """Every product is rounded, by eps/2, beside their sum. Bug: an empty row that takes entries of the next, entries
+    beyond the first chunk, a column of the token beside."""
+    weights, x = random_sparse(300, N, density, seed=1), activations(num_tokens, 300)
+    first, stop = (int(start) for start in weights.starts[3:5])
+    starts = torch.where(torch.arange(N + 1) > 3, weights.starts - (stop - first), weights.starts).int()
+    columns, values = (torch.cat((kept[:first], kept[stop:])) for kept in (weights.columns, weights.values))
+    weights = SparseWeights(300, starts, columns, values)  # row 3 is empty
+    y = torch.full((num_tokens, N), torch.nan)
+    sparse_gpu.multiply(x.t().contiguous(), weights, y)
+    exact, dense = x.double(), weights.dequantize().double()
+    bound = dot_bound(exact, dense) + EPS / 2 * (exact.abs() @ dense.abs().T)
+    assert_within(y, exact @ dense.T, bound, weights.describe())
+
+
+def test_sparse_results_are_bfloat16_and_a_fixed_row_does_not_depend_on_its_batch() -> None:
+    kernel, x = SparseTriton(fixed=True), activations(20, 300)
+    joined = kernel.join([kernel.prepare(random_sparse(300, rows, 0.2, seed=rows)) for rows in (5, N)])
+    whole = kernel.linear(x, joined)
+    assert [(y.dtype, y.shape) for y in whole] == [(torch.bfloat16, (20, 5)), (torch.bfloat16, (20, N))]
+    assert torch.equal(kernel.linear(x[:1], joined)[1], whole[1][:1])
+    assert kernel.linear(activations(0, 300), joined)[0].shape == (0, 5)

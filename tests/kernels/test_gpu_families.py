@@ -136,10 +136,10 @@ def test_half_a_word_holds_one_code_of_each_plane(bits: int) -> None:
             assert half >> bits * plane & (1 << bits) - 1 == int(codes[n, k])
 
 
-@pytest.mark.parametrize("family", ["fp8", "codebook", "lookup", "int8"])
+@pytest.mark.parametrize("family", ["fp8", "codebook", "lookup", "int8", "sparse"])
 def test_who_insists_on_triton_gets_it(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: a family left out of what is tried, or its variants in the wrong order."""
-    for module in ("kernels.gpu.decoding", "kernels.linear.int8.gpu"):
+    for module in ("kernels.gpu.decoding", "kernels.linear.int8.gpu", "kernels.linear.sparse.gpu"):
         monkeypatch.setattr(f"{module}.refusal", lambda *_: None)
     spec = LinearSpec(64, 32, CUDA, torch.bfloat16, family, 8, 64)
     assert select(kernels_for(family), spec).kernel.name == "triton"
