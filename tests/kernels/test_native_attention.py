@@ -1,7 +1,5 @@
 """Attention in C++: every instruction set against float64, and the same bits whatever is computed beside a row."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,14 +21,6 @@ from kernels.native import _native
 SPLIT = 512  # tokens, kernels/native/attention.hpp
 SCALE = 0.3
 KERNEL = F16Native()
-
-
-@pytest.fixture(autouse=True)
-def settings_as_before() -> Iterator[None]:
-    isa, num_threads = _native.isa(), _native.num_threads()
-    yield
-    _native.use_isa(isa)
-    _native.set_num_threads(num_threads)
 
 
 class World:

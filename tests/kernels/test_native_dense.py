@@ -1,6 +1,5 @@
 """Float products in C++: every instruction set against float64, and the same bits whatever is computed beside a row."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -36,14 +35,6 @@ PACKED_SHAPES = [  # num_tokens, in_features, out_features, group_size
     (5, 2100, 70, 32),  # two slabs
 ]
 MAX_TOKENS = 33  # tiles of every size the kernels have, and halves widened for many tokens
-
-
-@pytest.fixture(autouse=True)
-def settings_as_before() -> Iterator[None]:
-    isa, num_threads = _native.isa(), _native.num_threads()
-    yield
-    _native.use_isa(isa)
-    _native.set_num_threads(num_threads)
 
 
 def activations(num_tokens: int, in_features: int) -> Tensor:

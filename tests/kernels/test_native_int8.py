@@ -1,6 +1,5 @@
 """Weights times activations that a format rounds to integers, in C++: codes to the bit, sums to the integer."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -41,14 +40,6 @@ ROUNDINGS = {
     "fixed, asymmetric": fixed(0.031, -77),
     "fixed, 4 bits, asymmetric": fixed(0.25, 7, bits=4),
 }
-
-
-@pytest.fixture(autouse=True)
-def settings_as_before() -> Iterator[None]:
-    isa, num_threads = _native.isa(), _native.num_threads()
-    yield
-    _native.use_isa(isa)
-    _native.set_num_threads(num_threads)
 
 
 def multiply(weights: Int8Weights, x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -32,14 +31,6 @@ SPLIT, BLOCK = 512, 64  # tokens, kernels/native/{attention,quantized}.hpp
 SCALE = 0.3
 KERNEL, REFERENCE = QuantizedNative(), QuantizedReference()
 every_isa = pytest.mark.parametrize("isa", _native.supported_isas())
-
-
-@pytest.fixture(autouse=True)
-def settings_as_before() -> Iterator[None]:
-    isa, num_threads = _native.isa(), _native.num_threads()
-    yield
-    _native.use_isa(isa)
-    _native.set_num_threads(num_threads)
 
 
 def codec_of(

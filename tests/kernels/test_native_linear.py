@@ -4,7 +4,6 @@ Activations are rounded to 8 bits as kernels/native/linear.hpp says, here in tor
 held to the bound of a dot product. A second, looser test goes back to the activations as they were.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -44,14 +43,6 @@ class Case:
     matrix: Tensor  # [N, K] float64
     table_error: float  # of an entry of its table, relative to the scale
     scales: Tensor  # [N, K] float64, factors included
-
-
-@pytest.fixture(autouse=True)
-def settings_as_before() -> Iterator[None]:
-    isa, num_threads = _native.isa(), _native.num_threads()
-    yield
-    _native.use_isa(isa)
-    _native.set_num_threads(num_threads)
 
 
 def scales_of(scale_type: str, shape: tuple[int, int], random: torch.Generator) -> tuple[Tensor, Tensor]:
