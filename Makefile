@@ -1,6 +1,6 @@
 # make serve    install into .venv and serve the bundled demo model on http://localhost:8000;
 # make serve MODEL=path/to/checkpoint PORT=9000 HOST=0.0.0.0    another model, port, address
-# make serve ARGS='--kv f16 --threads 4'    any options of nibble serve
+# make serve ARGS='--kv f16 --max-num-seqs 8'    any options of nibble serve
 # make test     install into .venv and run the whole gate
 # make check    the gate alone: format, lint, types, imports, tests
 # make demo-monitoring    the demo model under load, watched by a Prometheus of this machine: do all panels show data?
