@@ -10,11 +10,9 @@ from torch import Tensor
 
 from kernels.contract import LinearSpec
 from kernels.gpu import refusal
-from kernels.gpu.multiply import SUM_BLOCK
-from kernels.gpu.packing import Packed
+from kernels.gpu.multiply import SUM_BLOCK, TritonKernel
+from kernels.gpu.packing import Packed, pack
 from kernels.gpu.tiles import ANY, Tile, cut
-from kernels.linear.affine.gpu import AffineTriton
-from kernels.linear.affine.layout import AffineWeights
 from kernels.linear.bitstream import pack_codes
 from kernels.linear.blocks import check_width
 from kernels.linear.int8.layout import Int8Weights
@@ -81,7 +79,7 @@ class Int8Triton:
 
     The inner sums are exact integers on tensor cores, j the groups, or 32,768 channels of a row that has one scale; the
     outer one is in float32. Activations are rounded once for all matrices that read them. Those with a scale for each
-    group of channels are rounded to bfloat16 once more and meet weights as those of the affine family do.
+    group of channels are rounded to bfloat16 once more, and multiplied as such.
 
     Reads 4 or 8 bits of each weight once for up to 64 rows, 32 with groups that have zero points; 2 T N K operations.
     """
@@ -89,7 +87,7 @@ class Int8Triton:
     def __init__(self, fixed: bool = False) -> None:
         self._fixed = fixed
         self.name = "triton-fixed" if fixed else "triton"
-        self._affine = AffineTriton(fixed)
+        self._floats = TritonKernel(fixed)
 
     def refuses(self, spec: LinearSpec) -> str | None:
         if (reason := refusal(spec.device, spec.dtype)) is not None:
@@ -105,7 +103,7 @@ class Int8Triton:
         """
         rounding, width = weights.rounding, weights.in_features
         if (rounding.channels or width) < width or rounding.scale_grid != "float":
-            return ByChannels(self._affine.prepare(as_affine(weights)), rounding)
+            return ByChannels(pack_codes_in_groups(weights), rounding)
         group = min(weights.group_size, width, MAX_EXACT)
         run = LONGEST_RUN if group == width else math.gcd(group, LONGEST_RUN)
         if run < SHORTEST_RUN:
@@ -135,7 +133,7 @@ class Int8Triton:
         by_channels = [one for one in joined if isinstance(one, ByChannels)]
         if by_channels:
             rounded = by_channels[0].rounding.apply(x.float()).to(x.dtype)
-            return self._affine.linear(rounded, tuple(one.packed for one in by_channels))
+            return self._floats.linear(rounded, tuple(one.packed for one in by_channels))
         matrices = [one for one in joined if isinstance(one, Prepared)]
         check_width(x, matrices[0].tokens.width)
         if x.dtype != torch.bfloat16:
@@ -157,15 +155,28 @@ def place_of(one: Prepared | ByChannels) -> tuple[int, int] | None:
     return (one.tokens.padded, one.tokens.run) if isinstance(one, Prepared) else None
 
 
-def as_affine(weights: Int8Weights) -> AffineWeights:
-    """The same matrix of unsigned codes."""
+@dataclass(frozen=True)
+class Unsigned:
+    """Codes as kernels.gpu.packing takes them."""
+
+    bits: int
+    in_features: int
+    group_size: int
+    codes: Tensor  # [N, ceil(K * bits / 8)] uint8
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+
+def pack_codes_in_groups(weights: Int8Weights) -> Packed:
+    """The matrix as kernels that multiply bfloat16 read it. Raises ValueError for groups that no plane divides."""
     bits = 4 if weights.bits <= 4 else 8
     middle = 1 << (bits - 1)
-    zeros = torch.zeros_like(weights.scales, dtype=torch.int16) if weights.zeros is None else weights.zeros.short()
     codes = pack_codes((weights.weight.short() + middle).to(torch.uint8), bits)
-    return AffineWeights(
-        bits, weights.in_features, weights.group_size, codes, weights.scales, (zeros + middle).to(torch.uint8)
-    )
+    zeros = None if weights.zeros is None else (weights.zeros.T.short() + middle).to(torch.uint8).contiguous()
+    unsigned = Unsigned(bits, weights.in_features, weights.group_size, codes)
+    return pack(unsigned, weights.scales, zeros=zeros, center=middle)
 
 
 def fixed(rounding: Rounding, device: torch.device) -> tuple[Tensor, Tensor]:
