@@ -1,5 +1,7 @@
 """How long a checkpoint takes to load, and how much memory:  python -m benchmarks.loading [--shape llama-3.2-1b]
 
+--device cuda loads it to a GPU: the memory is the host's all the same.
+
 Writes a 4-bit checkpoint of the shape with random weights, starts the engine in a process of its own, and compares the
 process's peak memory with what it must hold: the packed weights and the KV cache pages it has written.
 """
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.shapes import SHAPES, SMALLEST
-from engine.config import EngineConfig
+from engine.config import Device, EngineConfig
 from engine.messages import Done, Sampling, Submit
 from engine.remote import RemoteClient
 
@@ -23,14 +25,16 @@ KV_MEMORY = 64 << 20  # bytes; small, so that the figure is about weights
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         num_bytes = write_checkpoint(Path(folder), SHAPES[args.shape])
-        empty = asyncio.run(measure(None))
-        loaded = asyncio.run(measure(Path(folder)))
+        empty = asyncio.run(measure(None, args.device))
+        loaded = asyncio.run(measure(Path(folder), args.device))
     result = {
         "benchmark": "loading",
         "shape": args.shape,
+        "device": args.device,
         "weight_mib": num_bytes / 2**20,
         "seconds_to_first_token": loaded["seconds"],
         "decode_tok_per_s": loaded["decode"],
@@ -43,14 +47,14 @@ def main() -> None:
     print(json.dumps(result))
 
 
-async def measure(folder: Path | None) -> dict[str, float]:
+async def measure(folder: Path | None, device: Device) -> dict[str, float]:
     """Seconds from start to the first answer, and the engine's peak resident memory; None: a model of no size."""
     with tempfile.TemporaryDirectory() as tiny:
         if folder is None:
             folder = Path(tiny)
             write_checkpoint(folder, SMALLEST)
         started = time.monotonic()
-        client = RemoteClient(EngineConfig(str(folder), kv_memory=KV_MEMORY))
+        client = RemoteClient(EngineConfig(str(folder), device=device, kv_memory=KV_MEMORY))
         await client.start()
         ready = await client.wait_ready()
         stream = client.submit(Submit("a", [1, 2, 3], Sampling(max_tokens=1, temperature=0.0), time.monotonic()))

@@ -3,6 +3,9 @@
 The same decode three times in turn, A B C A B C ...: the model's forward pass alone (bare), the engine's step
 (engine), and a real server process read by as many HTTP streams (server). Prints tokens per second, medians of the
 rounds, and the two ratios; prefill is left out of all three.
+
+--shape llama-3-8b writes a 4-bit checkpoint with random weights in place of --model; --device cuda has all three on a
+GPU, which must hold the weights twice.
 """
 
 import argparse
@@ -12,15 +15,22 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import BPE
 
+from benchmarks.checkpoints import write_checkpoint
+from benchmarks.shapes import SHAPES, Shape
 from engine.assembly import build
 from engine.batch import BatchRow, build_batch
-from engine.config import EngineConfig
+from engine.config import Device, EngineConfig
 from engine.core import EngineCore
 from engine.messages import Sampling, Submit, Token
 
@@ -28,6 +38,7 @@ DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
 CACHE = "f16"  # of all three sides
 PROMPT_TOKENS = 32
 START_LIMIT_S = 300.0
+GPU_KV_MEMORY = 4 << 30  # bytes
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,12 @@ class Load:
     model: Path
     num_streams: int
     num_tokens: int  # of each stream
+    device: Device = "cpu"
+
+    @property
+    def kv_memory(self) -> int | None:
+        """A GPU is shared with the other engine, and has no use for more than these streams."""
+        return GPU_KV_MEMORY if self.device == "cuda" else None
 
 
 def main() -> None:
@@ -45,26 +62,47 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shape", choices=SHAPES, help="of random weights")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
-    load = Load(args.model, args.streams, args.tokens)
-    core, plan = build(EngineConfig(str(load.model), kv_policy=CACHE, prefix_caching=False))
+    with tempfile.TemporaryDirectory() as folder:
+        if args.shape is not None:
+            write_random(Path(folder), SHAPES[args.shape])
+        model = args.model if args.shape is None else Path(folder)
+        compare(Load(model, args.streams, args.tokens, args.device), args.rounds, args.shape or model.name)
+
+
+def write_random(folder: Path, shape: Shape) -> None:
+    """A checkpoint, and a tokenizer with a word for each id."""
+    write_checkpoint(folder, shape)
+    words = Tokenizer(BPE(vocab={f"t{i}": i for i in range(shape.vocab)}, merges=[]))
+    words.decoder = ByteLevel()
+    words.save(str(folder / "tokenizer.json"))
+
+
+def compare(load: Load, num_rounds: int, name: str) -> None:
+    config = EngineConfig(
+        str(load.model), kv_policy=CACHE, prefix_caching=False, device=load.device, kv_memory=load.kv_memory
+    )
+    core, plan = build(config)
     rates: dict[str, list[float]] = {"bare": [], "engine": [], "server": []}
-    with Server(load.model) as server:
-        for number in range(args.rounds + 1):
+    with Server(load) as server:
+        for number in range(num_rounds + 1):
             measured = {
                 "bare": bare_rate(core, load),
                 "engine": engine_rate(core, load, number),
                 "server": asyncio.run(server_rate(server.url, load)),
             }
             if number > 0:  # the first round warms up
-                for name, rate in measured.items():
-                    rates[name].append(rate)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    for name, values in rates.items():
-        print(f"{name:>7}: {medians[name]:9.1f} tok/s   ({min(values):.1f} .. {max(values):.1f})")
+                for side, rate in measured.items():
+                    rates[side].append(rate)
+    medians = {side: statistics.median(values) for side, values in rates.items()}
+    for side, values in rates.items():
+        print(f"{side:>7}: {medians[side]:9.1f} tok/s   ({min(values):.1f} .. {max(values):.1f})")
     result = {
         "benchmark": "serving",
-        "model": load.model.name,
+        "model": name,
+        "device": load.device,
         "threads": plan.threads,
         "streams": load.num_streams,
         "tokens": load.num_tokens,
@@ -85,6 +123,8 @@ def bare_rate(core: EngineCore, load: Load) -> float:
         batch = build_batch([BatchRow([5], position, table, parts.plan.page_size, 1) for table in tables])
         started = time.perf_counter()
         parts.runner.run(batch)
+        if load.device == "cuda":
+            torch.cuda.synchronize()
         seconds += time.perf_counter() - started
     return load.num_streams * load.num_tokens / seconds
 
@@ -133,13 +173,14 @@ async def stream(client: httpx.AsyncClient, url: str, load: Load) -> tuple[float
 class Server:
     """`nibble serve` on a free port."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, load: Load) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "server.cli", "serve", str(model), "--served-name", "bench"]
-        command += ["--port", str(port), "--no-prefix-caching", "--kv", CACHE]
+        command = [sys.executable, "-m", "server.cli", "serve", str(load.model), "--served-name", "bench"]
+        command += ["--port", str(port), "--no-prefix-caching", "--kv", CACHE, "--device", load.device]
+        command += [] if load.kv_memory is None else ["--kv-memory", str(load.kv_memory)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def __enter__(self) -> "Server":
