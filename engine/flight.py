@@ -63,13 +63,15 @@ class Launcher:
         draws: list[tuple[int, Draw]] = []
         targets: list[Target] = []
         first = 0  # row of `logits`
-        for item, row in zip(slices, rows, strict=True):
+        lasts = [None] * len(slices) if after is None else after.rows.tolist()
+        for item, row, last in zip(slices, rows, lasts, strict=True):
             own = range(first, first := first + row.num_logits)
             num_draws, num_targets = len(draws), len(targets)
-            draws += self._draws(item, own)
+            draws += self._draws(item, own, last)
             targets += _targets(item, own)
             parts.append(Part(item, own, range(num_draws, len(draws)), range(num_targets, len(targets))))
-        return Flight(parts, logits, self.sampler.launch(logits, draws, targets))
+        before = None if after is None else after.ids
+        return Flight(parts, logits, self.sampler.launch(logits, draws, targets, before))
 
     def _row(self, item: Slice) -> BatchRow:
         sequence = item.sequence
@@ -78,19 +80,18 @@ class Launcher:
         window = None if sequence.window == self.window else sequence.window  # recorded steps know the policy's alone
         return BatchRow(tokens, item.start, item.block_table, self.page_size, num_logits, item.recent_table, window)
 
-    def _draws(self, item: Slice, rows: range) -> list[tuple[int, Draw]]:
+    def _draws(self, item: Slice, rows: range, last: int | None) -> list[tuple[int, Draw]]:
         """What the choices of a sequence that is caught up draw."""
         if not item.completes:
             return []
         sequence, eos = item.sequence, self.eos_token_ids
-        return [(rows[-1], draw_of(sequence, index, eos, item.num_ahead)) for index in sequence.indices]
+        return [(rows[-1], draw_of(sequence, index, eos, last)) for index in sequence.indices]
 
 
-def draw_of(sequence: Sequence, index: int, eos_token_ids: tuple[int, ...], num_ahead: int = 0) -> Draw:
-    """The next token of a choice; num_ahead: of those before it that nobody knows yet."""
+def draw_of(sequence: Sequence, index: int, eos_token_ids: tuple[int, ...], last: int | None = None) -> Draw:
+    """The next token of a choice; last: the place of the one before it, if the step before draws it."""
     request, num_prompt = sequence.request, sequence.num_prompt
-    sampling, seed = request.submit.sampling, request.seed
-    return Draw(sampling, seed, index, sequence.tokens, num_prompt, eos_token_ids, num_ahead)
+    return Draw(request.submit.sampling, request.seed, index, sequence.tokens, num_prompt, eos_token_ids, last)
 
 
 def _targets(item: Slice, rows: range) -> list[Target]:

@@ -57,14 +57,7 @@ def following(flight: Flight | None, scheduler: Scheduler) -> Next | None:
 def _may_be_followed(part: Part) -> bool:
     """Whether one more token of the sequence can be computed and drawn before its last one is known."""
     sequence = part.sequence
-    sampling = sequence.request.submit.sampling
-    return (
-        len(part.draws) == 1
-        and not sequence.wants_prompt_logprobs
-        and not sequence.is_left_to_cpu
-        and sampling.presence_penalty == sampling.frequency_penalty == 0  # which the last token changes
-        and sampling.repetition_penalty == 1
-    )
+    return len(part.draws) == 1 and not sequence.wants_prompt_logprobs and not sequence.is_left_to_cpu
 
 
 def _ends_by_length(sequence: Sequence) -> bool:

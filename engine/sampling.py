@@ -26,6 +26,7 @@ from kernels.contract import (
     Edits,
     Filters,
     KernelRefused,
+    Last,
     RowDraw,
     RowSpec,
     SamplingKernel,
@@ -50,30 +51,33 @@ class Draw:
     tokens: list[int]  # prompt, then generated
     num_prompt: int
     eos_token_ids: tuple[int, ...]
-    num_ahead: int = 0  # tokens after these that are drawn, and that nobody knows yet
+    last: int | None = None  # of the token after these, which nobody knows yet: its place in the step that draws it
 
     @property
     def num_generated(self) -> int:
-        return len(self.tokens) - self.num_prompt + self.num_ahead
+        return len(self.tokens) - self.num_prompt + (self.last is not None)
 
     def edits(self) -> Edits | None:
         """What is done to the raw logits before the temperature; None: nothing."""
         s = self.sampling
-        add, less = dict(s.logit_bias), {}
+        add, less, counts = dict(s.logit_bias), {}, Counter[int]()
         if s.presence_penalty or s.frequency_penalty:
-            counts = Counter(self.tokens[self.num_prompt :])
+            counts.update(self.tokens[self.num_prompt :])
             counted = torch.tensor(list(counts.values()), dtype=torch.int64)
             penalties = s.presence_penalty + s.frequency_penalty * counted
             less = dict(zip(counts, penalties.tolist(), strict=True))
         if self.num_generated < s.min_tokens:
             less |= dict.fromkeys((*s.stop_token_ids, *(() if s.ignore_eos else self.eos_token_ids)), math.inf)
         seen = set(self.tokens) if s.repetition_penalty != 1 else set()
-        ids = sorted(add.keys() | less.keys() | seen)
-        if not ids:
+        ids, last = sorted(add.keys() | less.keys() | seen), None
+        if self.last is not None and (s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1):
+            last = Last(self.last, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
+        if not ids and last is None:
             return None
         factors = [s.repetition_penalty if token in seen else 1.0 for token in ids]
         terms = [[add.get(token, 0.0) for token in ids], factors, [less.get(token, 0.0) for token in ids]]
-        return Edits(torch.tensor(ids, dtype=torch.int64), torch.tensor(terms, dtype=torch.float32))
+        held = torch.tensor([counts[token] for token in ids], dtype=torch.float32)
+        return Edits(torch.tensor(ids, dtype=torch.int64), torch.tensor(terms, dtype=torch.float32), held, last)
 
     @property
     def filters(self) -> Filters | None:
@@ -152,21 +156,27 @@ class Sampler:
     def prepare(self, vocab_size: int, device: torch.device) -> None:
         """Compile what a step may need, so that no request waits for it."""
         if self.on_gpu is not None:
-            edits = Edits(torch.zeros(1, dtype=torch.int64), torch.ones(3, 1))
+            edits = Edits(torch.zeros(1, dtype=torch.int64), torch.ones(3, 1), torch.zeros(1))
             draws = [RowDraw(0, None), RowDraw(0, Filters(1.0, top_k=1)), RowDraw(0, None, edits=edits)]
             logits = torch.zeros(1, vocab_size, device=device)
             self.on_gpu.score_all(logits, [(0, 0)], self.on_gpu.draw_all(logits, draws), 1)
 
-    def launch(self, logits: Tensor, draws: Sequence[tuple[int, Draw]], targets: Sequence[Target] = ()) -> Pending:
+    def launch(
+        self,
+        logits: Tensor,
+        draws: Sequence[tuple[int, Draw]],
+        targets: Sequence[Target] = (),
+        before: Tensor | None = None,
+    ) -> Pending:
         """Draw and score what can be drawn and scored where the logits are, each from a row of them. Waits for nothing;
         who reads what is pending waits for the step, also where nothing is drawn in it.
 
-        logits: [num_logits, vocab] float32.
+        logits: [num_logits, vocab] float32. before: the ids of the step before, where a draw has a `last`.
         """
         wishes = [draw for _, draw in draws]
         if self.on_gpu is None:
             return Pending(wishes, targets, None, None)
-        ids = self.on_gpu.draw_all(logits, [draw.of_row(row) for row, draw in draws])  # [num_draws]
+        ids = self.on_gpu.draw_all(logits, [draw.of_row(row) for row, draw in draws], before)  # [num_draws]
         results = [ids]
         if wanted := _wanting(wishes):
             num_top = max(wishes[i].sampling.num_logprobs or 0 for i in wanted)

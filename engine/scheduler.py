@@ -24,13 +24,9 @@ class Slice:
 
     @property
     def completes(self) -> bool:
-        """Whether a token can be sampled afterwards: nothing of the sequence is left to compute."""
+        """Whether a token can be sampled afterwards: nothing of the sequence is left to compute. So it is after a token
+        that nobody knows yet."""
         return self.start + self.num_tokens >= len(self.sequence.tokens)
-
-    @property
-    def num_ahead(self) -> int:
-        """Of its tokens, those that nobody knows yet: 1 where it follows a step whose ids have not been read."""
-        return max(0, self.start + self.num_tokens - len(self.sequence.tokens))
 
 
 class Scheduler:

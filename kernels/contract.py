@@ -195,6 +195,17 @@ class SamplingKernel(Kernel, Protocol):
 
 
 @dataclass(frozen=True)
+class Last:
+    """The last token before a draw, where the step before draws it and only the device knows it. It is edited further:
+    its factor is `factor` and, unless nothing is left of it, less = presence + frequency n, n times in the answer."""
+
+    place: int  # among the ids of the step before
+    factor: float
+    presence: float
+    frequency: float
+
+
+@dataclass(frozen=True)
 class Edits:
     """What is done to some logits of a row before anything is drawn from it, each step rounded to float32:
 
@@ -203,9 +214,11 @@ class Edits:
 
     ids: Tensor  # [n] int64, each id once
     terms: Tensor  # [3, n] float32: add, factor (1 scales nothing), less (inf leaves nothing of a finite logit)
+    counts: Tensor  # [n] float32, how often each id is in the answer, but for `last`
+    last: Last | None = None
 
     def of(self, values: Tensor) -> Tensor:
-        """values: [n] float32, the logits of `ids` -> what becomes of them."""
+        """values: [n] float32, the logits of `ids` -> what becomes of them, but for what `last` does."""
         add, factor, less = self.terms.unbind()
         moved = values + add
         return torch.where(moved > 0, moved / factor, moved * factor) - less
@@ -233,8 +246,9 @@ class StepSamplingKernel(Kernel, Protocol):
     """One back end that draws for a whole step, where its logits are; what is drawn is as SamplingKernel has it. It
     waits for nothing: what it returns may not be computed yet."""
 
-    def draw_all(self, logits: Tensor, draws: Sequence[RowDraw]) -> Tensor:
-        """logits: [num_rows, vocab] float32 -> [num_draws] int32, on their device; -1 is left to a SamplingKernel."""
+    def draw_all(self, logits: Tensor, draws: Sequence[RowDraw], before: Tensor | None = None) -> Tensor:
+        """logits: [num_rows, vocab] float32 -> [num_draws] int32, on their device; -1 is left to a SamplingKernel.
+        before: what the step before drew, likewise, where a draw's edits have a `last`."""
         ...
 
     def score_all(self, logits: Tensor, pairs: Sequence[tuple[int, int]], tokens: Tensor, num_top: int) -> Scores:

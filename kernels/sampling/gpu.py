@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.contract import Edits, Filters, RowDraw, RowSpec, Scores
+from kernels.contract import Filters, RowDraw, RowSpec, Scores
 from kernels.gpu import device_refusal
 from kernels.gpu.checks import check_memory
+from kernels.sampling.edits import edited_rows
 from kernels.transfer import send
 
 PIECE = 4096  # ids of a program
@@ -41,8 +42,7 @@ class SamplingTriton:
 
     Reads the logits once to take the largest, twice to draw, and once more where candidates lie: 4 bytes an id each
     time. 36 operations in float64 an id of a draw; ROOM log2(ROOM)^2 / 2 comparisons to sort. A draw's result does not
-    depend on the others. A row with edits is copied first, 8 bytes an id, and edited by torch, which rounds as the CPU
-    does; the host sends 20 bytes an edit.
+    depend on the others. A row with edits is copied and edited first (edits.py).
     """
 
     name = "triton"
@@ -55,17 +55,18 @@ class SamplingTriton:
             return f"a vocabulary of {spec.width:,} ids is above {PIECES * self._piece:,}"
         return device_refusal(spec.device)
 
-    def draw_all(self, logits: Tensor, draws: Sequence[RowDraw]) -> Tensor:
+    def draw_all(self, logits: Tensor, draws: Sequence[RowDraw], before: Tensor | None = None) -> Tensor:
         """logits: [num_rows, vocab] float32 -> [num_draws] int32. Raises ValueError for a row that there is not."""
         logits = _checked(logits, [draw.row for draw in draws])
         ids = logits.new_empty(len(draws), dtype=torch.int32)
         plain = [i for i, draw in enumerate(draws) if draw.edits is None]
-        edited = [i for i, draw in enumerate(draws) if draw.edits is not None]
+        edited = [(i, draw.edits) for i, draw in enumerate(draws) if draw.edits is not None]
         if plain:
             self._draw(logits, [draws[i] for i in plain], ids, plain)
         if edited:
-            rows = edited_rows(logits, [draws[i] for i in edited])
-            self._draw(rows, [replace(draws[i], row=row) for row, i in enumerate(edited)], ids, edited)
+            places = [i for i, _ in edited]
+            rows = edited_rows(logits, [draws[i].row for i in places], [edits for _, edits in edited], before)
+            self._draw(rows, [replace(draws[i], row=row) for row, i in enumerate(places)], ids, places)
         return ids
 
     def score_all(self, logits: Tensor, pairs: Sequence[tuple[int, int]], tokens: Tensor, num_top: int) -> Scores:
@@ -111,19 +112,6 @@ class SamplingTriton:
                 logits, fields, best, first, sums, counts, rooms, ids, vocab, **sizes["pick"], num_warps=NUM_WARPS
             )
         return Results(best, sums, rooms)
-
-
-def edited_rows(logits: Tensor, draws: Sequence[RowDraw]) -> Tensor:
-    """logits: [num_rows, vocab] float32 -> what each draw with edits draws from, [num_draws, vocab]."""
-    vocab = logits.shape[1]
-    edits = [(i, draw.edits) for i, draw in enumerate(draws) if draw.edits is not None]
-    places = torch.cat([i * vocab + edit.ids for i, edit in edits])
-    numbers = [torch.tensor([draw.row for draw in draws]), places, torch.cat([edit.terms for _, edit in edits], 1)]
-    rows, at, terms = send(numbers, logits.device).tensors
-    copies = logits.index_select(0, rows)
-    flat = copies.view(-1)
-    flat.scatter_(0, at, Edits(at, terms).of(flat.index_select(0, at)))
-    return copies
 
 
 def _checked(logits: Tensor, rows: Sequence[int]) -> Tensor:

@@ -68,9 +68,9 @@ class QueuedSampling:
     def refuses(self, spec: RowSpec) -> str | None:
         return None
 
-    def draw_all(self, logits: Tensor, draws: Sequence[RowDraw]) -> Tensor:
+    def draw_all(self, logits: Tensor, draws: Sequence[RowDraw], before: Tensor | None = None) -> Tensor:
         ids = torch.full((len(draws),), GARBAGE, dtype=torch.int32)
-        self.device.launch(lambda: ids.copy_(self.kernel.draw_all(logits, draws)))
+        self.device.launch(lambda: ids.copy_(self.kernel.draw_all(logits, draws, before)))
         return ids
 
     def score_all(self, logits: Tensor, pairs: Sequence[tuple[int, int]], tokens: Tensor, num_top: int) -> Scores:

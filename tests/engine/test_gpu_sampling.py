@@ -15,6 +15,7 @@ from engine.core import EngineCore
 from engine.messages import Event, Submit
 from engine.sampling import Draw, Drawn, Sampler, sampler_for
 from kernels.contract import KernelRefused, RowDraw, RowSpec, Scores
+from kernels.sampling.edits import edited_rows
 from kernels.sampling.reference import SamplingReference
 from tests.engine.worlds import continuation, make_core, run, submit, tokens_of
 from tests.kernels.interpreted_sampling import expected
@@ -33,11 +34,14 @@ class OnGpu:
     def refuses(self, spec: RowSpec) -> str | None:
         return self.refusal
 
-    def draw_all(self, logits: Tensor, draws: Sequence[RowDraw]) -> Tensor:
+    def draw_all(self, logits: Tensor, draws: Sequence[RowDraw], before: Tensor | None = None) -> Tensor:
         ids = []
         for draw in draws:
             self.num_drawn += 1
-            ids.append(-1 if self.num_drawn % self.left == 0 else expected(logits, draw))
+            rows, plain = logits, draw
+            if draw.edits is not None:
+                rows, plain = edited_rows(logits, [draw.row], [draw.edits], before), replace(draw, row=0, edits=None)
+            ids.append(-1 if self.num_drawn % self.left == 0 else expected(rows, plain))
         return torch.tensor(ids, dtype=torch.int32)
 
     def score_all(self, logits: Tensor, pairs: Sequence[tuple[int, int]], tokens: Tensor, num_top: int) -> Scores:
@@ -110,6 +114,37 @@ def test_the_cpu_sees_no_logits() -> None:
     watched = Watched()
     events_of(Sampler(watched, OnGpu()), every_request())
     assert not watched.rows
+
+
+RULES: list[dict[str, Any]] = [
+    {"presence_penalty": 0.7},
+    {"frequency_penalty": -0.3, "repetition_penalty": 0.8},
+    {"repetition_penalty": 1.3},
+    {"presence_penalty": 0.1, "frequency_penalty": 0.2, "repetition_penalty": 1.7, "logit_bias": {3: 1.1, 7: -9.0}},
+    {"presence_penalty": 0.1, "min_tokens": 9, "stop_token_ids": (3, 5), "logit_bias": {5: 2.0}},
+    {"logit_bias": {3: 1.1}},
+]
+
+
+@pytest.mark.parametrize("last", [3, 5, 7, 8, 0])
+def test_a_row_is_edited_as_if_its_last_token_were_known(last: int) -> None:
+    """To the last bit: a token that was in the answer, in the prompt, biased, banned, or nowhere. Bugs: one that is
+    counted twice or not at all, edited twice, or by the rules of the draw beside it; a ban that it lifts."""
+    tokens, logits = [7, 8, 3, 3, 5], torch.randn(2, 10, generator=torch.Generator().manual_seed(last))
+    before = torch.tensor([6, last, -1], dtype=torch.int32)
+    ahead, known = [], []
+    for rules in RULES:
+        sampling = submit("r", [1], max_tokens=20, **rules).sampling
+        ahead.append(Draw(sampling, 0, 0, tokens, 2, (0,), last=1).edits())
+        known.append(Draw(sampling, 0, 0, [*tokens, last], 2, (0,)).edits())
+    edits = [one for one in ahead if one is not None]
+    assert len(edits) == len(RULES)
+    found = edited_rows(logits, [i % 2 for i in range(len(edits))], edits, before)
+    for i, edit in enumerate(known):
+        row = logits[i % 2].clone()
+        assert edit is not None
+        row[edit.ids] = edit.of(row[edit.ids])
+        assert torch.equal(found[i], row)
 
 
 def test_min_tokens_ban_endings_no_longer_than_that() -> None:

@@ -66,9 +66,7 @@ def test_steps_are_launched_before_ids_are_read(num_requests: int) -> None:
         ({"top_p": 0.9, "top_k": 9, "min_p": 0.01}, 11),
         ({"num_prompt_logprobs": 1}, 10),  # the prompt's own step is read first
         ({"n": 2}, 10),
-        ({"presence_penalty": 0.5}, 0),  # the next draw depends on the last one
-        ({"frequency_penalty": 0.5}, 0),
-        ({"repetition_penalty": 1.1}, 0),
+        ({"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1}, 11),
         ({"max_tokens": 1}, 0),
         ({"max_tokens": 0}, 0),
     ],

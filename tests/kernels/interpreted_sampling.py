@@ -133,7 +133,7 @@ def test_rows_that_are_broken_or_too_flat_are_left_to_the_cpu() -> None:
 
 def edits_of(*edits: tuple[int, float, float, float]) -> Edits:
     ids, *terms = zip(*edits, strict=True)
-    return Edits(torch.tensor(ids), torch.tensor(terms, dtype=torch.float32))
+    return Edits(torch.tensor(ids), torch.tensor(terms, dtype=torch.float32), torch.zeros(len(ids)))
 
 
 def test_edited_rows_are_copies() -> None:
