@@ -37,7 +37,7 @@ from kernels.attention.quantized.transforms import Identity
 from tests.kernels.attention_oracle import random_tokens
 from tests.kernels.gpu_attention_compile import attend_case, chunk_layout
 from tests.kernels.gpu_compile import Case, build, dump, resources
-from tests.kernels.interpreted_attention import exact_attention, prescale_of, read_as
+from tests.kernels.interpreted_attention import exact
 from tests.kernels.kv_oracle import cache_of, row_codec
 
 WIDTHS = ((8.0, 8.0), (4.0, 4.0), (4.0, 2.0), (3.0, 2.0), (2.0, 2.0), (2.0, 1.5))  # bits of keys and of values
@@ -82,7 +82,9 @@ def cost(case: Case, num_bytes: float) -> Cost:
     step = min(block, case.constants["PAGE"])
     packed, *recent = inner_loops(dump(built, "-sass"))
     issued = packed * case.num_warps / step
-    beside = recent[0] * case.num_warps / block if recent else issued
+    beside = (
+        recent[-1] * case.num_warps / (block if case.module == "quantized" else RECENT_TOKENS) if recent else issued
+    )
     return Cost(case.name, num_bytes, issued, beside, resources(built).registers)
 
 
@@ -112,8 +114,8 @@ def show_instructions(architecture: int, is_json: bool) -> None:
 
 
 def show_prompts(architecture: int, is_json: bool) -> None:
-    for heads, bits, is_wide in product(HEADS, (None, *WIDTHS), (False, True)):
-        case = attend_case(architecture, heads, bits, is_wide)
+    for heads, bits, what in product(HEADS, (None, *WIDTHS), ("fixed", "prompts")):
+        case = attend_case(architecture, heads, bits, what)
         token_bytes = 4 * heads[0] if bits is None else chunk_layout(bits, heads[0]).token_bytes
         rows = case.constants["COLUMNS"] // heads[1]
         found = cost(case, token_bytes)
@@ -133,7 +135,7 @@ class Sweep:
     group: int  # query heads of a kv head
     page_size: int
     length: int
-    num_rows: int = 3  # the last ones, which are attended
+    num_rows: int = 2  # the last ones, which are attended; two of four heads each fill the tile of a decode step
 
     def worst(self, device: torch.device) -> float:
         """The largest error of the last rows, in parts of the bound."""
@@ -146,9 +148,8 @@ class Sweep:
         cache.recent.fill_(torch.nan)
         q, k, v = (random_tokens(length, heads, dim, heads) for heads in (2 * self.group, 2, 2))
         QuantizedReference().store(k, v, cache, self._row(0).attention)
-        read = read_as((q, k, v), cache)
         last = slice(-self.num_rows, None)
-        expected, bound = exact_attention(q[last], read[0][:, last], read[1][:, last], prescale_of(cache))
+        expected, bound = exact((q, k, v), cache, self.num_rows)
         moved = QuantizedCache(codec.to(device), cache.layout, cache.pages.to(device), cache.recent.to(device))
         inputs = self._row(length - self.num_rows).to(device).attention
         found = QuantizedTriton().attend(q[last].to(device), moved, inputs, SCALE).cpu()

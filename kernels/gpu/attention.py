@@ -12,7 +12,8 @@ not depend on the other rows. WIDE tiles have one softmax for all splits of a pa
 no atomics.
 
 Scores are in powers of two. Queries are divided by the power of two below their largest channel, so that float16 holds
-them. Weights are rounded to float16 to be multiplied, not to be summed.
+them. Weights are rounded to float16 to be multiplied, not to be summed; they are 2^15 times what they would be, so that
+few are too small for it.
 """
 
 import triton
@@ -47,11 +48,17 @@ def weigh(scores, size, visible, m, total):
     """One block of an online softmax of scores size, [tokens, COLUMNS] and [COLUMNS] -> weights float32, m, total, and
     what the sums so far are multiplied with."""
     scores = tl.where(visible, scores, float("-inf"))
+    highest, weights, shrink = shares(scores, size, m)
+    return weights, highest, tl.fma(total, shrink, tl.sum(weights, 0)), shrink
+
+
+@triton.jit
+def shares(scores, size, m):
+    """The highest of m and of scores size; weights, 2^15 for the highest; what weights so far are multiplied with."""
     highest = tl.maximum(m, tl.max(scores, 0) * size)
     base = tl.where(highest == float("-inf"), 0.0, highest)
-    weights = tl.exp2(tl.fma(scores, tl.broadcast_to(size[None, :], scores.shape), -base[None, :]))
-    shrink = tl.exp2(m - base)
-    return weights, highest, tl.fma(total, shrink, tl.sum(weights, 0)), shrink
+    weights = tl.exp2(tl.fma(scores, tl.broadcast_to(size[None, :], scores.shape), 15.0 - base[None, :]))
+    return highest, weights, tl.exp2(m - base)
 
 
 @triton.jit

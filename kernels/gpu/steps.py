@@ -25,9 +25,10 @@ class Tiling:
     split: int  # positions; a multiple of every page size
     num_kv_heads: int = 1
     fixed: bool = False  # whether tiles of prompts are those of decode steps
+    least: int = MIN_COLUMNS  # columns of a decode step's tile
 
     def columns(self, is_wide: bool) -> int:
-        return max(WIDE_COLUMNS if is_wide else MIN_COLUMNS, 1 << (self.group - 1).bit_length())
+        return max(WIDE_COLUMNS if is_wide else self.least, 1 << (self.group - 1).bit_length())
 
     def rows(self, is_wide: bool) -> int:
         """Query rows of a tile."""

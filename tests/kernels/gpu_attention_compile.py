@@ -55,20 +55,24 @@ def chunk_layout(bits: tuple[float, float], head_dim: int) -> ChunkLayout:
 
 
 def attend_case(
-    architecture: int, heads: tuple[int, int], bits: tuple[float, float] | None, is_wide: bool = False
+    architecture: int, heads: tuple[int, int], bits: tuple[float, float] | None, what: str = "decode"
 ) -> Case:
-    """Attention over pages of `bits`, of float16 where there are none, as decode steps or (wide) prompts take it."""
+    """Attention over pages of `bits`, of float16 where there are none, as decode steps or prompts take it ("prompts"),
+    or either of "triton-fixed" ("fixed")."""
     head_dim, group = heads
+    is_wide = what == "prompts"
     tiling = Tiling(group, plain.SPLIT)
     if bits is None:
         name, module, q, stages = "f16", "attention", "*bf16", plain.NUM_STAGES
         fixed = plain.constants(head_dim, PAGE_SIZE, tiling, plain.BLOCK, is_wide)
+        warps = plain.num_warps(head_dim, is_wide)
     else:
-        name, module, q = f"k{bits[0]:g}v{bits[1]:g}", "quantized", "*fp32"
-        stages = 1 if is_wide else quantized.NUM_STAGES
-        fixed = quantized.constants(chunk_layout(bits, head_dim), tiling, plain.BLOCK, is_wide)
-    label = f"attend {name}, {head_dim} channels, {group} heads{', prompts' * is_wide}"
-    warps = plain.num_warps(head_dim, is_wide)
+        name, q, layout = f"k{bits[0]:g}v{bits[1]:g}", "*fp32", chunk_layout(bits, head_dim)
+        how = quantized.how_for(layout, group, is_wide, what == "fixed")
+        module, warps, stages = how.module, how.num_warps, how.num_stages
+        tiling = Tiling(group, plain.SPLIT, least=how.columns)
+        fixed = quantized.constants(layout, tiling, plain.BLOCK, how)
+    label = f"attend {name}, {head_dim} channels, {group} heads{'' if what == 'decode' else ', ' + what}"
     return Case(label, architecture, module, "attend", POINTERS | {"q": q}, fixed, warps, stages)
 
 
@@ -86,14 +90,15 @@ def cases() -> Iterator[Case]:
     for architecture in ARCHITECTURES:
         for bits in (None, WIDTHS[0]):
             yield attend_case(architecture, HEADS[0], bits)
-            yield attend_case(architecture, HEADS[0], bits, is_wide=True)
+            yield attend_case(architecture, HEADS[0], bits, "prompts")
         yield attend_case(architecture, HEADS[0], (2.0, 2.0))
         yield from store_cases(architecture, WIDTHS[0])
     for heads in HEADS[1:]:
         yield attend_case(90, heads, None)
         yield attend_case(90, heads, WIDTHS[0])
-    yield attend_case(80, HEADS[-1], WIDTHS[0], is_wide=True)
-    yield attend_case(80, HEADS[0], WIDTHS[-1], is_wide=True)
+    yield attend_case(90, HEADS[0], WIDTHS[0], "fixed")
+    yield attend_case(80, HEADS[-1], WIDTHS[0], "prompts")
+    yield attend_case(80, HEADS[0], WIDTHS[-1], "prompts")
     for bits in WIDTHS[1:]:
         yield attend_case(90, HEADS[0], bits)
     for bits in ((8.0, 8.0), (3.0, 3.0), (2.0, 2.0), (1.5, 1.5), (16.0, 16.0)):

@@ -33,6 +33,8 @@ KERNEL, REFERENCE = QuantizedTriton(SPLIT, BLOCK), QuantizedReference()
 FIXED = QuantizedTriton(SPLIT, BLOCK, fixed=True)
 PLAIN, FIXED_PLAIN = F16Triton(SPLIT, BLOCK), F16Triton(SPLIT, BLOCK, fixed=True)
 SCALE = 0.3
+# Parameters nobody wrote, and those of a NaN, become infinite in kernels/gpu/decode_steps.py, of which numpy warns.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 HALF = 2.0**-11  # relative error of a rounding to float16
 TINY = 2.0**-25  # and its error below 2^-14
 PAIRS = [(4.0, 4.0), (2.0, 1.5), (8.0, 3.0), (3.0, 2.0), (1.5, 16.0), (16.0, 8.0)]  # each width on either side
@@ -51,17 +53,44 @@ def read_as(rows: tuple[Tensor, Tensor, Tensor], cache: QuantizedCache) -> tuple
     return read[0], read[1]
 
 
-def exact_attention(q: Tensor, keys: Tensor, values: Tensor, prescale: float) -> tuple[Tensor, Tensor]:
+def code_parts(rows: tuple[Tensor, Tensor, Tensor], cache: QuantizedCache) -> tuple[Tensor, Tensor]:
+    """code s of keys and values, [heads, 1, j, D] float64, without the zero of their groups."""
+    found = []
+    for x, part in zip(rows[1:], (cache.codec.keys, cache.codec.values), strict=True):
+        codes = torch.zeros_like(x, dtype=torch.float64)
+        if part.layout.num_groups:
+            zeros = part.quantize(x)[2].double() * part.prescale[:, None]
+            codes = part.decode(*part.encode(x)).double() - zeros.repeat_interleave(part.layout.group_size, dim=-1)
+        found.append(codes.repeat_interleave(rows[0].shape[1] // x.shape[1], dim=1).transpose(0, 1)[:, None])
+    return found[0], found[1]
+
+
+def exact(rows: tuple[Tensor, Tensor, Tensor], cache: QuantizedCache, num_rows: int) -> tuple[Tensor, Tensor]:
+    """exact_attention of the last rows of a sequence over a quantized cache."""
+    keys, values = (x[:, -num_rows:] for x in read_as(rows, cache))
+    prescale = float(torch.cat((cache.codec.keys.prescale, cache.codec.values.prescale)).max())
+    return exact_attention(rows[0][-num_rows:], keys, values, prescale, code_parts(rows, cache))
+
+
+def exact_attention(
+    q: Tensor, keys: Tensor, values: Tensor, prescale: float, codes: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention in float64 and a bound on the kernels; both q's shape. keys, values: as read_as gives them.
 
     To float32's own error (tests/kernels/attention_oracle.py) come roundings to float16: of a query's channel, divided
     by a power of two below the largest, and of a key's channel, in units of the prescale: two for each term of a score.
     Likewise of a weight, which is at most 1, and of a value; a weight's error also moves what all are divided by.
+
+    Where codes are multiplied (kernels/gpu/decode_steps.py), not what they mean, the two roundings of a weight, before
+    and after its scale, count for code s in place of the value, and float32's error of a score for code s beside the
+    key.
     """
     queries = q.double().transpose(0, 1)[:, :, None] * SCALE  # [heads, i, 1, D]
     num_rows, num_keys = keys.shape[1:3]
     visible = torch.arange(num_keys) <= torch.arange(num_keys - num_rows, num_keys)[:, None]
-    keys, values = (x.masked_fill(~visible[:, :, None], 0) for x in (keys, values))
+    parts = codes or (torch.zeros_like(keys), torch.zeros_like(values))
+    keys, values, key_codes, value_codes = (x.masked_fill(~visible[:, :, None], 0) for x in (keys, values, *parts))
+    sizes = torch.maximum(values.abs(), value_codes.abs())
     terms = queries * keys
     scores = terms.sum(-1)  # [heads, i, j]
     weights = scores.masked_fill(~visible, -math.inf).softmax(-1)[..., None]
@@ -69,11 +98,12 @@ def exact_attention(q: Tensor, keys: Tensor, values: Tensor, prescale: float) ->
     tiny = queries.abs().amax(-1) * keys.abs().sum(-1) + prescale * queries.abs().sum(-1)
     worst = (4 * relative * terms.norm(dim=-1) + TINY * tiny + 2 * EPS * scores.abs()).amax(-1, keepdim=True)
     worst += 4 * EPS * (num_keys / SPLIT + 1)
+    worst += 4 * EPS * math.sqrt(q.shape[-1]) * (queries * key_codes).norm(dim=-1).amax(-1, keepdim=True)
     result = (weights * values).sum(2)
     bound = 2 * worst * (weights * values.abs()).sum(2)
-    bound += 4 * (2 * HALF + EPS * math.sqrt(num_keys)) * (weights * values).norm(dim=2)
+    bound += 4 * (2 * HALF + EPS * math.sqrt(num_keys)) * (weights * sizes).norm(dim=2)
     bound += 4 * HALF * weights.norm(dim=2) * result.abs()
-    bound += TINY * (weights.amax(2) * values.abs().sum(2) + prescale)
+    bound += TINY * (weights.amax(2) * sizes.sum(2) + prescale)
     return result.transpose(0, 1), bound.transpose(0, 1)
 
 
@@ -83,10 +113,6 @@ def filled(rows: tuple[Tensor, Tensor, Tensor], cache: QuantizedCache, chunk: in
         stop = min(start + chunk, len(rows[1]))
         _, k, v = cut(rows, start, stop)
         REFERENCE.store(k, v, cache, inputs_of(cache.codec, (start, stop - start, 0)))
-
-
-def prescale_of(cache: QuantizedCache) -> float:
-    return float(torch.cat((cache.codec.keys.prescale, cache.codec.values.prescale)).max())
 
 
 @pytest.mark.parametrize("bits", PAIRS, ids=str)
@@ -112,8 +138,7 @@ def test_every_width(bits: tuple[float, float]) -> None:
     """Bugs: a code, a scale or a zero of another channel, group or token; a prescale left out."""
     cache, rows = cache_of(codec_of(bits, window=9)), tokens(37, seed=2)
     filled(rows, cache)
-    keys, values = read_as(rows, cache)
-    expected, bound = exact_attention(rows[0][-3:], keys[:, -3:], values[:, -3:], prescale_of(cache))
+    expected, bound = exact(rows, cache, 3)
     found = KERNEL.attend(rows[0][-3:], cache, inputs_of(cache.codec, (34, 3, 0)), SCALE)
     assert_within(found, expected, bound)
 
@@ -124,8 +149,7 @@ def test_who_is_read_in_which_precision(window: int, num_sinks: int) -> None:
     by far more than the bound."""
     cache, rows = cache_of(codec_of((2.0, 2.0), window, num_sinks)), tokens(35, seed=3)
     filled(rows, cache)
-    keys, values = read_as(rows, cache)
-    expected, bound = exact_attention(rows[0][-4:], keys[:, -4:], values[:, -4:], prescale_of(cache))
+    expected, bound = exact(rows, cache, 4)
     found = KERNEL.attend(rows[0][-4:], cache, inputs_of(cache.codec, (31, 4, 0)), SCALE)
     assert_within(found, expected, bound)
 
@@ -153,8 +177,7 @@ def test_tiles_of_prompts(split: int) -> None:
     packed tokens that stay in units of the prescale where high precision follows; a part of the context left out."""
     cache, rows = cache_of(codec_of((4.0, 2.0), window=9)), tokens(44, seed=11)
     filled(rows, cache)
-    keys, values = read_as(rows, cache)
-    expected, bound = exact_attention(rows[0][-24:], keys[:, -24:], values[:, -24:], prescale_of(cache))
+    expected, bound = exact(rows, cache, 24)
     kernel = QuantizedTriton(split, BLOCK)
     assert_within(kernel.attend(rows[0][-24:], cache, inputs_of(cache.codec, (20, 24, 0)), SCALE), expected, bound)
 
@@ -218,15 +241,36 @@ def test_pages_longer_than_a_block_and_heads_of_128_channels() -> None:
     cache, kernel = empty_cache(codec, (3, 64, 14)), QuantizedTriton(split=128, block=32)
     cache.pages.fill_(0x7F)
     cache.recent.fill_(torch.nan)
-    rows = tuple(random_tokens(148, heads, 128, heads) for heads in (4, 1, 1))
+    rows = (2 * random_tokens(148, 4, 128, 4), random_tokens(148, 1, 128, 1), random_tokens(148, 1, 128, 1))
     recent = {page: 13 - page for page in range(10)}
-    filled = build_batch([BatchRow([0] * 148, 0, [2, 0, 1], 64, 0, recent)]).attention
-    kernel.store(rows[1], rows[2], cache, filled)
-    q = 2 * rows[0][-2:]
-    keys, values = read_as((rows[0], rows[1], rows[2]), cache)
-    expected, bound = exact_attention(q, keys[:, -2:], values[:, -2:], prescale_of(cache))
+    for start, stop, by in ((0, 143, REFERENCE), (143, 148, kernel)):
+        stored = build_batch([BatchRow([0] * (stop - start), start, [2, 0, 1], 64, 0, recent)]).attention
+        by.store(rows[1][start:stop], rows[2][start:stop], cache, stored)
+    expected, bound = exact(rows, cache, 2)
     last = build_batch([BatchRow([0, 0], 146, [2, 0, 1], 64, 0, recent)]).attention
-    assert_within(kernel.attend(q, cache, last, SCALE), expected, bound)
+    assert_within(kernel.attend(rows[0][-2:], cache, last, SCALE), expected, bound)
+
+
+@pytest.mark.parametrize(
+    ("bits", "head_dim", "group_size"),
+    [((4.0, 2.0), 64, 32), ((2.0, 4.0), 64, 64), ((4.0, 4.0), 128, 32), ((2.0, 2.0), 128, 16)],
+)
+@pytest.mark.parametrize(("window", "num_sinks"), [(5, 3), (0, 0)])
+def test_decode_steps(bits: tuple[float, float], head_dim: int, group_size: int, window: int, num_sinks: int) -> None:
+    """Groups of several planes, of a whole one, and of a part of one; blocks before, among and after those that every
+    row sees whole. Bugs: channels of a group in another order than the queries', a token's parameters beside it."""
+    packed = [row_codec(width, head_dim, group_size, 1, seed=5 + i) for i, width in enumerate(bits)]
+    codec = LayerCodec(packed[0], packed[1], Identity(), Identity(), window, num_sinks)
+    cache = empty_cache(codec, (4, 32, 8))
+    cache.pages.fill_(0x7F)
+    cache.recent.fill_(torch.nan)
+    rows = (random_tokens(103, 3, head_dim, 3), random_tokens(103, 1, head_dim, 1), random_tokens(103, 1, head_dim, 2))
+    recent, table = {page: 7 - page for page in range(7)}, [2, 0, 3, 1]
+    stored = build_batch([BatchRow([0] * 103, 0, table, 32, 0, recent)]).attention
+    REFERENCE.store(rows[1], rows[2], cache, stored)
+    expected, bound = exact(rows, cache, 2)
+    last = build_batch([BatchRow([0, 0], 101, table, 32, 0, recent)]).attention
+    assert_within(QuantizedTriton(64, 32).attend(rows[0][-2:], cache, last, SCALE), expected, bound)
 
 
 def test_rows_that_no_recent_page_is_held_for() -> None:

@@ -28,6 +28,7 @@ from tests.kernels.test_kv_attention import cache_of, codec_of
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 2, 2, 32, 16
 SPLIT, BLOCK = 32, 16  # positions; the shipped ones are longer
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # as interpreted_attention.py
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Attention over the quantized cache on NVIDIA GPUs, in Triton (kernels/gpu/quantized.py, kernels/gpu/quantize.py)."""
 
 import math
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,9 +25,12 @@ from kernels.attention.quantized.layout import RECENT_TOKENS, TRITS_PER_BYTE, Ch
 from kernels.attention.quantized.transforms import Hadamard, HeadTransform
 from kernels.contract import AttentionInputs
 from kernels.gpu import refusal
-from kernels.gpu.steps import Launch, Tiling, launches
+from kernels.gpu.steps import MIN_COLUMNS, WIDE_COLUMNS, Launch, Tiling, launches
 
 NUM_STAGES = 2  # of packed tokens: costs 8 registers and 8 KiB on sm_90; prompts have one, as two spill on sm_80
+FEW_COLUMNS = 8  # of a tile that kernels/gpu/decode_steps.py serves
+FEW_BITS = (2.0, 4.0)
+FEW_WARPS = 1
 
 
 class QuantizedTriton:
@@ -89,7 +94,9 @@ class QuantizedTriton:
             raise ValueError(f"windows of {windows} and {codec.num_sinks} sinks are read; the step has no recent pages")
         queries = _turned(q if codec.key_shift is None else codec.prepare_queries(q.float()), codec.key_transform)
         result = torch.empty_like(queries)
-        tiling = Tiling(q.shape[1] // cache.num_kv_heads, self._split, cache.num_kv_heads, self._fixed)
+        group = q.shape[1] // cache.num_kv_heads
+        least = how_for(cache.layout, group, False, self._fixed).columns
+        tiling = Tiling(group, self._split, cache.num_kv_heads, self._fixed, least)
         for launch in launches(inputs, tiling, windows, q.device):
             self._attend(queries, cache, inputs, (tiling, launch, scale / math.log(2)), result)
         return _turned_back(result, codec.value_transform, q.dtype)
@@ -99,12 +106,12 @@ class QuantizedTriton:
         q: Tensor,
         cache: QuantizedCache,
         inputs: AttentionInputs,
-        how: tuple[Tiling, Launch, float],
+        what: tuple[Tiling, Launch, float],
         result: Tensor,
     ) -> None:
-        from kernels.gpu import quantized
-
-        tiling, launch, factor = how
+        tiling, launch, factor = what
+        how = how_for(cache.layout, tiling.group, launch.is_wide, self._fixed)
+        chunks, words, halves = _views(cache.pages)
         check_float16("recent pages", cache.recent)
         num_heads, head_dim = q.shape[1:]
         sums = q.new_empty(len(launch.rows), num_heads, launch.num_parts, head_dim)
@@ -112,9 +119,9 @@ class QuantizedTriton:
         tables = inputs.block_tables.contiguous()
         recent_tables = tables if inputs.recent is None else inputs.recent.tables.contiguous()
         codec = cache.codec
-        quantized.attend[len(launch.tiles), cache.num_kv_heads, launch.num_parts](
+        how.kernel()[len(launch.tiles), cache.num_kv_heads, launch.num_parts](
             q,
-            *_views(cache.pages),
+            *((words,) if how.module == "decode_steps" else (chunks, words, halves)),
             cache.recent,
             tables,
             recent_tables,
@@ -131,21 +138,46 @@ class QuantizedTriton:
             codec.num_sinks,
             launch.splits_per_part,
             launch.num_parts,
-            **constants(cache.layout, tiling, self._block, launch.is_wide),
-            num_warps=num_warps(head_dim, launch.is_wide),
-            num_stages=1 if launch.is_wide else NUM_STAGES,
+            **constants(cache.layout, tiling, self._block, how),
+            num_warps=how.num_warps,
+            num_stages=how.num_stages,
         )
         merge(sums, stats, launch, result)
 
 
-def constants(layout: ChunkLayout, tiling: Tiling, block: int, is_wide: bool) -> dict[str, int]:
+@dataclass(frozen=True)
+class How:
+    """Which kernel attends."""
+
+    module: str  # under kernels.gpu
+    is_wide: bool
+    columns: int  # of a tile, at least
+    num_warps: int
+    num_stages: int
+
+    def kernel(self) -> Any:
+        return import_module(f"kernels.gpu.{self.module}").attend
+
+
+def how_for(layout: ChunkLayout, group: int, is_wide: bool, is_fixed: bool) -> How:
+    """For tiles of decode steps or (wide) of prompts, `group` query heads to a kv head."""
+    rows = (layout.keys, layout.values)
+    if is_wide:
+        return How("quantized", True, WIDE_COLUMNS, num_warps(layout.head_dim, True), 1)
+    if is_fixed or group > FEW_COLUMNS or any(row.bits not in FEW_BITS or row.group_size < 16 for row in rows):
+        return How("quantized", False, MIN_COLUMNS, num_warps(layout.head_dim, False), NUM_STAGES)
+    return How("decode_steps", False, FEW_COLUMNS, FEW_WARPS, NUM_STAGES)
+
+
+def constants(layout: ChunkLayout, tiling: Tiling, block: int, how: How) -> dict[str, int]:
     """What the attention kernel is compiled for."""
-    return {
+    made = {} if how.module == "decode_steps" else {"WIDE": how.is_wide}
+    return made | {
         "G": tiling.group,
         "PAGE": layout.page_size,
         "RECENT": RECENT_TOKENS,
         "D": layout.head_dim,
-        "COLUMNS": tiling.columns(is_wide),
+        "COLUMNS": tiling.columns(how.is_wide),
         "SPLIT": tiling.split,
         "BLOCK": block if layout.head_dim <= 128 else block // 2,
         "CHUNK": layout.chunk_bytes,
@@ -156,7 +188,6 @@ def constants(layout: ChunkLayout, tiling: Tiling, block: int, is_wide: bool) ->
         "V_AT": layout.value_codes_at,
         "K_PARAMETERS": layout.key_parameters_at,
         "V_PARAMETERS": layout.value_parameters_at,
-        "WIDE": is_wide,
     }
 
 
