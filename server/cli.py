@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import signal
 from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,8 +26,10 @@ from engine.messages import CalibrationSettings, ConversionSettings
 from server import config, screen
 from server.bench.cli import bench
 from server.calibration import CalibrationBar, print_calibration
+from server.interrupts import leaving_on_signals
 from server.keys import KeyRing
-from server.ports import Sockets, bound, fail
+from server.main import INTERRUPTED
+from server.ports import Sockets, bound, fail, say
 
 NOT_LOADED = "Stopped while the model was loading: nothing was served"
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
@@ -64,7 +65,7 @@ def serve(config_file: Path | None, **flags: Any) -> None:
         with bound(settings) as sockets:
             serve_at(sockets, settings, keys)
     except KeyboardInterrupt:  # before there is a server that hears of signals
-        fail(NOT_LOADED, 128 + signal.SIGINT)
+        fail(NOT_LOADED, INTERRUPTED)
 
 
 def serve_at(sockets: Sockets, settings: config.ServerConfig, keys: KeyRing) -> None:
@@ -80,11 +81,18 @@ def serve_at(sockets: Sockets, settings: config.ServerConfig, keys: KeyRing) -> 
             fail(str(error), 2)
         except EngineUnavailable as error:
             fail(str(error), 1)
-        from server import serving
 
-        given = serving.Given(settings, folder, name, keys, sockets)
+        def leave() -> None:
+            stack.close()
+            say(NOT_LOADED)
+
+        with leaving_on_signals(leave):
+            from server import serving
+
+            given = serving.Given(settings, folder, name, keys, sockets)
+            parts = serving.prepare(given, engine)
         try:
-            serving.serve(given, engine, bar)
+            serving.serve(given, parts, engine, bar)
         except serving.Interrupted as stopped:
             bar.stop()
             fail(NOT_LOADED, 128 + stopped.signal)

@@ -19,8 +19,12 @@ Sockets = tuple[socket.socket, socket.socket | None]  # of the API, and of --ops
 
 def fail(message: str, code: int) -> NoReturn:
     """Say what is wrong, without a traceback, and exit."""
-    Console(stderr=True, highlight=False).print(f"[bold red]nibble:[/bold red] {escape(message)}", soft_wrap=True)
+    say(message)
     raise typer.Exit(code)
+
+
+def say(message: str) -> None:
+    Console(stderr=True, highlight=False).print(f"[bold red]nibble:[/bold red] {escape(message)}", soft_wrap=True)
 
 
 def bind(host: str, port: int) -> socket.socket:

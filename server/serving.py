@@ -18,10 +18,10 @@ from server.gate import AccessLogHandler
 from server.keys import KeyRing
 from server.lifecycle import Interrupted
 from server.ports import Sockets, address, fail, open_ports
-from server.tokenizer import load_tokenizer
+from server.tokenizer import Tokenizer, load_tokenizer
 from server.tracing import Tracing
 
-__all__ = ["Given", "Interrupted", "serve"]
+__all__ = ["Given", "Interrupted", "Parts", "prepare", "serve"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,17 @@ class Given:
     sockets: Sockets
 
 
-def serve(given: Given, engine: EngineClient, bar: screen.LoadingBar) -> None:
-    """Serve the model until a signal. Ends the program where the tokenizer, the model, a port or the certificate cannot
-    be used; raises Interrupted when the signal comes before the model is loaded."""
+@dataclass(frozen=True)
+class Parts:
+    """What is read and wired while the engine loads."""
+
+    app: FastAPI
+    tokenizer: Tokenizer
+    tracing: Tracing | None
+
+
+def prepare(given: Given, engine: EngineClient) -> Parts:
+    """Ends the program where the tokenizer, the tracing or a port cannot be had."""
     settings = given.settings
     set_up_access_log()
     try:
@@ -47,20 +55,27 @@ def serve(given: Given, engine: EngineClient, bar: screen.LoadingBar) -> None:
         fail(str(error), 2)
     open_ports(given.sockets, settings)
     app = create_app(engine, tokenizer, settings, given.name, given.keys, tracing)
+    return Parts(app, tokenizer, tracing)
+
+
+def serve(given: Given, parts: Parts, engine: EngineClient, bar: screen.LoadingBar) -> None:
+    """Serve the model until a signal. Ends the program where the model or the certificate cannot be used; raises
+    Interrupted when the signal comes before the model is loaded."""
 
     def on_ready(ready: Ready) -> None:
         bar.stop()
-        screen.print_start(bar.console, ready.plan, given.name, door_of(given), tokenizer.has_chat_template)
+        chat = parts.tokenizer.has_chat_template
+        screen.print_start(bar.console, ready.plan, given.name, door_of(given), chat)
 
     bar.start()
     try:
-        asyncio.run(lifecycle.serve(ports(app, given), engine, on_ready))
+        asyncio.run(lifecycle.serve(ports(parts.app, given), engine, on_ready))
     except EngineUnavailable as error:
         bar.stop()
         fail(str(error), 1)
     finally:
-        if tracing is not None:
-            tracing.close()
+        if parts.tracing is not None:
+            parts.tracing.close()
 
 
 def door_of(given: Given) -> screen.Door:
