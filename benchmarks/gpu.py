@@ -1,12 +1,14 @@
-"""How fast the Triton kernels are on this machine's GPU:  python -m benchmarks.gpu [--only linear attention ...]
+"""How fast this machine's GPU is with our kernels:  python -m benchmarks.gpu [--json] [--only linear attention ...]
 
-One layer's matrices at several numbers of rows, attention of decode steps and prompts, what stores keys and values, ops
-on rows and sampling, beside what torch offers for the same work: bfloat16 products, its 4-bit product, scaled dot
-product attention by each of its back ends, FlexAttention, logits sorted or only copied to the CPU; and a copy in device
-memory, which says what bandwidth there is. All of a group take turns, call by call; before each call 512 MB are
-written, so that nothing it reads lies in the L2 cache and the host is ahead of the GPU. Times are from CUDA events; a
-trial's time is the median of its rounds, its ratio the first case's time over a case's, and what is told is the median
-of the trials with the lowest and the highest ratio. Bytes are those that a call must read and write.
+Whole models first (benchmarks/gpu_model.py says what), then kernels: one layer's matrices at several numbers of rows,
+attention of decode steps and prompts, what stores keys and values, ops on rows and sampling, beside what torch offers
+for the same work: bfloat16 products, its 4-bit product, scaled dot product attention by each of its back ends,
+FlexAttention, logits sorted or only copied to the CPU; and a copy in device memory, which says what bandwidth there is.
+
+All of a group take turns, call by call; before each call 512 MB are written, so that nothing it reads lies in the L2
+cache and the host is ahead of the GPU. Times are from CUDA events; a trial's time is the median of its rounds, its
+ratio the first case's time over a case's, and what is told is the median of the trials with the lowest and the highest
+ratio. Bytes are those that a call must read and write.
 
 Results are added to a file, one JSON object a line, as they come (benchmarks/gpu_timing.py). Without a CUDA device it
 ends with a message: benchmarks.gpu_instructions says what can be known then.
@@ -22,8 +24,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu_timing import Case, Clock, Group, Maker, Timing, Write, arguments, copy_case, main_of
+from benchmarks import gpu_model
+from benchmarks.gpu_timing import Case, Clock, Group, Maker, Timing, arguments, copy_case, main_of
 from benchmarks.shapes import SHAPES, Shape
+from benchmarks.workers import Write
 from engine.batch import Batch, BatchRow, build_batch
 from kernels import gpu
 from kernels.activation.gpu import ActivationTriton
@@ -340,10 +344,10 @@ def main() -> None:
     def start() -> Callable[[str], Callable[[Write], None]]:
         if (reason := gpu.refusal(device, torch.bfloat16)) is not None:
             raise SystemExit(reason)
-        timing = Timing(Clock(device), copy_case(device), options.trials)
-        return lambda name: partial(timing.run, every[name]())
+        timing, whole = Timing(Clock(device), copy_case(device), options.trials), gpu_model.on_gpu(device)
+        return lambda name: partial(timing.run, every[name]()) if name in every else whole[name]
 
-    main_of("benchmarks.gpu", options, list(every), start)
+    main_of("benchmarks.gpu", options, [*gpu_model.names(), *every], start)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from benchmarks.gpu import PAGE_SIZE, Attended, random_cache
 from benchmarks.gpu_attention import HEADS, SCALE, WIDTHS, Sweep
-from benchmarks.gpu_timing import Line, Write, arguments, lines_of, main_of
+from benchmarks.gpu_timing import arguments, main_of
 from benchmarks.shapes import SHAPES, Shape
+from benchmarks.workers import Line, Write, lines_of
 from engine.batch import BatchRow, build_batch
 from kernels.activation.gpu import ActivationTriton
 from kernels.attention.f16.gpu import F16Triton

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_random import PAGE_SIZE, Kind, Models, plan_of
-from benchmarks.gpu_timing import Case, Clock, Write, arguments, copy_case, main_of, release, said
+from benchmarks.gpu_timing import Case, Clock, arguments, copy_case, main_of, release
 from benchmarks.shapes import SHAPES, Shape
+from benchmarks.workers import Write, said
 from engine.assembly import make_manager
 from engine.batch import BatchRow, build_batch
 from engine.core import EngineCore, Parts
@@ -308,18 +309,24 @@ def groups(bench: Bench) -> dict[str, Callable[[Write], None]]:
     return dict(found)
 
 
-def main() -> None:
-    parser = arguments(__doc__, seconds=570)
-    options = parser.parse_args()
+def names() -> list[str]:
+    """Of the groups."""
+    return list(groups(Bench(Extent(), torch.device("cuda"), cast(StepTimer, None))))
+
+
+def on_gpu(device: torch.device) -> dict[str, Callable[[Write], None]]:
     extent = Extent()
-    names = list(groups(Bench(extent, torch.device("cuda"), cast(StepTimer, None))))
+    return groups(Bench(extent, device, DeviceTimer(device, extent.num_rounds)))
+
+
+def main() -> None:
+    options = arguments(__doc__, seconds=570).parse_args()
 
     def start() -> Callable[[str], Callable[[Write], None]]:
-        device = torch.device("cuda")
-        every = groups(Bench(extent, device, DeviceTimer(device, extent.num_rounds)))
+        every = on_gpu(torch.device("cuda"))
         return lambda name: every[name]
 
-    main_of("benchmarks.gpu_model", options, names, start)
+    main_of("benchmarks.gpu_model", options, names(), start)
 
 
 if __name__ == "__main__":

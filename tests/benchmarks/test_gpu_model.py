@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from benchmarks import gpu_model
+from benchmarks import gpu_model, gpu_random
 from benchmarks.gpu_model import Bench, Extent, groups
-from benchmarks.gpu_timing import Case, Line, copy_case
+from benchmarks.gpu_timing import Case, copy_case
 from benchmarks.shapes import Shape
+from benchmarks.workers import Line
 from tests.engine.fake_cuda import OnGpu, fake_cuda
 from tests.kernels.gpu_checks import needs_triton
 
@@ -33,6 +34,13 @@ CHOSEN = (  # every verb, every model and every kind of cache
     "decode bf16 f16",
     "prompt w4 fixed k4v4:w128:s4",
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_collecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of garbage, which takes longer than all else here."""
+    for module in (gpu_model, gpu_random):
+        monkeypatch.setattr(module, "release", lambda: None)
 
 
 class Once:

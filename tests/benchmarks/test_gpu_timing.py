@@ -7,21 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_timing
-from benchmarks.gpu_timing import (
-    Case,
-    Group,
-    Limits,
-    Line,
-    Maker,
-    Timing,
-    chosen,
-    copy_case,
-    judged,
-    lines_of,
-    shown,
-    supervise,
-)
+from benchmarks.gpu_timing import Case, Group, Maker, Timing, copy_case, judged
+from benchmarks.workers import Limits, Line, chosen, lines_of, shown, supervise, without_only
 from tests.benchmarks.failing_groups import NAMES
 
 
@@ -65,7 +52,7 @@ def test_a_case_that_fails_is_left_out_and_says_why() -> None:
 def test_a_worker_that_dies_or_hangs_is_replaced(tmp_path: Path) -> None:
     """Bugs: what was measured is lost with the process; a group that hangs takes the time of all others."""
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "tests.benchmarks.failing_groups", "--out", str(out)]
+    command = [sys.executable, "-m", "tests.benchmarks.failing_groups", str(out)]
     supervise(command, NAMES, out, Limits(seconds=100, group_seconds=2))
     lines = [line for line in lines_of(out) if "group" in line]
     assert [line["group"] for line in lines] == list(NAMES)
@@ -92,4 +79,4 @@ def test_groups_are_chosen_by_how_they_begin() -> None:
     assert chosen(names, ["linear"]) == names[:2]
     with pytest.raises(SystemExit, match="no group begins with 'ops'; there are: linear"):
         chosen(names, ["ops"])
-    assert list(gpu_timing._without_only(["--only", "a", "b", "--out", "x"])) == ["--out", "x"]
+    assert list(without_only(["--only", "a", "b", "--out", "x"])) == ["--out", "x"]
