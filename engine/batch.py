@@ -120,12 +120,16 @@ def _slots(row: BatchRow, stop: int) -> list[int]:
 def _recent(rows: Sequence[BatchRow]) -> RecentInputs:
     """Recent pages, by sequence and by row."""
     width = max(max(row.recent_table) for row in rows if row.recent_table) + 1
-    tables = torch.full((len(rows), width), -1, dtype=torch.int64)
+    at: list[int] = []  # one assignment for all: one for each of 64 rows takes 1 ms
+    pages: list[int] = []
     slots: list[int] = []
-    for table, row in zip(tables, rows, strict=True):
+    for i, row in enumerate(rows):
         held = row.recent_table
-        table[torch.tensor(list(held), dtype=torch.int64)] = torch.tensor(list(held.values()), dtype=torch.int64)
+        at += [i * width + r for r in held]
+        pages += held.values()
         for position in range(row.start, row.start + len(row.token_ids)):
             page = held.get(position // RECENT_TOKENS)
             slots.append(-1 if page is None else page * RECENT_TOKENS + position % RECENT_TOKENS)
+    tables = torch.full((len(rows), width), -1, dtype=torch.int64)
+    tables.view(-1)[torch.tensor(at, dtype=torch.int64)] = torch.tensor(pages, dtype=torch.int64)
     return RecentInputs(tables, torch.tensor(slots, dtype=torch.int64), tuple(row.window for row in rows))

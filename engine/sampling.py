@@ -60,6 +60,9 @@ class Draw:
     def edits(self) -> Edits | None:
         """What is done to the raw logits before the temperature; None: nothing."""
         s = self.sampling
+        has_penalties = s.presence_penalty != 0 or s.frequency_penalty != 0 or s.repetition_penalty != 1
+        if not has_penalties and not s.logit_bias and self.num_generated >= s.min_tokens:
+            return None
         add, less, counts = dict(s.logit_bias), {}, Counter[int]()
         if s.presence_penalty or s.frequency_penalty:
             counts.update(self.tokens[self.num_prompt :])
@@ -70,7 +73,7 @@ class Draw:
             less |= dict.fromkeys((*s.stop_token_ids, *(() if s.ignore_eos else self.eos_token_ids)), math.inf)
         seen = set(self.tokens) if s.repetition_penalty != 1 else set()
         ids, last = sorted(add.keys() | less.keys() | seen), None
-        if self.last is not None and (s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1):
+        if self.last is not None and has_penalties:
             last = Last(self.last, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
         if not ids and last is None:
             return None
