@@ -214,7 +214,10 @@ def model_folder(settings: config.ServerConfig) -> Path:
         )
     folder = locate_model(settings.model, settings.revision, settings.offline) if settings.model else DEMO
     if folder.suffix != GGUF and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a model folder: it has no config.json")
+        raise ValueError(
+            f"{folder} is not a model folder: it has no config.json. Name the folder that holds it beside the weights, "
+            "or a GGUF file"
+        )
     return folder
 
 

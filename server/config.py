@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.config import PAGE_SIZES, Activations, Device, EngineConfig, HeadBits, Prefill
+from server.complaints import complaint
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 PREFIX = "NIBBLE_"
@@ -251,9 +252,7 @@ def load(flags: Mapping[str, Any], file: Path | None = None) -> ServerConfig:
     except ValidationError as error:
         first = error.errors()[0]
         source = sources[str(first["loc"][0])]
-        raise SettingsError(
-            f"{source}: {first['msg'].removeprefix('Value error, ')} (found {first['input']!r})"
-        ) from None
+        raise SettingsError(f"{source}: {complaint(first)} (found {first['input']!r})") from None
     check_access(settings, sources)
     return settings
 
