@@ -4,9 +4,10 @@ python -m benchmarks.gpu_instructions [--arch 90] [--json]
 
 compiles every code width with every entry of the shipped table and counts the instructions of the loop over channels in
 the machine code. Issue slots are a limit as bandwidth is: a GPU of M multiprocessors with 128 lanes at f Hz has 128 M f
-of them a second, and reads B / (b / 8) weights of b bits in that time. `issue` is how much of the bandwidth of an H200
-(M = 132, f = 1.755 GHz, B = 4.3e12 bytes/s) the loop could use if nothing else held it up. Products of many rows are
-bound by tensor cores instead.
+of them a second, and reads B / (b / 8) weights of b bits in that time. Logic, shifts and integer sums have half of the
+lanes (CUDA C++ Programming Guide, throughput of native arithmetic instructions, compute capability 8.0 to 9.0). `issue`
+is how much of the bandwidth of an H200 (M = 132, f = 1.755 GHz, B = 4.3e12 bytes/s) the loop could use if nothing else
+held it up. Products of many rows are bound by tensor cores instead.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from tests.kernels.gpu_compile import MATRICES, Case, K, N, build, dump, every_c
 
 SLOTS_PER_SECOND = 132 * 128 * 1.755e9
 BYTES_PER_SECOND = 4.3e12
+HALF_RATE = ("LOP3", "SHF", "PRMT", "IADD3", "VIADD", "LEA", "ISETP", "SEL", "IMNMX", "VIMNMX")
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 
 
@@ -31,6 +33,7 @@ class Cost:
     case: str
     bits: float  # of a weight, parameters included
     instructions: float  # a weight
+    half_rate: float  # of these, for which there are half as many lanes
     registers: int  # a thread
     stack: int  # bytes that are spilled
     shared: int  # bytes a program
@@ -38,29 +41,37 @@ class Cost:
     @property
     def issue(self) -> float:
         """Of an H200's bandwidth."""
-        return SLOTS_PER_SECOND / self.instructions / (BYTES_PER_SECOND / (self.bits / 8))
+        slots = max(self.instructions, 2 * self.half_rate)
+        return SLOTS_PER_SECOND / slots / (BYTES_PER_SECOND / (self.bits / 8))
+
+
+def longest_loop(assembly: str) -> list[str]:
+    """The instructions of the longest loop, by name. Raises ValueError where there is none."""
+    found = [(int(at, 16), name, rest) for at, name, rest in INSTRUCTION.findall(assembly)]
+    positions = {at: i for i, (at, _, _) in enumerate(found)}
+    loops: list[range] = []
+    for i, (at, name, rest) in enumerate(found):
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if target and 0 < int(target[1], 16) < at:
+            loops.append(range(positions[int(target[1], 16)], i + 1))
+    if not loops:
+        raise ValueError("the kernel has no loop")
+    return [found[i][1].partition(".")[0] for i in max(loops, key=len)]
 
 
 def loop_length(assembly: str) -> int:
     """Instructions of the longest loop. Raises ValueError where there is none."""
-    found = [(int(at, 16), name, rest) for at, name, rest in INSTRUCTION.findall(assembly)]
-    positions = {at: i for i, (at, _, _) in enumerate(found)}
-    lengths = [0]
-    for i, (at, name, rest) in enumerate(found):
-        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
-        if target and 0 < int(target[1], 16) < at:
-            lengths.append(i + 1 - positions[int(target[1], 16)])
-    if not max(lengths):
-        raise ValueError("the kernel has no loop")
-    return max(lengths)
+    return len(longest_loop(assembly))
 
 
 def cost(case: Case, packed: Packed) -> Cost:
     built = build(case)
     used, fixed = resources(built), case.constants
     weights = fixed["BLOCK_N"] * fixed["PLANE"] * fixed["PLANES"] / (32 * case.num_warps)  # of a thread and iteration
+    loop = longest_loop(dump(built, "-sass"))
+    half_rate = sum(name in HALF_RATE for name in loop) / weights
     bits = 8 * packed.num_bytes / (N * K)
-    return Cost(str(case), bits, loop_length(dump(built, "-sass")) / weights, *asdict(used).values())
+    return Cost(str(case), bits, len(loop) / weights, half_rate, *asdict(used).values())
 
 
 def costs(architecture: int) -> Iterator[Cost]:
@@ -81,8 +92,8 @@ def main() -> None:
         else:
             print(
                 f"{found.case:38} {found.bits:5.2f} bits {found.instructions:6.2f} instructions a weight, "
-                f"issue {100 * found.issue:4.0f} %, {found.registers:3} registers, {found.stack} bytes spilled, "
-                f"{found.shared:6} shared",
+                f"{found.half_rate:5.2f} at half rate, issue {100 * found.issue:4.0f} %, "
+                f"{found.registers:3} registers, {found.stack} bytes spilled, {found.shared:6} shared",
                 flush=True,
             )
 

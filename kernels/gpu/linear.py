@@ -5,12 +5,16 @@ H200 has 3.7 for each weight of 4.25 bits in the time that it takes to read it, 
 
 - products are left to tensor cores for a single token too: one that multiplied for itself would spend two
   instructions a weight on it, and one on every activation;
-- codes become floats by no arithmetic: 0x4300 | code is the bfloat16 128 + code, for two codes at once. What that adds
-  is taken off again together with the zero point, once for each group: shift * sum_k x[t, k];
-- the sum of a group's activations is a product with ones, on tensor cores as well.
+- codes become bfloat16 two at a time, by moving bits: 0x4300 | code is the bfloat16 128 + code. What that adds is taken
+  off again together with the zero point, once for each group: shift * sum_k x[t, k];
+- the sum of a group's activations is a product with ones, on tensor cores as well;
+- what must be done to weights one by one is done in bfloat16, two to an instruction.
 
 Weights stand on the left of a product, where their rows fill the tile and a few tokens could not. They are read once a
 program and marked evict-first: no other program wants them, while all want the activations.
+
+Of an int32 that holds two bfloat16 the lower half is the channel that comes first. PTX is written out where the
+compiler has no word for an instruction; tests/kernels/ptx.py says what it means to the interpreter.
 """
 
 import triton
@@ -18,30 +22,142 @@ import triton.language as tl
 
 
 @triton.jit
-def value(code, table, BASE: tl.constexpr, MEANING: tl.constexpr):
-    """What codes mean, one to an int32, before scaling: bfloat16 of the same shape."""
-    if MEANING == 1:  # E2M1, s eem: as the exponent and the highest fraction bit of a float32, 2^126 too small
-        bits = ((code & 8) << 28) | ((code & 7) << 22)
-        found = bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
-    elif MEANING == 2:
-        found = tl.load(table + code, eviction_policy="evict_last")
-    else:  # 0x4B000000 | code is the float 2^23 + code; the subtraction is exact
-        found = (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + BASE)
-    return found.to(tl.bfloat16)
+def fused(pairs, by, add):
+    """pairs * by + add, rounded once: int32, the bits of one bfloat16 in an int16, int32. Subnormals count."""
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 by; mov.b32 by, {$2, $2}; fma.rn.bf16x2 $0, $1, by, $3;}",
+        "=r,r,h,r", [pairs, by, add], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
-def values(words, table, j, BITS: tl.constexpr, BASE: tl.constexpr, MEANING: tl.constexpr, PLANE: tl.constexpr):
-    """Plane j of words [rows, PLANE / 2] before scaling: bfloat16 [rows, PLANE]."""
-    MASK: tl.constexpr = (1 << BITS) - 1
-    if MEANING == 0 and BITS < 8:
-        both = ((words >> (j * BITS)) & (MASK * 0x10001)) | 0x43004300
-        low, high = both.to(tl.int16), (both >> 16).to(tl.int16)
-        low, high = low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True)
+def times(pairs, by):
+    """pairs * by, likewise."""
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 by, no; mov.b32 by, {$2, $2}; mov.b32 no, 0x80008000; fma.rn.bf16x2 $0, $1, by, no;}",
+        "=r,r,h", [pairs, by], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def plus(pairs, add):
+    """pairs + add, likewise."""
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 one, add; mov.b32 one, 0x3F803F80; mov.b32 add, {$2, $2}; fma.rn.bf16x2 $0, $1, one, add;}",
+        "=r,r,h", [pairs, add], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def bits_of(x):
+    """The bits of bfloat16 numbers."""
+    return x.to(tl.bfloat16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def entry(table, i):
+    """Word i of a table, [1, 1] int32. What is 0 in every lane is added, and the compiler does not know that: what it
+    knows to be the same for all lanes it copies into a register at every use, up to an instruction a weight."""
+    at = tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :] + i
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 none; mov.u32 none, %lanemask_lt; shr.u32 none, none, 31; or.b32 $0, $1, none;}",
+        "=r,r", [tl.load(table + at)], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def entries(table, BITS: tl.constexpr, MEANING: tl.constexpr):
+    """What `values` needs beside codes: the words of a table, or the bits that make bfloat16 of codes."""
+    if MEANING == 2:
+        return (
+            entry(table, 0), entry(table, 1), entry(table, 2), entry(table, 3),
+            entry(table, 4), entry(table, 5), entry(table, 6), entry(table, 7),
+        )  # fmt: skip
+    elif MEANING == 0:
+        return (entry(table, 0), entry(table, 1))
     else:
-        low = value((words >> (j * BITS)) & MASK, table, BASE, MEANING)
-        high = value((words >> (j * BITS + 16)) & MASK, table, BASE, MEANING)
-    return tl.reshape(tl.join(low, high), (words.shape[0], PLANE))
+        return 0
+
+
+@triton.jit
+def permuted(a, b, order):
+    """Four of the eight bytes b:a; where a nibble of `order` is 8 or more, a byte's sign, eight times."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, order], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def looked_up(words, table, j, MIXED: tl.constexpr):
+    """Plane j of words of codes of 4 bits, by a table of 16 bfloat16 (kernels/gpu/codes.py): the lower and the upper
+    byte of the four codes of a half-word."""
+    codes = words >> (j // 2 * 16)
+    if MIXED:
+        upper = permuted(codes, codes << 4, 0x9D8C)  # whether a code is 8 or more, by bytes
+        codes &= 0x7777
+        low, other = permuted(table[0], table[1], codes), permuted(table[2], table[3], codes)
+        low ^= (low ^ other) & upper
+        high, other = permuted(table[4], table[5], codes), permuted(table[6], table[7], codes)
+        high ^= (high ^ other) & upper
+    else:
+        turned = codes ^ -0x77777778  # 8 in every nibble
+        low = permuted(table[0], table[1], codes) ^ permuted(table[2], table[3], turned)
+        high = permuted(table[4], table[5], codes) ^ permuted(table[6], table[7], turned)
+    return permuted(low, high, 0x5140 if j % 2 == 0 else 0x7362)
+
+
+@triton.jit
+def small_floats(words, j):
+    """Plane j of E2M1, 2^-126 of what it means: sign, exponent and fraction in the places of a bfloat16's. The bits lie
+    so that they are found by eight operations for eight codes (kernels/gpu/packing.py)."""
+    if j == 0:
+        found = words
+    elif j == 1:
+        found = words << 6
+    elif j == 2:
+        found = (words << 12) | (words.to(tl.uint32, bitcast=True) >> 20).to(tl.int32, bitcast=True)
+    else:
+        found = (words >> 6) ^ (words << 2)
+    return found & -0x7E3F7E40  # 0x81C0 in both halves
+
+
+@triton.jit
+def values(words, bits, j, BITS: tl.constexpr, MEANING: tl.constexpr, MIXED: tl.constexpr):
+    """Plane j of words [rows, PLANE / 2] before scaling, two bfloat16 to an int32; E2M1 2^-126 of it."""
+    if MEANING == 1:
+        return small_floats(words, j)
+    elif MEANING == 2:
+        return looked_up(words, bits, j, MIXED)
+    elif BITS == 8:  # code - 128: the bfloat16 128 + 7 bits, less 128 or, without the eighth bit, 256
+        code = words >> (j * BITS)
+        top = ((code ^ -1) & 0x800080) | bits[1]
+        return fused((code & 0x7F007F) | bits[0], tl.full(words.shape, 0x3F80, tl.int16), top)
+    else:
+        return ((words >> (j * BITS)) & (((1 << BITS) - 1) * 0x10001)) | bits[0]
+
+
+@triton.jit
+def floats(pairs, PLANE: tl.constexpr):
+    """int32 [rows, PLANE / 2] -> bfloat16 [rows, PLANE]."""
+    low, high = pairs.to(tl.int16), (pairs >> 16).to(tl.int16)
+    low, high = low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True)
+    return tl.reshape(tl.join(low, high), (pairs.shape[0], PLANE))
+
+
+@triton.jit
+def scaled(
+    pairs, scales, block, j, row, num_blocks, num_groups,
+    GROUP: tl.constexpr, PLANES: tl.constexpr, PLANE: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """Plane j times its scales, [N, num_groups] bfloat16 of which EACH belong to a plane: exact."""
+    if PLANE < GROUP:
+        group, width = tl.minimum((block * PLANES + j) * PLANE // GROUP, num_groups - 1), num_groups
+    else:  # groups of whole blocks; by their number the compiler knows that EACH lie where one load takes them
+        group, width = (block * PLANES + j) * EACH, num_blocks * PLANES * EACH
+    at = scales + row.to(tl.int64)[:, None] * width + group + tl.arange(0, EACH)[None, :]
+    scale = bits_of(tl.load(at, eviction_policy="evict_first"))[:, :, None]  # [rows, EACH, 1]
+    wide = tl.broadcast_to(scale, (pairs.shape[0], EACH, PLANE // 2 // EACH))
+    return times(pairs, tl.reshape(wide, (pairs.shape[0], PLANE // 2)))
 
 
 @triton.jit
@@ -58,13 +174,14 @@ def shift_of(
     scale, zeros, offsets, offset_steps, group, n, out_features,
     BASE: tl.constexpr, CENTER: tl.constexpr, SHIFT: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """What is added to every scaled weight of a group, float32 of the shape of `scale`."""
-    if SHIFT == 1:
-        return scale * (BASE - tl.load(zeros + group * out_features + n).to(tl.float32))
-    found = scale * (1.0 * (BASE - CENTER))
-    if SHIFT == 2:
-        found += parameter(offsets, offset_steps, group, n, out_features, STEP)
-    return found
+    """(a, c) of a group, float32: its weights are s (v + a) + c."""
+    none = tl.zeros(n.shape, tl.float32)
+    if SHIFT == 4:
+        return none + (BASE - CENTER), parameter(offsets, offset_steps, group, n, out_features, STEP)
+    elif SHIFT > 1:
+        return BASE - tl.load(zeros + group * out_features + n).to(tl.float32), none
+    else:
+        return none + (BASE - CENTER), none
 
 
 @triton.jit
@@ -81,13 +198,15 @@ def few(
     x, words, scales, zeros, offsets, scale_steps, offset_steps, table, out,
     num_tokens, in_features, out_features, num_blocks, num_groups, blocks_per_split, factor,
     GROUP: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, PLANE: tl.constexpr, RUN: tl.constexpr,
-    BASE: tl.constexpr, CENTER: tl.constexpr, MEANING: tl.constexpr, SHIFT: tl.constexpr, STEP: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BASE: tl.constexpr, CENTER: tl.constexpr, MEANING: tl.constexpr, MIXED: tl.constexpr, SHIFT: tl.constexpr,
+    STEP: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y[p, t, n] = f sum_{runs r in p} (s[n, r] sum_{k in r} x[t, k] v[n, k] + o[n, r] sum_{k in r} x[t, k])
 
     p are the parts of the channels, r runs of RUN planes inside a group. Values and activations are bfloat16, products
-    of a run are summed on tensor cores, runs in order, both in float32. Nothing is rounded but entries of tables.
+    of a run are summed on tensor cores, runs in order, both in float32. Nothing is rounded but entries of tables. With
+    EACH the scaled values are bfloat16 as they are, and are what is multiplied.
 
     Reads the matrix once for each BLOCK_M tokens; 1 N K operations to unpack, 2 T N K on tensor cores and as many for
     the sums of activations, 2 T N K / (RUN PLANE) to scale.
@@ -98,6 +217,7 @@ def few(
     row, token = tl.minimum(n, out_features - 1), tl.minimum(t, num_tokens - 1)
     at = words + row.to(tl.int64)[:, None] * (num_blocks * (PLANE // 2)) + tl.arange(0, PLANE // 2)[None, :]
     ones = tl.full((BLOCK_N, PLANE), 1.0, tl.float32).to(tl.bfloat16)
+    bits = entries(table, BITS, MEANING)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for block in range(part_of_k * blocks_per_split, tl.minimum((part_of_k + 1) * blocks_per_split, num_blocks)):
         word = tl.load(at + block * (PLANE // 2), eviction_policy="evict_first")  # [BLOCK_N, PLANE / 2]
@@ -107,21 +227,58 @@ def few(
             for j in tl.static_range(first, first + RUN):
                 k = (block * PLANES + j) * PLANE + tl.arange(0, PLANE)
                 xs = activations(x, token, k, in_features, EVEN)
-                part = tl.dot(values(word, table, j, BITS, BASE, MEANING, PLANE), xs, part)
+                pairs = values(word, bits, j, BITS, MEANING, MIXED)
+                if EACH != 0:
+                    pairs = scaled(pairs, scales, block, j, row, num_blocks, num_groups, GROUP, PLANES, PLANE, EACH)
+                    total = tl.dot(floats(pairs, PLANE), xs, total)
+                else:
+                    if MEANING == 1:
+                        pairs = times(pairs, tl.full(pairs.shape, 0x7E80, tl.int16))  # 2^126
+                    part = tl.dot(floats(pairs, PLANE), xs, part)
                 if SHIFT != 0:
                     sums = tl.dot(ones, xs, sums)
-            group = tl.minimum((block * PLANES + first) * PLANE // GROUP, num_groups - 1)
-            scale = parameter(scales, scale_steps, group, row, out_features, STEP)
-            total += part * scale[:, None]
-            if SHIFT != 0:
-                shift = shift_of(
-                    scale, zeros, offsets, offset_steps, group, row, out_features, BASE, CENTER, SHIFT, STEP
-                )
-                total += sums * shift[:, None]
+            if EACH == 0:
+                group = tl.minimum((block * PLANES + first) * PLANE // GROUP, num_groups - 1)
+                scale = parameter(scales, scale_steps, group, row, out_features, STEP)
+                total += part * scale[:, None]
+                if SHIFT != 0:
+                    add, shift = shift_of(
+                        scale, zeros, offsets, offset_steps, group, row, out_features, BASE, CENTER, SHIFT, STEP
+                    )
+                    total += sums * (scale * add + shift)[:, None]
     to = (part_of_k * num_tokens + t[None, :]).to(tl.int64) * out_features + n[:, None]
     tl.store(
         out + to, (total * factor).to(out.dtype.element_ty), (n < out_features)[:, None] & (t < num_tokens)[None, :]
     )
+
+
+@triton.jit
+def rounded(
+    pairs, scale, add, shift,
+    MEANING: tl.constexpr, SHIFT: tl.constexpr, PARTS: tl.constexpr, PLANE: tl.constexpr,
+):  # fmt: skip
+    """bf16((v + a) s + c) of values v, [rows, PLANE].
+
+    In float32 where a is no whole number or there is c. Else in bfloat16, two weights to an instruction: v + a has 8
+    bits and is exact; s is taken in two parts, s' = bf16(s) and s'' = bf16(s - s'), which leave 2^-16 of it; and
+    (v + a) s' + ((v + a) s'') is rounded as a whole and in its small part. That is 2^-8 (1 + 2^-6) of the weight, where
+    rounding it once is 2^-8. Of scales that are bfloat16 there is one part.
+    """
+    if SHIFT > 2:
+        weight = floats(pairs, PLANE).to(tl.float32) * scale[:, None] + (scale * add + shift)[:, None]
+        return weight.to(tl.bfloat16)
+    else:
+        if MEANING == 1:
+            pairs = times(pairs, tl.full(pairs.shape, 0x7E80, tl.int16))  # 2^126
+        if SHIFT != 0:
+            pairs = plus(pairs, bits_of(add)[:, None])
+        most = scale.to(tl.bfloat16)
+        if PARTS == 1:
+            pairs = times(pairs, bits_of(most)[:, None])
+        else:
+            rest = bits_of(scale - most.to(tl.float32))[:, None]
+            pairs = fused(pairs, bits_of(most)[:, None], times(pairs, rest))
+        return floats(pairs, PLANE)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "blocks_per_split"])
@@ -129,36 +286,42 @@ def many(
     x, words, scales, zeros, offsets, scale_steps, offset_steps, table, out,
     num_tokens, in_features, out_features, num_blocks, num_groups, blocks_per_split, factor,
     GROUP: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, PLANE: tl.constexpr, RUN: tl.constexpr,
-    BASE: tl.constexpr, CENTER: tl.constexpr, MEANING: tl.constexpr, SHIFT: tl.constexpr, STEP: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BASE: tl.constexpr, CENTER: tl.constexpr, MEANING: tl.constexpr, MIXED: tl.constexpr, SHIFT: tl.constexpr,
+    STEP: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y[p, t, n] = f sum_{k in p} x[t, k] bf16(s[n, g] v[n, k] + o[n, g]),  summed in float32 on tensor cores
 
-    With many rows, scaling sums costs more than scaling weights, which are rounded to bfloat16 for it. Reads the matrix
-    once for each BLOCK_M tokens; 4 N K operations to unpack and scale for each, 2 T N K on tensor cores.
+    With many rows, scaling sums costs more than scaling weights, which are rounded to bfloat16 for it; `weights` says
+    how. Reads the matrix once for each BLOCK_M tokens; 2 to 4 N K operations to unpack and scale for each, 2 T N K on
+    tensor cores.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     t = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     part_of_k = tl.program_id(2)
     row, token = tl.minimum(n, out_features - 1), tl.minimum(t, num_tokens - 1)
     at = words + row.to(tl.int64)[:, None] * (num_blocks * (PLANE // 2)) + tl.arange(0, PLANE // 2)[None, :]
+    bits = entries(table, BITS, MEANING)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for block in range(part_of_k * blocks_per_split, tl.minimum((part_of_k + 1) * blocks_per_split, num_blocks)):
         word = tl.load(at + block * (PLANE // 2))  # [BLOCK_N, PLANE / 2]
         for first in tl.static_range(0, PLANES, RUN):
-            group = tl.minimum((block * PLANES + first) * PLANE // GROUP, num_groups - 1)
-            scale = parameter(scales, scale_steps, group, row, out_features, STEP)
-            if SHIFT != 0:
-                shift = shift_of(
+            if EACH == 0:
+                group = tl.minimum((block * PLANES + first) * PLANE // GROUP, num_groups - 1)
+                scale = parameter(scales, scale_steps, group, row, out_features, STEP)
+                add, shift = shift_of(
                     scale, zeros, offsets, offset_steps, group, row, out_features, BASE, CENTER, SHIFT, STEP
                 )
             for j in tl.static_range(first, first + RUN):
                 k = (block * PLANES + j) * PLANE + tl.arange(0, PLANE)
                 xs = activations(x, token, k, in_features, EVEN)
-                weight = values(word, table, j, BITS, BASE, MEANING, PLANE).to(tl.float32) * scale[:, None]
-                if SHIFT != 0:
-                    weight += shift[:, None]
-                total = tl.dot(weight.to(tl.bfloat16), xs, total)
+                pairs = values(word, bits, j, BITS, MEANING, MIXED)
+                if EACH != 0:
+                    pairs = scaled(pairs, scales, block, j, row, num_blocks, num_groups, GROUP, PLANES, PLANE, EACH)
+                    weight = floats(pairs, PLANE)
+                else:
+                    weight = rounded(pairs, scale, add, shift, MEANING, SHIFT, PARTS, PLANE)
+                total = tl.dot(weight, xs, total)
     to = (part_of_k * num_tokens + t[None, :]).to(tl.int64) * out_features + n[:, None]
     tl.store(
         out + to, (total * factor).to(out.dtype.element_ty), (n < out_features)[:, None] & (t < num_tokens)[None, :]

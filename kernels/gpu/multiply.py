@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels.contract import LinearSpec
-from kernels.gpu.configs import ANY, Config, grid_for
-from kernels.gpu.packing import LOOKUP, Packed, packed_refusal
+from kernels.gpu.configs import Config, grid_for
+from kernels.gpu.packing import Packed, packed_refusal
 from kernels.linear.blocks import check_width
 
 SUM_BLOCK = 1024  # elements that one program of sum_splits adds up
@@ -46,11 +46,17 @@ class TritonKernel:
         return outs
 
 
+def shift_of(packed: Packed) -> int:
+    """What is added to values: 0 nothing, 1 one number, 2 whole zero points, 3 other zero points, 4 offsets."""
+    if not packed.has_shift:
+        return 0
+    if packed.zeros is not None:
+        return 2 if packed.zeros.dtype == torch.uint8 else 3
+    return 1 if packed.offsets is None else 4
+
+
 def constants(packed: Packed, config: Config) -> dict[str, int]:
     """What a kernel is compiled for."""
-    shift = 0
-    if packed.has_shift:
-        shift = 1 if packed.zeros is not None else 2 if packed.offsets is not None else 3
     return {
         "GROUP": packed.group_size,
         "BITS": packed.bits,
@@ -60,8 +66,11 @@ def constants(packed: Packed, config: Config) -> dict[str, int]:
         "BASE": packed.base,
         "CENTER": packed.center,
         "MEANING": packed.meaning,
-        "SHIFT": shift,
+        "MIXED": int(packed.mixed_table),
+        "SHIFT": shift_of(packed),
         "STEP": 0 if packed.steps is None else packed.steps.ratio,
+        "EACH": packed.groups_of_plane,
+        "PARTS": 1 if packed.scales.dtype == torch.bfloat16 else 2,  # bfloat16 that a scale is the sum of
         "EVEN": int(packed.in_features % (packed.planes * packed.plane) == 0),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -73,8 +82,6 @@ def num_stages(packed: Packed, config: Config) -> int:
 
     The compiler keeps the tiles of all planes for each stage but the last.
     """
-    if packed.meaning == LOOKUP and config.max_tokens == ANY:
-        return 1  # two make a thread of sm_80 spill
     stage = packed.plane * (2 * packed.planes * config.block_m + 2 * config.block_n)  # bytes
     return min(config.num_stages, 1 + SHARED_BYTES // stage)
 
@@ -99,7 +106,7 @@ def multiply(x: Tensor, packed: Packed, y: Tensor, fixed: bool = False) -> None:
         packed.in_features,
         n,
         packed.num_blocks,
-        packed.scales.shape[0],
+        packed.num_groups,
         grid.blocks_per_split,
         packed.factor,
         **constants(packed, grid.config),

@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from kernels.activation import gpu as activation_gpu
+from kernels.gpu.codes import HALF_WORD
 from kernels.gpu.configs import ANY, CONFIGS, Config
 from kernels.gpu.multiply import SUM_BLOCK, constants, num_stages
-from kernels.gpu.packing import E2M1, HALF_WORD, LINEAR, LOOKUP, Packed, Steps, plane_of
+from kernels.gpu.packing import E2M1, LINEAR, LOOKUP, Packed, Steps, plane_of
 from kernels.norm import gpu as norm_gpu
 from kernels.rope import gpu as rope_gpu
 
@@ -73,7 +74,9 @@ def matrix(
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    plane, groups = plane_of(bits, K, group_size, meaning), K // group_size
+    is_exact = meaning == E2M1
+    plane, groups = plane_of(bits, K, group_size, meaning, is_exact), K // group_size
+    scales = empty(groups, N, dtype=torch.int8 if nested else torch.float16)
     return Packed(
         bits=bits,
         in_features=K,
@@ -81,13 +84,14 @@ def matrix(
         group_size=group_size,
         plane=plane,
         words=empty(N, K // (2 * (HALF_WORD // bits)), dtype=torch.int32),
-        scales=empty(groups, N, dtype=torch.int8 if nested else torch.float16),
+        scales=empty(N, groups, dtype=torch.bfloat16) if is_exact else scales,
         zeros=None if zeros is None else empty(groups, N, dtype=zeros),
         offsets=empty(groups, N, dtype=torch.int8) if nested else None,
         steps=Steps(8, *(empty(groups // 8, N, dtype=torch.float16) for _ in range(2))) if nested else None,
         center=0 if nested else 1 << (bits - 1),
         meaning=meaning,
-        table=empty(1 << bits, dtype=torch.bfloat16) if meaning == LOOKUP else None,
+        table=empty(8, dtype=torch.int32) if meaning == LOOKUP else None,
+        exact_scales=is_exact,
     )
 
 
@@ -99,6 +103,7 @@ MATRICES = {
     "4-bit nested g32": matrix(4, 32, nested=True),
     "E2M1 g16": matrix(4, 16, meaning=E2M1),
     "NF4 g64": matrix(4, 64, meaning=LOOKUP),
+    "IQ4 g32": replace(matrix(4, 32, meaning=LOOKUP), mixed_table=True),
 }
 
 
@@ -112,7 +117,7 @@ def linear_case(name: str, packed: Packed, config: Config, architecture: int) ->
         "offsets": torch.float16 if packed.offsets is None else packed.offsets.dtype,
         "scale_steps": torch.float16,
         "offset_steps": torch.float16,
-        "table": torch.bfloat16,
+        "table": torch.int32,
         "out": torch.bfloat16 if config.max_tokens == ANY else torch.float32,
     }
     types = {tensor: f"*{TYPES[dtype]}" for tensor, dtype in tensors.items()} | {"factor": "fp32"}
@@ -149,7 +154,9 @@ def cases() -> Iterator[Case]:
             yield linear_case(name, packed, config, 90)
     for name in ("2-bit g64", "4-bit g128"):
         yield linear_case(name, MATRICES[name], CONFIGS[-1], 89)
-    yield linear_case("NF4 g64", MATRICES["NF4 g64"], CONFIGS[-1], 80)
+    for name in ("E2M1 g16", "NF4 g64"):  # written in PTX
+        for config in (CONFIGS[0], CONFIGS[-1]):
+            yield linear_case(name, MATRICES[name], config, 80)
 
 
 def every_case(architecture: int) -> Iterator[Case]:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.checkpoint.gguf_blocks import IQ4
 from kernels.activation.gpu import ActivationTriton
 from kernels.gpu.configs import CONFIGS, grid_for
-from kernels.gpu.multiply import multiply
+from kernels.gpu.multiply import constants, multiply
 from kernels.gpu.packing import LINEAR, LOOKUP, Packed
 from kernels.linear.affine.gpu import AffineTriton
 from kernels.linear.affine.layout import AffineWeights
@@ -60,18 +61,32 @@ def check(packed: Packed, weights: AffineWeights | TableWeights, num_tokens: int
     """The sum is taken in two parts, codes less `base` and what that leaves; each has the bound of its own."""
     x = activations(num_tokens, packed.in_features)
     exact, matrix = x.double(), weights.dequantize().double()
-    shift = shift_of(packed)
+    shift, size = shift_of(packed), exact.abs() @ matrix.abs().T
     bound = dot_bound(exact, matrix - shift) + dot_bound(exact, shift) + 2 * EPS * (exact.abs() @ shift.abs().T)
     if packed.meaning == LOOKUP:  # the table's entries are rounded
-        bound += EPS_BF16 / 2 * (exact.abs() @ matrix.abs().T)
-    if grid_for(num_tokens, packed.out_features, packed.num_blocks).config.kernel == "many":  # the weights are
-        bound += EPS_BF16 * (exact.abs() @ matrix.abs().T)  # the interpreter cuts off where a GPU rounds
-    bound += EPS * (exact.abs() @ matrix.abs().T)  # scales of tables are multiplied by the factor one by one there
+        bound += EPS_BF16 / 2 * size
+    if grid_for(num_tokens, packed.out_features, packed.num_blocks).config.kernel == "many":
+        bound += ROUNDINGS[rounding_of(packed)] * size
+    bound += EPS * size  # scales of tables are multiplied by the factor one by one there
     assert_within(product(x, packed), exact @ matrix.T, bound, weights.describe())
+
+
+def rounding_of(packed: Packed) -> str:
+    """What "many" does to a weight before it is multiplied."""
+    if packed.exact_scales:
+        return "exact"
+    return "in float32" if constants(packed, CONFIGS[-1])["SHIFT"] > 2 else "in parts"
+
+
+# Of a weight. The interpreter cuts off where a GPU rounds to bfloat16: a weight in float32 loses up to EPS_BF16; of a
+# scale's parts the second loses 2^-14 of it, and what is multiplied by that, up to 2^-7, is rounded: 2^-15.
+ROUNDINGS = {"exact": 0.0, "in float32": EPS_BF16, "in parts": EPS_BF16 / 2 * (1 + 2**-5)}
 
 
 def shift_of(packed: Packed) -> Tensor:
     """What is added to every scaled value, [N, K] float64."""
+    if packed.meaning != LINEAR:
+        return torch.zeros(packed.out_features, packed.in_features).double()
     scales, offsets = packed.scales.double(), torch.zeros(()).double()
     zeros = torch.tensor(packed.center).double() if packed.zeros is None else packed.zeros.double()
     if packed.offsets is not None:
@@ -81,8 +96,6 @@ def shift_of(packed: Packed) -> Tensor:
         if packed.steps.offsets is not None:
             offsets = offsets * packed.steps.offsets.double().repeat_interleave(packed.steps.ratio, dim=0)
     shift = scales * (packed.base - zeros) * packed.factor + offsets
-    if packed.meaning != LINEAR:
-        shift = torch.zeros_like(scales)
     return shift.T.repeat_interleave(packed.group_size, dim=1)[:, : packed.in_features]
 
 
@@ -120,12 +133,26 @@ def test_affine_parameters(num_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [2, 65])
-@pytest.mark.parametrize("table", [TERNARY, BINARY, E2M1, NF4], ids=["ternary", "binary", "e2m1", "nf4"])
+@pytest.mark.parametrize("table", [TERNARY, BINARY, E2M1, NF4, IQ4], ids=["ternary", "binary", "e2m1", "nf4", "iq4_nl"])
 def test_table(table: tuple[float, ...], num_tokens: int) -> None:
-    """Bug: a subnormal of E2M1 taken for 0, a sign lost, a table of four entries read as one of sixteen."""
+    """Bug: a subnormal of E2M1 taken for 0, a sign lost, bytes of one code given to another."""
     for scale_dtype in (torch.float16, torch.float8_e8m0fnu, torch.float8_e4m3fn):
         weights = random_table(table, 176, N, 16, scale_dtype, seed=2)
         check(TableTriton().prepare(weights), weights, num_tokens)
+
+
+@pytest.mark.parametrize(("group_size", "each"), [(16, 4), (32, 2), (128, 1)])
+def test_exact_scales(group_size: int, each: int) -> None:
+    """Scales of several groups in a plane, and one of several planes. Bug: a neighbour's scale; powers of two that
+    leave bfloat16 when 2^126 is multiplied in."""
+    weights = random_table(E2M1, 512, N, group_size, torch.float8_e8m0fnu, seed=2)
+    exponents = weights.scales.view(torch.uint8).clone()
+    exponents[0], exponents[1] = 120, 237  # 2^-7 and 2^110: as far apart as can be
+    for changed in (weights, replace(weights, scales=exponents.view(torch.float8_e8m0fnu), factor=2.0**-10)):
+        packed = TableTriton().prepare(changed)
+        assert packed.groups_of_plane == each
+        for num_tokens in (2, 65):
+            check(packed, changed, num_tokens)
 
 
 @pytest.mark.parametrize(("num_tokens", "rows"), [(8, 3), (16, 9), (64, 20)])

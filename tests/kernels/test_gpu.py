@@ -2,16 +2,21 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
+from engine.checkpoint.gguf_blocks import IQ4
 from kernels import activation, gpu, norm, rope
 from kernels.contract import LinearSpec, RowSpec
+from kernels.gpu.codes import as_e2m1, byte_table, e2m1_planes, in_halves
 from kernels.gpu.configs import CONFIGS, MAX_SPLITS, grid_for
 from kernels.gpu.packing import pack_words, packed_refusal, plane_of
 from kernels.linear.affine.gpu import AffineTriton
 from kernels.linear.bitstream import pack_codes
 from kernels.linear.table.gpu import TableTriton
+from kernels.linear.table.tables import FP4, NF4
+from tests.kernels import ptx
 from tests.kernels.gpu_checks import check_budget, check_interpreted, check_names, needs_interpreter, needs_triton
 from tests.kernels.gpu_compile import BUDGET, Case, cases
 from tests.kernels.weights import random_affine
@@ -38,12 +43,42 @@ def test_the_budget_is_of_the_cases_that_exist() -> None:
 def test_a_half_word_holds_one_code_of_each_plane() -> None:
     """The layout by its definition; the last block is short. Bug: the top code's sign bit smeared over the others."""
     codes = torch.randint(0, 16, (3, 200), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    words = pack_words(pack_codes(codes, 4), 4, 200, 32)  # two blocks of 4 planes of 32
+    words = pack_words(pack_codes(codes, 4), 4, 200, 32, in_halves(4, range(16)))  # two blocks of 4 planes of 32
     assert words.shape == (3, 32)
     for n in range(3):
         for k in range(200):
             block, plane, i = k // 128, k // 32 % 4, k % 32
             assert int(words[n, block * 16 + i // 2]) >> (16 * (i % 2) + 4 * plane) & 15 == int(codes[n, k])
+
+
+def test_bits_of_e2m1_are_found_where_a_bfloat16_has_them() -> None:
+    """Each code of a word alone in its place: PLACES of its half and plane have its bits, those of the others none."""
+    added = as_e2m1()
+    for j, half, code in itertools.product(range(4), range(2), range(16)):
+        planes = e2m1_planes(int(added[j, half, code]) & 0xFFFFFFFF)
+        found = [[(plane >> 16 * h & 0x81C0) for h in range(2)] for plane in planes]
+        expected = [[0, 0] for _ in range(4)]
+        expected[j][half] = (code & 8) << 12 | (code & 7) << 6
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("table", "mixed"), [(NF4, False), (FP4, False), (IQ4, True), ((0.5, -3.0, 1e-3), True)], ids=str
+)
+def test_two_lookups_of_bytes_give_every_entry(table: tuple[float, ...], mixed: bool) -> None:
+    """Bug: the sign of the other lookup left in; codes that share a nibble."""
+    found = byte_table(table)
+    assert found.mixed == mixed
+    assert sorted(found.order) == list(range(16))
+    data = b"".join(word.to_bytes(4, "little") for word in found.words)
+    halves = {0: (data[:8], data[8:16]), 8: (data[16:24], data[24:])}
+    for code, value in enumerate(table):
+        nibble, bits = found.order[code], 0
+        for shift, (first, second) in halves.items():
+            this, other = (first, second) if nibble < 8 else (second, first)
+            bits |= (this[nibble & 7] ^ (0 if mixed else 255 * (other[nibble & 7] >> 7))) << shift
+        entry = torch.tensor(bits - (bits >> 15 << 16), dtype=torch.int16).view(torch.bfloat16)
+        assert entry == torch.tensor(value, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +108,19 @@ def test_splits_cover_all_blocks_and_do_not_depend_on_the_batch(out_features: in
         splits.setdefault((fixed, grid.config.block_m), set()).add((grid.num_splits, grid.blocks_per_split))
     assert len(splits) == len(CONFIGS) + 1
     assert all(len(found) == 1 for found in splits.values())
+
+
+def test_ptx_means_what_a_gpu_does() -> None:
+    """Halves of a fused product: ties to even, subnormals kept. An instruction that is not known is no other one's."""
+    a = np.array(
+        [0x3F80C000, 0x00013F81, 0x00403F83], np.uint32
+    )  # 1 and -2; 2^-133 and 1 + 2^-7; 2^-127 and 1 + 3 2^-7
+    by = np.array([0xC000, 0x3F81, 0x7E80], np.uint32)  # -2, 1 + 2^-7, 2^126
+    add = np.array([0x3F80C000, 0x80008000, 0x80008000], np.uint32)
+    found = ptx.run("{.reg .b32 h; mov.b32 h, {$2, $2}; fma.rn.bf16x2 $0, $1, h, $3;}", [a, by, add])
+    assert [hex(word) for word in found.tolist()] == ["0xbf804000", "0x13f82", "0x3f007e83"]
+    with pytest.raises(ValueError, match=r"mul\.rn\.bf16x2 of 2 operands"):
+        ptx.run("mul.rn.bf16x2 $0, $1, $2;", [a, a])
 
 
 def test_refusals_say_why() -> None:

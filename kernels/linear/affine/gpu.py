@@ -1,9 +1,10 @@
 """The affine family on NVIDIA GPUs, in Triton (kernels/gpu/linear.py)."""
 
 import torch
+from torch import Tensor
 
 from kernels.gpu.multiply import TritonKernel
-from kernels.gpu.packing import Packed, Steps, pack
+from kernels.gpu.packing import BIAS, Packed, Steps, pack
 from kernels.linear.affine.layout import AffineWeights, Nested
 
 
@@ -27,7 +28,7 @@ class AffineTriton(TritonKernel):
         return pack(
             weights,
             scales,
-            zeros=weights.zeros.T.contiguous() if zero is None else None,
+            zeros=zeros_of(weights) if zero is None else None,
             offsets=None if offsets is None else offsets.T.contiguous(),
             steps=None if nested is None else steps_of(nested),
             center=1 << (weights.bits - 1) if zero is None else zero,
@@ -46,4 +47,12 @@ def constant_zero(weights: AffineWeights) -> int | None:
     zeros = weights.zeros
     if zeros.dtype != torch.uint8 or not zeros.numel() or not bool((zeros == zeros[0, 0]).all()):
         return None
-    return int(zeros[0, 0])
+    zero = int(zeros[0, 0])
+    return zero if zero < 1 << weights.bits else None
+
+
+def zeros_of(weights: AffineWeights) -> Tensor:
+    """[num_groups, N]; of bytes 128 and a zero point are to be a bfloat16, and others are float16."""
+    zeros = weights.zeros.T.contiguous()
+    is_far = zeros.dtype == torch.uint8 and weights.bits < 8 and bool((zeros >= BIAS).any())
+    return zeros.half() if is_far else zeros
