@@ -49,10 +49,12 @@ from kernels.contract import (
     RowSpec,
     select,
 )
+from kernels.gpu.transforms import on_gpu
 from kernels.linear.affine.quantize import quantize_symmetric
 from kernels.linear.dense.layout import DenseWeights
 from kernels.linear.joined import RoundingKernel
 from kernels.linear.rounding import Rounding
+from kernels.linear.transforms import Transform
 from kernels.linear.weights import LinearWeights, Term
 from kvcache.calibration import FILE_NAME, CalibrationError, read_calibration
 from kvcache.layout import PageLayout
@@ -307,8 +309,8 @@ class CheckpointParts:
     def _bind(self, name: str, weights: LinearWeights) -> Linear:
         """Choose a kernel for every term and let it repack the weights. Raises TensorError naming a damaged layer."""
         bias = None if weights.bias is None else self._activation(weights.bias)
-        pre = tuple(self._place(transform) for transform in weights.pre)
-        post = tuple(self._place(transform) for transform in weights.post)
+        pre = tuple(self._transform(transform) for transform in weights.pre)
+        post = tuple(self._transform(transform) for transform in weights.post)
         rounded = any(isinstance(transform, Rounding) for transform in pre)
         bound = Linear([self._bind_term(name, term, rounded) for term in weights.terms], pre, bias, post)
         self._source.release()
@@ -326,6 +328,11 @@ class CheckpointParts:
         if isinstance(choice.kernel, RoundingKernel) and ROUNDED not in self.notes:
             self.notes.append(ROUNDED)
         return BoundTerm(self._note(f"{term.family} {term.describe()}", choice, prepared.num_bytes), prepared)
+
+    def _transform(self, transform: Transform) -> Transform:
+        """Where the model is, in one kernel of a GPU where there is one."""
+        placed = self._place(transform)
+        return placed if self._plan.kernel == "reference" else on_gpu(placed, self._device, self.dtype)
 
     def _spec(self, term: Term) -> LinearSpec:
         return LinearSpec(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.gpu import decoding
+from kernels.gpu import decoding, transforms
 from kernels.gpu.decoding import BOOK, E4M3, TABLES, Decoded
 from kernels.gpu.tiles import ANY, Tile
 from kernels.linear.int8 import gpu as int8_gpu
@@ -123,6 +123,25 @@ def sparse_case(tile: Tile, architecture: int) -> Case:
     return Case(label, architecture, "sparse", "multiply", types, fixed, tile.num_warps, sizes=("out_features",))
 
 
+def transform_case(rounding: Rounding, label: str, architecture: int) -> Case:
+    types = {"x": "*bf16", "out": "*bf16", **dict.fromkeys(("given_scale", "given_zero", "unit"), "*fp32")}
+    fixed = transforms.constants(rounding, rounding.channels or K)
+    warps = transforms.num_warps(fixed["C"])
+    sizes = ("width", "channels")
+    return Case(f"rounded: {label}", architecture, "inputs", "round_groups", types, fixed, warps, 1, False, sizes)
+
+
+def hadamard_case(block: int, architecture: int) -> Case:
+    types = {"x": "*bf16", "out": "*bf16", "factor": "fp32"}
+    fixed, warps = transforms.hadamard_constants(block), transforms.hadamard_warps(block)
+    return Case(f"hadamard {block}", architecture, "quantize", "hadamard", types, fixed, warps, 1, False)
+
+
+def rotation_case(architecture: int) -> Case:
+    types = {"x": "*bf16", "out": "*bf16", "matrices": "*fp32"}
+    return Case("rotation", architecture, "inputs", "rotate_blocks", types, dict(transforms.ROTATED), 4, 1)
+
+
 def every_case(architecture: int) -> Iterator[Case]:
     """All entries of every table."""
     for name, matrix in INTEGERS.items():
@@ -148,6 +167,11 @@ def cases() -> Iterator[Case]:
     yield decoded_case("16-value tables g64", decoding.TABLE_TILES[-1], 80)
     yield decoded_case("65536 vectors of 8", largest[2], 89)
     yield rounding_case("int8", 14336, 80)
+    yield transform_case(Rounding("e4m3", 8, 128), "e4m3, groups of 128", 90)
+    yield transform_case(Rounding("e4m3", 8), "e4m3, tokens", 80)
+    yield transform_case(Rounding("e2m1", 4, 16, scale_grid="e4m3", scale_unit=torch.ones(1)), "NVFP4", 80)
+    yield hadamard_case(transforms.LONGEST_HADAMARD, 80)
+    yield rotation_case(80)
     yield sparse_case(sparse_gpu.TILES[0], 90)
     yield sparse_case(sparse_gpu.TILES[-1], 80)
 

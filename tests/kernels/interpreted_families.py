@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.gpu import decoding
+from kernels.gpu import decoding, transforms
 from kernels.gpu.decoding import DecodingKernel
 from kernels.gpu.tiles import cut
+from kernels.gpu.transforms import BlockRotationTriton, HadamardTriton, RoundingTriton, has_kernel
 from kernels.linear.codebook.gpu import CodebookTriton
 from kernels.linear.codebook.layout import CodebookWeights
 from kernels.linear.fp8.gpu import Fp8Triton
@@ -26,6 +27,7 @@ from kernels.linear.rounding import Rounding
 from kernels.linear.sparse import gpu as sparse_gpu
 from kernels.linear.sparse.gpu import SparseTriton
 from kernels.linear.sparse.layout import SparseWeights
+from kernels.linear.transforms import BlockRotation, Hadamard
 from tests.kernels.weights import random_codebook, random_fp8, random_int8, random_lookup, random_sparse
 from tests.tolerance import EPS, assert_within, dot_bound
 
@@ -42,6 +44,8 @@ def _products(monkeypatch: pytest.MonkeyPatch) -> None:
     def wide(operand: Any) -> Any:
         if operand.data.dtype == np.int8:
             return operand.data.astype(np.float64)
+        if operand.data.dtype == np.float32:
+            return operand.data
         assert operand.data.dtype == np.uint16
         return (operand.data.astype(np.uint32) << 16).view(np.float32)
 
@@ -294,3 +298,67 @@ def test_sparse_results_are_bfloat16_and_a_fixed_row_does_not_depend_on_its_batc
     assert [(y.dtype, y.shape) for y in whole] == [(torch.bfloat16, (20, 5)), (torch.bfloat16, (20, N))]
     assert torch.equal(kernel.linear(x[:1], joined)[1], whole[1][:1])
     assert kernel.linear(activations(0, 300), joined)[0].shape == (0, 5)
+
+
+# -- transforms of activations -----------------------------------------------------------------------------------------
+
+ONE = torch.ones(1)
+RULES = {
+    "e4m3 token": {"grid": "e4m3", "bits": 8},
+    "e4m3 groups": {"grid": "e4m3", "bits": 8, "channels": 128},
+    "e4m3 groups, powers of two": {"grid": "e4m3", "bits": 8, "channels": 128, "scale_grid": "e8m0-up"},
+    "e4m3, fixed": {"grid": "e4m3", "bits": 8, "scale": 0.013 * ONE},
+    "MXFP8": {"grid": "e4m3", "bits": 8, "channels": 32, "scale_grid": "e8m0"},
+    "MXFP4": {"grid": "e2m1", "bits": 4, "channels": 32, "scale_grid": "e8m0"},
+    "NVFP4": {"grid": "e2m1", "bits": 4, "channels": 16, "scale_grid": "e4m3", "scale_unit": 0.0021 * ONE},
+    "FP-Quant": {"grid": "e2m1", "bits": 4, "channels": 32, "scale_grid": "e8m0-third"},
+    "QuEST": {"grid": "e2m1", "bits": 4, "channels": 32, "scale_grid": "e8m0-deviation"},
+    "int groups": {"grid": "int", "bits": 8, "channels": 48},
+    "int groups, asymmetric": {"grid": "int", "bits": 5, "channels": 48, "symmetric": False},
+    "int, fixed": {"grid": "int", "bits": 8, "symmetric": False, "scale": 0.031 * ONE, "zero": -77.0 * ONE},
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
+def test_activations_are_rounded_as_their_format_says(rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, from tiny to huge tokens. Bug: a subnormal scale, half way to the wrong side, a scale of the wrong
+    group, a NaN that disappears."""
+    monkeypatch.setattr(transforms, "MOST_CHANNELS", 256)  # two steps for a token
+    rounding, fast = Rounding(**rule), RoundingTriton(**rule)
+    assert has_kernel(rounding)
+    highest = 50 if rounding.scale_grid == "e8m0-deviation" else 110  # squares are finite
+    x = activations(16, 480) * torch.exp2(torch.linspace(-140, highest, 16)).bfloat16().unsqueeze(1)
+    x[3], x[4, 0], x[5] = 0.0, -0.0, x[5].abs()
+    steps = torch.arange(480) % 32 * (0.25 if rounding.scale is None else 0.25 * float(rounding.scale))
+    x[6] = torch.where(torch.arange(480) % 32 == 31, 6, steps)  # ties, as far as floats can be
+    found, expected = fast.apply(x.float()), rounding.apply(x.float())
+    assert torch.equal(found.nan_to_num(3e38), expected.nan_to_num(3e38))
+    x[7, 100] = torch.nan
+    rounded = fast.apply(x)
+    assert rounded.dtype == torch.bfloat16
+    assert bool(rounded[7, 100].isnan())
+    assert torch.equal(rounded[8], fast.apply(x[8:9])[0])
+
+
+@pytest.mark.parametrize("block", [1, 2, 64])
+def test_hadamard_blocks(block: int) -> None:
+    """To the bit. Bug: levels in another order, or a block that mixes with its neighbour."""
+    x = activations(3, 192).float()
+    assert torch.equal(HadamardTriton(block).apply(x), Hadamard(block).apply(x))
+    assert HadamardTriton(block).apply(x.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="192 channels are not whole Hadamard blocks of 128"):
+        HadamardTriton(128).apply(x)
+
+
+@pytest.mark.parametrize(("num_runs", "size"), [(1, 12), (5, 36), (2, 90)])
+def test_rotations(num_runs: int, size: int) -> None:
+    """Bug: the matrix of the run beside, or turned over; the last channels of a run, which are no whole tile, lost."""
+    x = activations(18, size * max(2, num_runs)).float()
+    matrices = torch.randn(num_runs, size, size, generator=torch.Generator().manual_seed(size))
+    found = BlockRotationTriton(matrices).apply(x)
+    runs = x.double().view(18, -1, size)
+    exact = torch.einsum("rij,trj->tri", matrices.double().expand(runs.shape[1], size, size), runs)
+    sizes = torch.einsum("rij,trj->tri", matrices.double().square().expand(runs.shape[1], size, size), runs.square())
+    assert_within(found, exact.flatten(1), 4 * EPS * size**0.5 * sizes.sqrt().flatten(1))
+    assert_within(found, BlockRotation(matrices).apply(x), 8 * EPS * size**0.5 * sizes.sqrt().flatten(1))
+    assert torch.equal(BlockRotationTriton(matrices).apply(x[:1]), found[:1])

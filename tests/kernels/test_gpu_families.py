@@ -7,7 +7,7 @@ import torch
 
 from kernels import gpu
 from kernels.contract import KernelRefused, LinearSpec, select
-from kernels.gpu import decoding
+from kernels.gpu import decoding, transforms
 from kernels.gpu.decoding import DecodingKernel
 from kernels.linear.codebook.gpu import CodebookTriton
 from kernels.linear.dense.gpu import DenseCublas
@@ -17,6 +17,7 @@ from kernels.linear.lookup.gpu import LookupTriton
 from kernels.linear.lowrank.gpu import LowRankCublas
 from kernels.linear.registry import kernels_for
 from kernels.linear.rounding import Rounding
+from kernels.linear.transforms import BlockRotation, Diagonal, Hadamard, Permutation, Transform, same
 from tests.kernels.gpu_checks import check_budget, check_interpreted, check_names, needs_interpreter, needs_triton
 from tests.kernels.gpu_compile import Case
 from tests.kernels.gpu_families_compile import BUDGET, cases
@@ -152,6 +153,28 @@ def test_groups_that_no_plane_divides_are_refused() -> None:
         Fp8Triton().prepare(random_fp8(96, 5, (1, 24), seed=1))
     with pytest.raises(ValueError, match="groups of 24 channels have no packed form"):
         LookupTriton().prepare(random_lookup(2, 96, 5, 24, seed=1))
+
+
+def test_transforms_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has no kernel, or would have other bits, stays as it is. Bug: a rule that the kernel does not know."""
+    given: list[tuple[Transform, str]] = [
+        (Rounding("e4m3", 8, 128), "RoundingTriton"),
+        (Rounding("e2m1", 4, 32, scale_grid="e8m0-deviation"), "RoundingTriton"),
+        (Rounding("e2m1", 4, 48, scale_grid="e8m0-deviation"), "Rounding"),
+        (Hadamard(16384), "HadamardTriton"),
+        (Hadamard(32768), "Hadamard"),
+        (BlockRotation(torch.ones(1, 3, 3, dtype=torch.float16)), "BlockRotationTriton"),
+        (Diagonal(torch.ones(3, dtype=torch.float16)), "Diagonal"),
+        (Permutation(torch.arange(3)), "Permutation"),
+    ]
+    for transform, _ in given:
+        assert transforms.on_gpu(transform, torch.device("cpu"), torch.bfloat16) is transform
+    monkeypatch.setattr(transforms, "refusal", lambda *_: None)
+    for transform, name in given:
+        assert type(transforms.on_gpu(transform, CUDA, torch.bfloat16)).__name__ == name
+    rounding = transforms.on_gpu(given[0][0], CUDA, torch.bfloat16)
+    assert same((rounding,), (transforms.on_gpu(Rounding("e4m3", 8, 128), CUDA, torch.bfloat16),))
+    assert rounding.describe() == given[0][0].describe()
 
 
 def test_a_row_longer_than_an_integer_holds_is_cut() -> None:

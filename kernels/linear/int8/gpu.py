@@ -13,12 +13,13 @@ from kernels.gpu import refusal
 from kernels.gpu.multiply import SUM_BLOCK, TritonKernel
 from kernels.gpu.packing import Packed, pack
 from kernels.gpu.tiles import ANY, Tile, cut
+from kernels.gpu.transforms import on_gpu
 from kernels.linear.bitstream import pack_codes
 from kernels.linear.blocks import check_width
 from kernels.linear.int8.layout import Int8Weights
 from kernels.linear.int8.native import fixed_zero, has_zero
 from kernels.linear.rounding import Rounding
-from kernels.linear.transforms import same
+from kernels.linear.transforms import Transform, same
 
 SHORTEST_RUN, LONGEST_RUN = 32, 128  # channels that are multiplied at a time; tensor cores take no less than 32
 MAX_EXACT = 1 << 15  # channels whose products a sum of 32 bits holds: 2^15 products of at most 2^7 and 2^8
@@ -66,7 +67,7 @@ class ByChannels:
     """One matrix whose activations have a scale for each group of channels: they are multiplied as bfloat16."""
 
     packed: Packed
-    rounding: Rounding
+    rounding: Transform
 
     @property
     def num_bytes(self) -> int:
@@ -103,7 +104,8 @@ class Int8Triton:
         """
         rounding, width = weights.rounding, weights.in_features
         if (rounding.channels or width) < width or rounding.scale_grid != "float":
-            return ByChannels(pack_codes_in_groups(weights), rounding)
+            fast = on_gpu(rounding, weights.weight.device, torch.bfloat16)
+            return ByChannels(pack_codes_in_groups(weights), fast)
         group = min(weights.group_size, width, MAX_EXACT)
         run = LONGEST_RUN if group == width else math.gcd(group, LONGEST_RUN)
         if run < SHORTEST_RUN:
@@ -132,7 +134,7 @@ class Int8Triton:
         """x: [num_tokens, K] bfloat16 -> [num_tokens, N] bfloat16 for each matrix. Raises ValueError for another K."""
         by_channels = [one for one in joined if isinstance(one, ByChannels)]
         if by_channels:
-            rounded = by_channels[0].rounding.apply(x.float()).to(x.dtype)
+            rounded = by_channels[0].rounding.apply(x)
             return self._floats.linear(rounded, tuple(one.packed for one in by_channels))
         matrices = [one for one in joined if isinstance(one, Prepared)]
         check_width(x, matrices[0].tokens.width)
@@ -146,7 +148,7 @@ class Int8Triton:
         return outs
 
 
-def rounding_of(one: Prepared | ByChannels) -> Rounding:
+def rounding_of(one: Prepared | ByChannels) -> Transform:
     return one.tokens.rounding if isinstance(one, Prepared) else one.rounding
 
 
