@@ -317,10 +317,10 @@ def groups(shape: Shape, device: torch.device, extent: Extent) -> dict[str, Call
             makers[f"linear {size[0]} x {size[1]}, {rows} rows"] = partial(linear_makers, size, rows, device)
     for num_seqs, context in extent.steps:
         work = Attended(shape, num_seqs, 1, context, device)
-        makers[f"attention, {num_seqs} x {context}"] = partial(attention_makers, work)
+        makers[f"attention, {num_seqs} steps of {context}"] = partial(attention_makers, work)
     for rows, context in extent.prompts:
         work = Attended(shape, 1, rows, context, device)
-        makers[f"prompt, {rows} of {context}"] = partial(attention_makers, work)
+        makers[f"attention, {rows} rows of {context}"] = partial(attention_makers, work)
     for rows in extent.op_rows:
         makers[f"store, {rows} rows"] = partial(store_makers, shape, rows, device)
         makers[f"ops, {rows} rows"] = partial(row_makers, shape, rows, device)

@@ -160,7 +160,7 @@ class Timing:
             write(asdict(result))
 
 
-def arguments(description: str | None, seconds: float) -> argparse.ArgumentParser:
+def arguments(description: str | None, seconds: float, group_seconds: float = 150) -> argparse.ArgumentParser:
     """The options that all have."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", default=None, help="groups whose names begin with one of these")
@@ -168,7 +168,7 @@ def arguments(description: str | None, seconds: float) -> argparse.ArgumentParse
     parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"), help="results are added to this file, by line")
     parser.add_argument("--json", action="store_true", help="print the lines of that file, not a table")
     parser.add_argument("--seconds", type=float, default=seconds, help="for all groups")
-    parser.add_argument("--group-seconds", type=float, default=150, help="for one group, compiling included")
+    parser.add_argument("--group-seconds", type=float, default=group_seconds, help="for one group, compiling included")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
 
