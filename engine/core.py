@@ -237,7 +237,7 @@ class EngineCore:
                 self._collect_prompt_logprobs(part, flight, found)
                 if part.draws:
                     drawn = found.drawn[part.draws.start : part.draws.stop]
-                    part.sequence.is_left_to_cpu |= flight.is_apart and None in drawn
+                    part.sequence.is_left_to_cpu = flight.is_apart and None in drawn
                     self._complete(part.sequence, flight.logits[part.rows[-1]], drawn)
 
     def _settle(self, ahead: Flight) -> Flight | None:

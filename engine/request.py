@@ -36,7 +36,7 @@ class Sequence:
     admitted_at: float | None = None  # time.monotonic()
     first_token_at: float | None = None
     finished: FinishReason | None = None
-    is_left_to_cpu: bool = False  # a token of it could not be drawn on the GPU: the next may not be either
+    is_left_to_cpu: bool = False  # its last token could not be drawn on the GPU: the next one may not be either
 
     @property
     def num_prompt(self) -> int:

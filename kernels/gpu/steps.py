@@ -70,8 +70,9 @@ def launches(inputs: AttentionInputs, tiling: Tiling, windows: tuple[int, ...], 
     made: list[Launch] | None = inputs.prepared.get(key)
     if made is None:
         counts = [stop - start for start, stop in zip(inputs.query_starts, inputs.query_starts[1:], strict=False)]
-        decoding = [i for i, count in enumerate(counts) if 0 < count <= tiling.rows(False)]
-        prompts = [i for i, count in enumerate(counts) if count > tiling.rows(False)]
+        most = tiling.rows(False)
+        decoding = [i for i, count in enumerate(counts) if 0 < count <= most]
+        prompts = [i for i, count in enumerate(counts) if count > most]
         made = inputs.prepared[key] = [
             _launch(inputs, tiling, windows, chosen, device) for chosen in (decoding, prompts) if chosen
         ]
