@@ -140,7 +140,10 @@ class ServerConfig(BaseSettings):
     device: Device = setting("auto", "Engine", "Where to compute.")
     kernel: Text = setting("auto", "Engine", "Insist on one back end, such as reference; fail where it refuses.")
     threads: int | None = setting(
-        None, "Engine", "CPU threads. Default: one per core; one for models below 16 MiB, which run faster so.", ge=1
+        None,
+        "Engine",
+        "CPU threads, at most one per core. Default: that; one for models below 16 MiB, which run faster so.",
+        ge=1,
     )
     activations: Activations = setting(
         "int8",
