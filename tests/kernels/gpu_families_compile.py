@@ -157,8 +157,8 @@ def cases() -> Iterator[Case]:
     largest = int8_gpu.WHOLE_ROWS[-1], int8_gpu.GROUPS_WITH_ZEROS[-1], decoding.TILES[-1]
     for architecture in (80, 90, 100):
         yield int8_case("int8", largest[0], architecture)
-        yield int8_case("int4 g128 with zeros", largest[1], architecture)
         yield decoded_case("e4m3 128x128", largest[2], architecture)
+    yield int8_case("int4 g128 with zeros", largest[1], 100)
     for name in ("int8", "int4 g128"):
         yield int8_case(name, int8_gpu.FEW[0], 90)
     for name in ("e4m3 128x128", "65536 vectors of 8", "256 vectors of 8", "16-value tables g64"):
@@ -167,7 +167,6 @@ def cases() -> Iterator[Case]:
     yield decoded_case("16-value tables g64", decoding.TABLE_TILES[-1], 80)
     yield decoded_case("65536 vectors of 8", largest[2], 89)
     yield rounding_case("int8", 14336, 80)
-    yield transform_case(Rounding("e4m3", 8, 128), "e4m3, groups of 128", 90)
     yield transform_case(Rounding("e4m3", 8), "e4m3, tokens", 80)
     yield transform_case(Rounding("e2m1", 4, 16, scale_grid="e4m3", scale_unit=torch.ones(1)), "NVFP4", 80)
     yield hadamard_case(transforms.LONGEST_HADAMARD, 80)
