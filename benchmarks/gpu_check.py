@@ -3,10 +3,12 @@
 At the sizes of Llama-3-8B:
 
 linear       every kind of codes at every entry of the table of configurations, against float64
+families     fp8, int8, codebook, lookup, sparse, lowrank and dense weights, likewise
 ops          RMSNorm, RoPE and SwiGLU, likewise
 store        bytes written to pages, against those of the reference: the same to the last bit
 attention    a sweep of widths, heads and page sizes (benchmarks.gpu_attention), and contexts of up to 32k tokens
 far          a layer's pages beyond the first 4 GiB, where offsets do not fit 32 bits
+steps        recorded decode steps of a small model, against the same launched kernel by kernel
 sampling     ids drawn from 128,256, against the reference's
 
 A result's error is told in parts of the bound of the tests (tests/tolerance.py): above 1 it is wrong. Lines of JSON as
@@ -25,10 +27,14 @@ from torch import Tensor
 
 from benchmarks.gpu import PAGE_SIZE, Attended, random_cache
 from benchmarks.gpu_attention import HEADS, SCALE, WIDTHS, Sweep
+from benchmarks.gpu_model import K4V4, W4, cache_for
+from benchmarks.gpu_random import Models
 from benchmarks.gpu_timing import arguments, main_of
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.workers import Line, Write, lines_of
 from engine.batch import BatchRow, build_batch
+from engine.graphs import CudaRecorder, GraphRunner, Size
+from engine.runner import Runner
 from kernels.activation.gpu import ActivationTriton
 from kernels.attention.f16.gpu import F16Triton
 from kernels.attention.f16.layout import page_shape
@@ -40,19 +46,23 @@ from kernels.gpu.configs import grid_for
 from kernels.gpu.multiply import multiply
 from kernels.gpu.packing import LINEAR, LOOKUP, Packed
 from kernels.linear.affine.gpu import AffineTriton
+from kernels.linear.registry import kernels_for
 from kernels.linear.table import tables
 from kernels.linear.table.gpu import TableTriton
 from kernels.norm.gpu import NormTriton
 from kernels.rope.gpu import RopeTriton
 from kernels.sampling.gpu import SamplingTriton
 from kernels.sampling.reference import SamplingReference
+from kvcache.storage import PageStorage
 from tests.kernels.attention_oracle import random_tokens
 from tests.kernels.interpreted_attention import exact_attention
-from tests.kernels.weights import random_affine, random_nested, random_table
+from tests.kernels.weights import example, random_affine, random_nested, random_table
 from tests.tolerance import EPS, dot_bound
 
 EPS_BF16 = torch.finfo(torch.bfloat16).eps
 FAR_BYTES = 5 << 30
+SMALL = Shape(256, 512, 2, 8, 2, 64, 1024, False)
+FAMILIES = ("dense", "fp8", "int8", "codebook", "lookup", "sparse", "lowrank")
 RULES = (None, Filters(1.0), Filters(0.7), Filters(1.0, top_k=50), Filters(1.0, top_k=40, top_p=0.9))
 POLICIES = ("k8v8:w128:s4", "k4v4:w128:s4", "skvq:k2v2:w128:s4", "skvq:k2v1.5:w128:s4")
 
@@ -67,8 +77,10 @@ class Extent:
     lengths: tuple[int, ...] = (700,)
     long: tuple[tuple[int, int], ...] = ((32768, 1), (5000, 3), (1500, 70))  # tokens, rows of them
     far_bytes: int = FAR_BYTES
+    family: tuple[int, int] = (4096, 2048)  # channels and outputs of a matrix of each other family
     stored: int = 77  # rows: more than a page of them
     num_draws: int = 16
+    steps: int = 40
 
 
 def worst(found: Tensor, expected: Tensor, bound: Tensor) -> float:
@@ -146,6 +158,23 @@ def shift_of(packed: Packed) -> Tensor:
             offsets = offsets * packed.steps.offsets.double().repeat_interleave(packed.steps.ratio, dim=0)
     shift = scales * (packed.base - zeros) * packed.factor + offsets
     return shift.T.repeat_interleave(packed.group_size, dim=1)[:, : packed.in_features]
+
+
+def check_families(extent: Extent, device: torch.device) -> Iterator[Checked]:
+    """The other families, whose weights become bfloat16 on their way: each term of a sum is off by as much as that, and
+    the result once more. Wrong groups or rows are off by far more."""
+    for family in FAMILIES:
+        weights = placed(example(family, *extent.family, 3), device)
+        matrix = weights.dequantize().double()
+        for kernel in (found for found in kernels_for(family) if "triton" in found.name):
+            joined = kernel.join([kernel.prepare(weights)])
+            for num_rows in extent.rows:
+                x = torch.randn(num_rows, weights.in_features, device=device).bfloat16()
+                exact = getattr(weights, "rounding", None)
+                near = (x if exact is None else exact.apply(x.float())).double()
+                expected = near @ matrix.T
+                bound = 4 * EPS_BF16 * (near.square() @ matrix.square().T).sqrt() + EPS_BF16 * expected.abs()
+                yield f"{family} {kernel.name}, {num_rows} rows", worst(kernel.linear(x, joined)[0], expected, bound)
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
@@ -292,6 +321,25 @@ def check_sampling(shape: Shape, extent: Extent, device: torch.device) -> Iterat
         yield f"{'greedy' if rules is None else rules}, {left} of {len(draws)} left", 2.0 * wrong
 
 
+def check_steps(extent: Extent, device: torch.device) -> Iterator[Checked]:
+    """A small model's prompts and decode steps, recorded against launched: logits that are not the same bits."""
+    models = Models(SMALL, device)
+    for policy in ("f16", K4V4, "skvq:k2v1.5:w32:s4"):
+        loaded = models.loaded(W4, policy)
+        cache = cache_for(loaded.layout, 3, 1200, 600)
+        layers, others = (PageStorage(loaded.layout, 60, device, 3 * cache.recent_each).layers for _ in range(2))
+        sizes = [Size(count, length) for count in (1, 4) for length in (700, 1200)]
+        recorded = GraphRunner(loaded.model, layers, CudaRecorder(), sizes, PAGE_SIZE, cache.recent_each > 0)
+        recorded.prepare(max_batch_tokens=64)
+        launched = Runner(loaded.model, others)
+        steps = [[cache.row(i, 0, 500 + 90 * i) for i in range(3)]]
+        steps += [[cache.row(i, 500 + 90 * i + at, 1) for i in range(1 + at % 3)] for at in range(extent.steps)]
+        for at, rows in enumerate(steps):
+            batch = build_batch(rows)
+            wrong = (launched.run(batch) != recorded.run(batch)).sum()
+            yield f"{policy}, step {at}", 2.0 * float(wrong)
+
+
 Check = Callable[[], Iterator[Checked]]
 
 
@@ -303,7 +351,9 @@ def checks(shape: Shape, extent: Extent, device: torch.device) -> dict[str, Chec
         "sampling": partial(check_sampling, shape, extent, device),
         "attention long": partial(check_long, extent, device),
         **{f"linear {n} x {k}": partial(check_linear, (n, k), extent, device) for n, k in sizes},
+        "families": partial(check_families, extent, device),
         "attention sweep": partial(check_sweep, extent, device),
+        "steps": partial(check_steps, extent, device),
         "far": partial(check_far, shape, extent, device),
     }
 

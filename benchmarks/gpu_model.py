@@ -101,7 +101,7 @@ class Cache:
         table = list(range(index * self.pages_each, (index + 1) * self.pages_each))
         first, last = max(0, start - self.layout.policy.window) // RECENT_TOKENS, (start + num_rows - 1)
         wanted = sorted({0, *range(first, last // RECENT_TOKENS + 1)}) if self.recent_each else []
-        held = {at: index * self.recent_each + j for j, at in enumerate(wanted)}
+        held = {at: index * self.recent_each + (at and 1 + at % (self.recent_each - 1)) for at in wanted}
         return BatchRow([17] * num_rows, start, table, PAGE_SIZE, 1, held)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from benchmarks import gpu_model, gpu_random
+from benchmarks import gpu_check, gpu_model, gpu_random
 from benchmarks.gpu_model import Bench, Extent, groups
 from benchmarks.gpu_timing import Case, copy_case
 from benchmarks.shapes import Shape
@@ -81,3 +81,11 @@ def test_what_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         groups(bench)["decode w4 f16"](lines.append)
     assert [line["batch"] for line in lines] == [1, 3]
     assert all(line["error"].startswith("MemoryError: the cache takes") for line in lines)
+
+
+def test_recorded_steps_can_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: as above. What is computed there is zeros, which are the same."""
+    with fake_cuda(monkeypatch):
+        errors = dict(gpu_check.check_steps(gpu_check.Extent(steps=3), torch.device("cuda")))
+    assert len(errors) == 3 * 4
+    assert not any(errors.values())
