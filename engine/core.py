@@ -81,13 +81,11 @@ class EngineCore:
         """Take in messages, launch one batch, and return the events of the one before; on a CPU, which has computed
         the batch by then, its own."""
         started = time.monotonic()
-        ahead = None if inbox else self._launch_ahead()
+        has_newcomers = any(isinstance(message, Submit) for message in inbox)  # who may be seated in the next step
+        ahead = None if has_newcomers else self._launch_ahead()
         self._retire()
-        if ahead is not None:
-            self._flight = self._settle(ahead)
-        else:
-            self._receive(inbox)
-            self._flight = self._launch(self._scheduler.schedule())
+        self._receive(inbox)
+        self._flight = self._launch(self._scheduler.schedule()) if ahead is None else self._settle(ahead)
         if self._flight is not None and not self._flight.is_apart:
             self._retire()
         self._step_seconds += time.monotonic() - started
@@ -241,7 +239,7 @@ class EngineCore:
                     self._complete(part.sequence, flight.logits[part.rows[-1]], drawn)
 
     def _settle(self, ahead: Flight) -> Flight | None:
-        """What is left of a step that was launched before the ids of the one before it were read."""
+        """What is left of a step that was launched before the ids of the one before it were read, and messages."""
         flight = ahead.settled()
         for part in () if flight is None else flight.parts:
             self._store(part.item)

@@ -7,14 +7,14 @@ not depend on what the ids are, it is launched first, and reads them on the devi
     read k       wait for the ids of step k; append tokens, end sequences, send events; the GPU computes k+1 meanwhile
     settle k+1   leave out what it computed for nothing; what remains is stored
 
-It is computed for nothing where a sequence turns out to have ended with step k, and where its token could not be drawn
-on the device, so that k+1 read a wrong one. What such a row stored is at the position after the last token that is
-counted as stored, in a page that this sequence alone holds and that is not published, for only full pages of stored
-tokens are. If the sequence goes on, its next step stores the right keys and values there before anything reads them.
-If it has ended, the page is released at once: whoever is given it is given it for a later step, and the device runs
-steps in order, so that everything written for it is written later. The window is no exception: tokens are quantized
-when they are stored, in the same step that writes their recent page, and nothing happens when they leave the window.
-Recent pages are the sequence's own until they are full, too.
+It is computed for nothing where a sequence turns out to have ended with step k or is cancelled meanwhile, and where its
+token could not be drawn on the device, so that k+1 read a wrong one. What such a row stored is at the position after
+the last token that is counted as stored, in a page that this sequence alone holds and that is not published, for only
+full pages of stored tokens are. If the sequence goes on, its next step stores the right keys and values there before
+anything reads them. If it has ended, the page is released at once: whoever is given it is given it for a later step,
+and the device runs steps in order, so that everything written for it is written later. The window is no exception:
+tokens are quantized when they are stored, in the same step that writes their recent page, and nothing happens when they
+leave the window. Recent pages are the sequence's own until they are full, too.
 
 Copies of pages (forks, swapping out and in) are made on the way from one step that was read to the next, never while a
 step is ahead. They would find the right bytes all the same, of all tokens that are stored: the device makes copies in

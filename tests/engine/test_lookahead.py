@@ -147,6 +147,28 @@ def test_cancel_frees_pages_in_its_step() -> None:
     assert not core.has_work
 
 
+def test_others_do_not_wait_for_one_that_is_cancelled() -> None:
+    """Bugs: a GPU idle at every stop string; a token of the step in flight sent after Done."""
+    core, device = world()
+    stays, goes = submit("stays", [1], max_tokens=12), submit("goes", [2], max_tokens=12)
+    events = core.step([stays, goes])
+    for i in range(1, 12):
+        events += core.step([Cancel("goes")] if i == 5 else [])
+        core.check_integrity()
+        assert device.num_overlapped == i
+    events += run(core, [])
+    assert told(events, "stays") == alone(stays)
+    assert [type(event) for event in told(events, "goes")] == [Token] * 5 + [Done]
+
+
+def test_a_newcomer_is_in_the_next_step() -> None:
+    core, _ = world()
+    core.step([submit("runs", [1], max_tokens=12)])
+    core.step([])
+    core.step([submit("comes", [2], max_tokens=12)])
+    assert core.stats().num_running == 2
+
+
 def test_who_waits_is_seated_as_soon_as_there_is_room() -> None:
     """Bugs: steps run ahead while someone could start; none does while someone waits who cannot."""
     requests = [submit(f"{i}", [i + 1, 2], max_tokens=8 + 4 * i) for i in range(4)]
