@@ -61,20 +61,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Child:
-    """An engine process, which loads its model from when it is spawned, and the folder of the socket it reports to."""
+    """An engine process, which loads its model from when it is spawned, and the socket it reports to.
+
+    The socket is there before the process: what that says last is kept, should this process be busy with its imports.
+    """
 
     process: subprocess.Popen[bytes]
-    folder: Path
-
-    @property
-    def address(self) -> str:
-        return _address(self.folder)
+    context: zmq.asyncio.Context
+    socket: zmq.asyncio.Socket
+    folder: Path  # of the socket
 
     def end(self) -> None:
         """Kill it, unless it has ended by itself, and wait, or it stays a zombie as long as this process lives."""
         self.process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_GRACE_S)
+        self.context.destroy(linger=0)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -187,14 +189,13 @@ class RemoteClient(StreamingClient):
 
         Returns whether it had become ready. Nothing here waits for the process without watching that it lives.
         """
-        context = zmq.asyncio.Context()
         tasks: list[asyncio.Task[Any]] = []
         try:
             self._last_words = None
             if self._child is None:
                 self.spawn()
             assert self._child is not None
-            self._socket = self._bind(context, self._child.address)
+            self._socket = self._child.socket
             receiver = asyncio.create_task(self._receive(self._socket))
             exited = asyncio.create_task(asyncio.to_thread(self._child.process.wait))
             tasks += [receiver, exited]
@@ -210,16 +211,8 @@ class RemoteClient(StreamingClient):
         finally:
             for task in tasks:
                 task.cancel()
-            self.kill()
             self._socket = None
-            context.destroy(linger=0)
-
-    def _bind(self, context: zmq.asyncio.Context, address: str) -> zmq.asyncio.Socket:
-        socket = context.socket(zmq.PAIR)
-        socket.set(zmq.SNDHWM, 0)
-        socket.set(zmq.RCVHWM, 0)
-        socket.bind(address)
-        return socket
+            self.kill()
 
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         while True:
@@ -258,17 +251,19 @@ def _spawn(config: EngineConfig) -> _Child:
     It gets a session of its own, so that Ctrl-C in a terminal reaches the server alone. Raises OSError.
     """
     folder = Path(tempfile.mkdtemp(prefix="nibble-"))
+    address, context = f"ipc://{folder}/engine.sock", zmq.asyncio.Context()
     settings = msgspec.json.encode(config).decode()
-    command = (sys.executable, "-P", "-c", CODE, _address(folder), str(os.getpid()), settings)
     try:
-        return _Child(subprocess.Popen(command, start_new_session=True), folder)
-    except OSError:
+        socket = context.socket(zmq.PAIR)
+        socket.set(zmq.SNDHWM, 0)
+        socket.set(zmq.RCVHWM, 0)
+        socket.bind(address)
+        command = (sys.executable, "-P", "-c", CODE, address, str(os.getpid()), settings)
+        return _Child(subprocess.Popen(command, start_new_session=True), context, socket, folder)
+    except (OSError, zmq.ZMQError) as error:
+        context.destroy(linger=0)
         shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _address(folder: Path) -> str:
-    return f"ipc://{folder}/engine.sock"
+        raise OSError(str(error)) from error
 
 
 def _describe_exit(code: int) -> str:

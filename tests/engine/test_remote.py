@@ -137,6 +137,21 @@ def test_a_model_that_cannot_load_is_reported_and_not_tried_again(tmp_path: Path
     asyncio.run(scenario())
 
 
+def test_the_last_words_of_an_engine_wait_for_a_busy_server(tmp_path: Path) -> None:
+    """Bug: "the engine process ended with code 0" where the tokenizer took longer to read than the model to fail."""
+
+    async def scenario(client: EngineClient) -> None:
+        await client.start()
+        with pytest.raises(EngineUnavailable, match=r"config\.json"):
+            await asyncio.wait_for(client.wait_ready(), WAIT_S)
+
+    with start_engine(config_of(tmp_path)) as client:
+        assert isinstance(client, RemoteClient)
+        assert client._child is not None
+        client._child.process.wait(WAIT_S)
+        asyncio.run(scenario(client))
+
+
 async def failure_of(client: RemoteClient) -> str:
     """Start an engine that cannot run; returns what those who wait are told."""
     await client.start()
