@@ -6,9 +6,9 @@ for the same work: bfloat16 products, its 4-bit product, scaled dot product atte
 FlexAttention, logits sorted or only copied to the CPU; and a copy in device memory, which says what bandwidth there is.
 
 All of a group take turns, call by call; before each call 512 MB are written, so that nothing it reads lies in the L2
-cache and the host is ahead of the GPU. Times are from CUDA events; a trial's time is the median of its rounds, its
-ratio the first case's time over a case's, and what is told is the median of the trials with the lowest and the highest
-ratio. Bytes are those that a call must read and write.
+cache, and the GPU waits a millisecond, so that the host is ahead of it. Times are from CUDA events; a trial's time is
+the median of its rounds, its ratio the first case's time over a case's, and what is told is the median of the trials
+with the lowest and the highest ratio. Bytes are those that a call must read and write.
 
 Results are added to a file, one JSON object a line, as they come (benchmarks/gpu_timing.py). Without a CUDA device it
 ends with a message: benchmarks.gpu_instructions says what can be known then.
