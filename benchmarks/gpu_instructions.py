@@ -75,8 +75,8 @@ def cost(case: Case, packed: Packed) -> Cost:
 
 
 def costs(architecture: int) -> Iterator[Cost]:
-    for case in every_case(architecture):
-        yield cost(case, MATRICES[case.name.split(", ", 1)[1]])
+    for name, case in every_case(architecture):
+        yield cost(case, MATRICES[name])
 
 
 def main() -> None:
@@ -91,7 +91,7 @@ def main() -> None:
             print(json.dumps(asdict(found) | {"issue": found.issue}), flush=True)
         else:
             print(
-                f"{found.case:38} {found.bits:5.2f} bits {found.instructions:6.2f} instructions a weight, "
+                f"{found.case:58} {found.bits:5.2f} bits {found.instructions:6.2f} instructions a weight, "
                 f"{found.half_rate:5.2f} at half rate, issue {100 * found.issue:4.0f} %, "
                 f"{found.registers:3} registers, {found.stack} bytes spilled, {found.shared:6} shared",
                 flush=True,

@@ -49,6 +49,7 @@ from kernels.contract import (
     RowSpec,
     select,
 )
+from kernels.gpu.packing import Packed
 from kernels.gpu.transforms import on_gpu
 from kernels.linear.affine.quantize import quantize_symmetric
 from kernels.linear.dense.layout import DenseWeights
@@ -327,6 +328,8 @@ class CheckpointParts:
             raise TensorError(f"the weights of {name!r} cannot be served: {error}") from error
         if isinstance(choice.kernel, RoundingKernel) and ROUNDED not in self.notes:
             self.notes.append(ROUNDED)
+        if isinstance(prepared, Packed) and prepared.configs.note not in self.notes:
+            self.notes.append(prepared.configs.note)
         return BoundTerm(self._note(f"{term.family} {term.describe()}", choice, prepared.num_bytes), prepared)
 
     def _transform(self, transform: Transform) -> Transform:

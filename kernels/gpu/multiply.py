@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.contract import LinearSpec
-from kernels.gpu.configs import Config, grid_for
+from kernels.gpu.configs import Config, Grid, grid_for
 from kernels.gpu.packing import Packed, packed_refusal
 from kernels.linear.blocks import check_width
 
@@ -19,7 +19,8 @@ class TritonKernel:
     """What the families share once their codes are packed.
 
     "triton-fixed" has one configuration for any number of rows: a row's result is the same to the last bit whatever
-    shares its step. "triton" has one each for up to 8, up to 16, up to 64 and more rows, and holds that within each.
+    shares its step. "triton" has several, by default one each for up to 8, up to 16, up to 64 and more rows, and holds
+    that within each.
     """
 
     def __init__(self, fixed: bool = False) -> None:
@@ -88,16 +89,19 @@ def num_stages(packed: Packed, config: Config) -> int:
 
 def multiply(x: Tensor, packed: Packed, y: Tensor, fixed: bool = False) -> None:
     """x: [num_tokens, K] bfloat16; mutates y: [num_tokens, N] floating, rounded to once. Both contiguous."""
+    if x.shape[0] and packed.out_features:
+        launch(x, packed, y, grid_for(x.shape[0], packed.out_features, packed.num_blocks, fixed, packed.configs))
+
+
+def launch(x: Tensor, packed: Packed, y: Tensor, grid: Grid) -> Any:
+    """The same with one grid. Returns the compiled kernel."""
     from kernels.gpu import linear
 
     num_tokens, n = x.shape[0], packed.out_features
-    if not num_tokens or not n:
-        return
-    grid = grid_for(num_tokens, n, packed.num_blocks, fixed)
     is_split = grid.num_splits > 1
     out = x.new_empty(grid.num_splits, num_tokens, n, dtype=torch.float32) if is_split else y
     kernel: Any = getattr(linear, grid.config.kernel)
-    kernel[grid.tiles_n, grid.tiles_m, grid.num_splits](
+    compiled = kernel[grid.tiles_n, grid.tiles_m, grid.num_splits](
         x,
         packed.words,
         *parameters(packed),
@@ -117,6 +121,7 @@ def multiply(x: Tensor, packed: Packed, y: Tensor, fixed: bool = False) -> None:
     if is_split:
         count = y.numel()
         linear.sum_splits[(-(-count // SUM_BLOCK),)](out, y, grid.num_splits, count, BLOCK=SUM_BLOCK)
+    return compiled
 
 
 def parameters(packed: Packed) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ but where scaled values are bfloat16 as they are (`exact_scales`) a plane may ho
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from kernels.contract import LinearSpec
 from kernels.gpu import refusal
 from kernels.gpu.codes import HALF_WORD, as_e2m1, in_bytes, in_halves, words_of
+from kernels.gpu.configs import Configs, configs_for, default_configs
 from kernels.linear.bitstream import unpack_codes
 
 PLANES = (64, 32, 16)  # channels; a product takes no less than 16
@@ -91,7 +92,13 @@ class Packed:
     meaning: int = LINEAR
     table: Tensor | None = None  # int32: [8] ByteTable.words of LOOKUP, [2] FLOAT_BITS of LINEAR
     mixed_table: bool = False  # ByteTable.mixed
+    configs: Configs = field(default_factory=default_configs)  # how its products are cut into programs
     exact_scales: bool = False  # scales are [N, groups of whole blocks] bfloat16; they and 2^-126 E2M1 are multiplied
+
+    @property
+    def codes(self) -> str:
+        """What tables of configurations call its codes."""
+        return codes_of(self.bits, self.meaning)
 
     @property
     def planes(self) -> int:
@@ -135,6 +142,11 @@ class Packed:
         steps = (None, None) if self.steps is None else (self.steps.scales, self.steps.offsets)
         tensors = (self.words, self.scales, self.zeros, self.offsets, self.table, *steps)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def codes_of(bits: int, meaning: int) -> str:
+    """One of kernels.gpu.configs.CODES."""
+    return {E2M1: "e2m1", LOOKUP: "lookup"}.get(meaning, f"{bits}-bit")
 
 
 def packed_refusal(spec: LinearSpec) -> str | None:
@@ -185,6 +197,7 @@ def pack(weights: Coded, scales: Tensor, meaning: int = LINEAR, order: Sequence[
         words=pack_words(weights.codes, weights.bits, weights.in_features, plane, lie),
         scales=scales if is_exact else scales.T.contiguous(),
         meaning=meaning,
+        configs=configs_for(scales.device, codes_of(bits, meaning), weights.out_features, weights.in_features),
         **({"table": words_of(FLOAT_BITS).to(scales.device)} if meaning == LINEAR else {}) | rest,
     )
     return with_exact_scales(packed) if is_exact else packed

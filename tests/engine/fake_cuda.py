@@ -354,6 +354,7 @@ def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     patch.setattr(torch.cuda, "Event", lambda: Event(gpu))
     patch.setattr(torch.cuda, "is_available", lambda: True)
     patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    patch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU that is not there")
     patch.setattr(torch.cuda, "mem_get_info", lambda *_: (FREE_BYTES - held_bytes(), FREE_BYTES))
     patch.setattr(CudaRecorder, "__init__", lambda self: setattr(self, "gpu", gpu))
     patch.setattr(CudaRecorder, "record", _record)

@@ -103,6 +103,8 @@ def test_every_format_runs_on_a_gpu(gpu: Gpu, name: str) -> None:
     sizes: dict[str, Any] = {"kv_memory": 1 << 24, "max_num_seqs": 2, "max_batch_tokens": 32}
     core, summary = build(EngineConfig(str(FIXTURES / name), device="cuda", kv_policy="f16", **sizes))
     assert not [note for note in summary.notes if "kernel by kernel" in note]
+    (note,) = (note for note in summary.notes if "configurations of kernels" in note)
+    assert note.startswith("no configurations of kernels were measured on a GPU that is not there")
     events = run(core, [submit("r", [1, 2, 3], max_tokens=4, ignore_eos=True)])
     assert len(tokens_of(events, "r")) == 4
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.activation import gpu as activation_gpu
 from kernels.gpu.codes import HALF_WORD
-from kernels.gpu.configs import ANY, CONFIGS, Config
+from kernels.gpu.configs import ANY, Config, default_configs, tables
 from kernels.gpu.multiply import SUM_BLOCK, constants, num_stages
 from kernels.gpu.packing import E2M1, LINEAR, LOOKUP, Packed, Steps, plane_of
 from kernels.norm import gpu as norm_gpu
@@ -121,9 +121,8 @@ def linear_case(name: str, packed: Packed, config: Config, architecture: int) ->
         "out": torch.bfloat16 if config.max_tokens == ANY else torch.float32,
     }
     types = {tensor: f"*{TYPES[dtype]}" for tensor, dtype in tensors.items()} | {"factor": "fp32"}
-    fixed, label = constants(packed, config), f"{config.kernel} of {config.block_m}, {name}"
-    stages = num_stages(packed, config)
-    return Case(label, architecture, "linear", config.kernel, types, fixed, config.num_warps, stages)
+    fixed, stages = constants(packed, config), num_stages(packed, config)
+    return Case(f"{config}, {name}", architecture, "linear", config.kernel, types, fixed, config.num_warps, stages)
 
 
 def row_cases(architecture: int) -> Iterator[Case]:
@@ -143,27 +142,42 @@ def row_cases(architecture: int) -> Iterator[Case]:
 
 
 def cases() -> Iterator[Case]:
-    """The whole table with 4-bit codes on every architecture; the other codes for a few tokens and for many on one, and
-    what takes most shared memory and registers where there are least."""
+    """The whole default table with 4-bit codes on every architecture; the other codes for a few tokens and for many on
+    one, and what takes most shared memory and registers where there are least. Then all of every measured table."""
+    entries = default_configs().entries
     for architecture in ARCHITECTURES:
-        for config in CONFIGS:
+        for config in entries:
             yield linear_case("4-bit g128", MATRICES["4-bit g128"], config, architecture)
         yield from row_cases(architecture)
     for name, packed in MATRICES.items():
-        for config in (CONFIGS[0], CONFIGS[-1]) if name != "4-bit g128" else ():
+        for config in (entries[0], entries[-1]) if name != "4-bit g128" else ():
             yield linear_case(name, packed, config, 90)
     for name in ("2-bit g64", "4-bit g128"):
-        yield linear_case(name, MATRICES[name], CONFIGS[-1], 89)
+        yield linear_case(name, MATRICES[name], entries[-1], 89)
     for name in ("E2M1 g16", "NF4 g64"):  # written in PTX
-        for config in (CONFIGS[0], CONFIGS[-1]):
+        for config in (entries[0], entries[-1]):
             yield linear_case(name, MATRICES[name], config, 80)
+    yield from measured_cases()
 
 
-def every_case(architecture: int) -> Iterator[Case]:
-    """All codes with the whole table: benchmarks/gpu_instructions.py."""
+def measured_cases() -> Iterator[Case]:
+    """What the tables of GPUs have, for the architecture of each: every entry with all codes that it serves."""
+    found: dict[str, Case] = {}
+    for table in tables():
+        if table.architecture is not None:
+            for codes, config in table.entries():
+                for name, packed in MATRICES.items():
+                    if codes in (None, packed.codes):
+                        case = linear_case(name, packed, config, table.architecture)
+                        found[str(case)] = case
+    yield from found.values()
+
+
+def every_case(architecture: int) -> Iterator[tuple[str, Case]]:
+    """All codes, by their name in MATRICES, with the whole default table: benchmarks/gpu_instructions.py."""
     for name, packed in MATRICES.items():
-        for config in CONFIGS:
-            yield linear_case(name, packed, config, architecture)
+        for config in default_configs().entries:
+            yield name, linear_case(name, packed, config, architecture)
 
 
 def build(case: Case) -> Any:

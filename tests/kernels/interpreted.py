@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.checkpoint.gguf_blocks import IQ4
 from kernels.activation.gpu import ActivationTriton
-from kernels.gpu.configs import CONFIGS, grid_for
+from kernels.gpu.configs import default_configs, grid_for
 from kernels.gpu.multiply import constants, multiply
 from kernels.gpu.packing import LINEAR, LOOKUP, Packed
 from kernels.linear.affine.gpu import AffineTriton
@@ -75,7 +75,7 @@ def rounding_of(packed: Packed) -> str:
     """What "many" does to a weight before it is multiplied."""
     if packed.exact_scales:
         return "exact"
-    return "in float32" if constants(packed, CONFIGS[-1])["SHIFT"] > 2 else "in parts"
+    return "in float32" if constants(packed, default_configs().entries[-1])["SHIFT"] > 2 else "in parts"
 
 
 # Of a weight. The interpreter cuts off where a GPU rounds to bfloat16: a weight in float32 loses up to EPS_BF16; of a
@@ -193,7 +193,7 @@ def test_results_are_bfloat16_for_each_matrix() -> None:
 
 def test_every_entry_of_the_table_is_reached() -> None:
     used = [grid_for(num_tokens, N, 9).config for num_tokens in (1, 9, 17, 65)]
-    assert tuple(used) == CONFIGS
+    assert tuple(used) == default_configs().entries
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

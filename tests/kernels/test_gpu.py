@@ -10,7 +10,7 @@ from engine.checkpoint.gguf_blocks import IQ4
 from kernels import activation, gpu, norm, rope
 from kernels.contract import LinearSpec, RowSpec
 from kernels.gpu.codes import as_e2m1, byte_table, e2m1_planes, in_halves
-from kernels.gpu.configs import CONFIGS, MAX_SPLITS, grid_for
+from kernels.gpu.configs import MAX_SPLITS, default_configs, grid_for
 from kernels.gpu.packing import pack_words, packed_refusal, plane_of
 from kernels.linear.affine.gpu import AffineTriton
 from kernels.linear.bitstream import pack_codes
@@ -106,7 +106,7 @@ def test_splits_cover_all_blocks_and_do_not_depend_on_the_batch(out_features: in
         assert grid.tiles_m * grid.config.block_m >= num_tokens
         assert grid.num_splits <= MAX_SPLITS
         splits.setdefault((fixed, grid.config.block_m), set()).add((grid.num_splits, grid.blocks_per_split))
-    assert len(splits) == len(CONFIGS) + 1
+    assert len(splits) == len(default_configs().entries) + 1
     assert all(len(found) == 1 for found in splits.values())
 
 
