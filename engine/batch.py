@@ -23,6 +23,7 @@ class BatchRow:
     num_logits: int  # how many of the last rows need logits: 0 while a prompt is unfinished, usually 1
     recent_table: Mapping[int, int] = field(default_factory=dict)  # position // RECENT_TOKENS -> recent page id
     window: int | None = None  # tokens that the rows read in high precision; None: what the cache's policy says
+    place: int | None = None  # of the one token among the ids of the step before; None: token_ids are known
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,12 @@ class After:
     """Ids that the step before draws: on the device, if they are computed yet, and nowhere else."""
 
     ids: Tensor  # [num_draws] int32, below 0 where none was drawn: such a row is computed for nothing
-    rows: Tensor  # [num_tokens] int64, the draw that each row of the step reads
+    places: Tensor  # [num_tokens] int64, the id that each row of the step reads; -1 for rows whose ids are known
 
-    def read(self) -> Tensor:
-        """[num_tokens] int64, on the device of `ids`."""
-        return self.ids.index_select(0, self.rows).clamp(min=0).long()
+    def read(self, known: Tensor) -> Tensor:
+        """known: [num_tokens] int64 -> the same with all ids, on the device of `ids`."""
+        drawn = self.ids.index_select(0, self.places.clamp(min=0)).clamp(min=0)
+        return torch.where(self.places < 0, known, drawn)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Batch:
     positions: Tensor  # [num_tokens] int64
     attention: AttentionInputs
     logit_rows: Tensor  # [num_logits] int64, the rows whose next-token logits are wanted
-    after: After | None = None  # where input_ids are to be taken from; None: they are what they are
+    after: After | None = None  # where ids that are not known are; None: all are
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -55,7 +57,7 @@ class Batch:
         return [
             *made,
             *([] if recent is None else [recent.tables, recent.slots]),
-            *([] if self.after is None else [self.after.rows]),
+            *([] if self.after is None else [self.after.places]),
         ]
 
     def on(self, tensors: Sequence[Tensor]) -> "Batch":
@@ -65,7 +67,7 @@ class Batch:
         if recent is not None:
             recent = replace(recent, tables=others[0], slots=others[1])
         if after is not None:
-            after = replace(after, rows=others[-1])
+            after = replace(after, places=others[-1])
         attention = replace(self.attention, block_tables=tables, slots=slots, recent=recent)
         return Batch(input_ids, positions, attention, logit_rows, after)
 
@@ -74,12 +76,12 @@ class Batch:
         GPU is not waited for."""
         is_there = self.input_ids.device == device
         batch = self if is_there else self.on(send(self.tensors, device).tensors)
-        return batch if batch.after is None else replace(batch, input_ids=batch.after.read(), after=None)
+        return batch if batch.after is None else replace(batch, input_ids=batch.after.read(batch.input_ids), after=None)
 
 
-def build_batch(rows: Sequence[BatchRow], after: After | None = None) -> Batch:
-    """Lay the rows out one after the other, on the CPU; one tensor is made for each field. after: where ids that the
-    rows do not know yet are.
+def build_batch(rows: Sequence[BatchRow], before: Tensor | None = None) -> Batch:
+    """Lay the rows out one after the other, on the CPU; one tensor is made for each field. before: the ids of the step
+    before, int32 on the device, where some of the rows have a place.
 
     The model's logits come in the same order: `rows[0].num_logits` of the first sequence, then the second's.
     """
@@ -107,8 +109,15 @@ def build_batch(rows: Sequence[BatchRow], after: After | None = None) -> Batch:
         positions=torch.tensor(positions, dtype=torch.int64),
         attention=attention,
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
-        after=after,
+        after=None if before is None else After(before, _places(rows)),
     )
+
+
+def _places(rows: Sequence[BatchRow]) -> Tensor:
+    places: list[int] = []
+    for row in rows:
+        places += [-1 if row.place is None else row.place] * len(row.token_ids)
+    return torch.tensor(places, dtype=torch.int64)
 
 
 def _slots(row: BatchRow, stop: int) -> list[int]:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine import lookahead
-from engine.batch import After
 from engine.config import Plan
-from engine.flight import Flight, Launcher, Part, draw_of
+from engine.flight import Before, Flight, Launcher, Part, draw_of
 from engine.messages import (
     Accepted,
     Cancel,
@@ -201,9 +200,9 @@ class EngineCore:
     def _launch_ahead(self) -> Flight | None:
         """The step after the one whose ids nobody has read, if they do not decide what it is."""
         following = lookahead.following(self._flight, self._scheduler)
-        return None if following is None else self._launch(following.slices, following.after)
+        return None if following is None else self._launch(*following)
 
-    def _launch(self, slices: Items[Slice], after: After | None = None) -> Flight | None:
+    def _launch(self, slices: Items[Slice], before: Before | None = None) -> Flight | None:
         """Run a step; None: there is nothing to run. One that is ahead is accounted for when it is settled."""
         if not slices:
             return None
@@ -211,8 +210,8 @@ class EngineCore:
         for item in slices:
             if item.sequence.admitted_at is None:
                 item.sequence.admitted_at = now
-        flight = self._launcher.launch(slices, after)
-        for item in slices if after is None else ():
+        flight = self._launcher.launch(slices, before)
+        for item in slices if before is None else ():
             self._store(item)
         self._num_steps += 1
         self._num_rows += sum(item.num_tokens for item in slices)

@@ -1,11 +1,12 @@
 """Steps that are launched, and what is known of them before their ids are read."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from engine.batch import After, BatchRow, build_batch
+from engine.batch import BatchRow, build_batch
 from engine.request import Sequence
 from engine.runner import Runner
 from engine.sampling import Draw, Pending, Sampler, Target
@@ -46,6 +47,14 @@ class Flight:
 
 
 @dataclass(frozen=True)
+class Before:
+    """The ids of a step, which nobody has read."""
+
+    ids: Tensor  # [num_draws] int32 on the device
+    places: Mapping[int, int]  # sequence -> of its token among them
+
+
+@dataclass(frozen=True)
 class Launcher:
     """Slices to a step on its way."""
 
@@ -55,30 +64,30 @@ class Launcher:
     window: int  # tokens that the cache's policy reads in high precision
     eos_token_ids: tuple[int, ...]
 
-    def launch(self, slices: Items[Slice], after: After | None) -> Flight:
+    def launch(self, slices: Items[Slice], before: Before | None) -> Flight:
         """Run the model and draw from its logits what can be drawn where they are."""
-        rows = [self._row(item) for item in slices]
-        logits = self.runner.run(build_batch(rows, after))  # [num_logits, vocab]
+        places = {} if before is None else before.places
+        rows = [self._row(item, places.get(item.sequence.id)) for item in slices]
+        ids = before.ids if before is not None and places else None  # none are drawn in the middle of a prompt
+        logits = self.runner.run(build_batch(rows, ids))  # [num_logits, vocab]
         parts: list[Part] = []
         draws: list[tuple[int, Draw]] = []
         targets: list[Target] = []
         first = 0  # row of `logits`
-        lasts = [None] * len(slices) if after is None else after.rows.tolist()
-        for item, row, last in zip(slices, rows, lasts, strict=True):
+        for item, row in zip(slices, rows, strict=True):
             own = range(first, first := first + row.num_logits)
             num_draws, num_targets = len(draws), len(targets)
-            draws += self._draws(item, own, last)
+            draws += self._draws(item, own, row.place)
             targets += _targets(item, own)
             parts.append(Part(item, own, range(num_draws, len(draws)), range(num_targets, len(targets))))
-        before = None if after is None else after.ids
-        return Flight(parts, logits, self.sampler.launch(logits, draws, targets, before))
+        return Flight(parts, logits, self.sampler.launch(logits, draws, targets, ids))
 
-    def _row(self, item: Slice) -> BatchRow:
-        sequence = item.sequence
-        tokens = sequence.tokens[item.start : item.start + item.num_tokens] or [0]  # ahead: it is on the device
+    def _row(self, item: Slice, place: int | None) -> BatchRow:
+        sequence, size = item.sequence, self.page_size
+        tokens = [0] if place is not None else sequence.tokens[item.start : item.start + item.num_tokens]
         num_logits = item.num_tokens if sequence.wants_prompt_logprobs else int(item.completes)
         window = None if sequence.window == self.window else sequence.window  # recorded steps know the policy's alone
-        return BatchRow(tokens, item.start, item.block_table, self.page_size, num_logits, item.recent_table, window)
+        return BatchRow(tokens, item.start, item.block_table, size, num_logits, item.recent_table, window, place)
 
     def _draws(self, item: Slice, rows: range, last: int | None) -> list[tuple[int, Draw]]:
         """What the choices of a sequence that is caught up draw."""

@@ -117,7 +117,7 @@ def padded(batch: Batch, size: Size, page_size: int, has_recent: bool) -> Batch:
         slots=inputs.slots[at],
         recent=recent,
     )
-    after = None if batch.after is None else replace(batch.after, rows=batch.after.rows[at])
+    after = None if batch.after is None else replace(batch.after, places=batch.after.places[at])
     return Batch(batch.input_ids[at], batch.positions[at], attention, torch.arange(size.num_seqs), after)
 
 
@@ -133,15 +133,16 @@ class Graph:
         """The recorded step for a padded one; what it returns is overwritten by the next run of any graph."""
         refill(self.parcel, _sent(step))
         if step.after is not None:
-            self.inputs.input_ids.copy_(replace(step.after, rows=self.parcel.tensors[-1]).read())
+            after = replace(step.after, places=self.parcel.tensors[-1])
+            self.inputs.input_ids.copy_(after.read(self.inputs.input_ids))
         refill_tiles(self.inputs.attention, step.attention)
         return self.replay()
 
 
 def _sent(step: Batch) -> list[Tensor]:
     """What goes to the device in one copy, the same for all steps of a size."""
-    rows = torch.zeros_like(step.input_ids) if step.after is None else step.after.rows
-    return [*replace(step, after=None).tensors, rows]
+    places = torch.zeros_like(step.input_ids) if step.after is None else step.after.places
+    return [*replace(step, after=None).tensors, places]
 
 
 @dataclass

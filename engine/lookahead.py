@@ -3,7 +3,7 @@
 A GPU that waits while the host reads ids, schedules and sends events is idle for as long. So where the next step does
 not depend on what the ids are, it is launched first, and reads them on the device:
 
-    launch k+1   each sequence of step k decodes once more: decided from ids and counts
+    launch k+1   each sequence of step k goes on: its next token, or more of its prompt; decided from ids and counts
     read k       wait for the ids of step k; append tokens, end sequences, send events; the GPU computes k+1 meanwhile
     settle k+1   leave out what it computed for nothing; what remains is stored
 
@@ -22,44 +22,29 @@ order, too.
 """
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 
-import torch
-
-from engine.batch import After
-from engine.flight import Flight, Part
-from engine.request import Sequence
+from engine.flight import Before, Flight, Part
 from engine.scheduler import Scheduler, Slice
 
 
-@dataclass(frozen=True)
-class Next:
-    """The step after one whose ids have not been read."""
-
-    slices: Items[Slice]
-    after: After
-
-
-def following(flight: Flight | None, scheduler: Scheduler) -> Next | None:
+def following(flight: Flight | None, scheduler: Scheduler) -> tuple[Items[Slice], Before] | None:
     """The step after `flight`, if it is one that its ids do not decide. Reserves its pages."""
     if flight is None or flight.pending.ids is None or not all(_may_be_followed(part) for part in flight.parts):
         return None
-    going_on = [part for part in flight.parts if not _ends_by_length(part.sequence)]
-    if not going_on:
-        return None
+    going_on = [part for part in flight.parts if not _ends_by_length(part)]
     slices = scheduler.ahead([part.sequence for part in going_on], len(flight.parts) - len(going_on))
-    if slices is None:
+    if not slices:
         return None
-    rows = torch.tensor([part.draws.start for part in going_on], dtype=torch.int64)
-    return Next(slices, After(flight.pending.ids, rows))
+    return slices, Before(flight.pending.ids, {part.sequence.id: part.draws.start for part in going_on if part.draws})
 
 
 def _may_be_followed(part: Part) -> bool:
-    """Whether one more token of the sequence can be computed and drawn before its last one is known."""
+    """Whether more of the sequence can be computed before its last token, if it draws one now, is known."""
     sequence = part.sequence
-    return len(part.draws) == 1 and not sequence.wants_prompt_logprobs and not sequence.is_left_to_cpu
+    return len(part.draws) <= 1 and not sequence.wants_prompt_logprobs and not sequence.is_left_to_cpu
 
 
-def _ends_by_length(sequence: Sequence) -> bool:
-    """Whether the token that is being drawn is its last one, whatever it is."""
-    return sequence.num_generated + 1 >= sequence.request.submit.sampling.max_tokens
+def _ends_by_length(part: Part) -> bool:
+    """Whether the token that is being drawn is the sequence's last one, whatever it is."""
+    sequence = part.sequence
+    return bool(part.draws) and sequence.num_generated + 1 >= sequence.request.submit.sampling.max_tokens

@@ -99,7 +99,8 @@ class Scheduler:
         return list(slices.values())
 
     def ahead(self, sequences: Items[Sequence], num_ending: int) -> list[Slice] | None:
-        """One token more of each of `sequences`, all of whose known tokens are stored; `num_ending` others end now.
+        """What `sequences` run next: more of a prompt, or one token more where all that is known of one is stored.
+        `num_ending` others end now.
 
         None where there is something to choose: another one runs, one waits that may find room, or pages run out. What
         was reserved until then is what the next step reserves.
@@ -108,12 +109,19 @@ class Scheduler:
             return None
         if self._waiting and (num_ending or (self._has_seat and self._has_room(self._waiting[0]))):
             return None
+        budget = self._max_batch_tokens - sum(sequence.num_uncomputed == 0 for sequence in sequences)
         slices: list[Slice] = []
         for sequence in sequences:
-            block_table = self._manager.extend(sequence.id, 1)
+            num_tokens = 1
+            if sequence.num_uncomputed:
+                if budget == 0:
+                    continue
+                num_tokens = self._manager.fitting(sequence.id, _share(sequence, budget))
+                budget -= num_tokens
+            block_table = self._manager.extend(sequence.id, num_tokens)
             if block_table is None:
                 return None
-            slices.append(self._slice(sequence, 1, block_table))
+            slices.append(self._slice(sequence, num_tokens, block_table))
         return slices
 
     @property

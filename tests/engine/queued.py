@@ -30,6 +30,7 @@ class Device:
     """What was launched and is not done."""
 
     num_overlapped: int = 0  # waits that left something to do
+    most_rows: int = 0  # of a step
     _todo: deque[Callable[[], Any]] = field(default_factory=deque)
     _num_done: int = 0
 
@@ -55,6 +56,7 @@ class QueuedRunner(Runner):
 
     def run(self, batch: Batch) -> Tensor:
         logits = torch.full((len(batch.logit_rows), self._vocab_size), torch.nan)
+        self._device.most_rows = max(self._device.most_rows, len(batch.input_ids))
         self._device.launch(lambda: logits.copy_(self._runner.run(batch)))
         return logits
 

@@ -1,6 +1,7 @@
 """Decode steps padded to recorded sizes; tests/kernels/interpreted_graphs.py runs them over real kernels."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import After, Batch, BatchRow, build_batch
+from engine.batch import Batch, BatchRow, build_batch
 from engine.config import Device, EngineConfig, ModelFacts, Plan, resolve
 from engine.graphs import GraphRunner, Size, padded, runner_for, size_for, sizes
 from engine.runner import Runner
@@ -92,11 +93,17 @@ def test_ids_that_are_still_on_the_device_are_read_there() -> None:
     runner.prepare(max_batch_tokens=8)
     ids = torch.tensor([40, 50, -1, 60], dtype=torch.int32)
     starts, pages = (20, 3, 9), ([3, 1], [2], [7])
-    rows = [BatchRow([0], start, held, 16, 1) for start, held in zip(starts, pages, strict=True)]
-    known = [BatchRow([token], row.start, row.block_table, 16, 1) for token, row in zip((60, 40, 0), rows, strict=True)]
-    after = After(ids, torch.tensor([3, 0, 2]))
+    rows = [BatchRow([17], start, held, 16, 1) for start, held in zip(starts, pages, strict=True)]
+    drawn = [replace(row, place=place) for row, place in zip(rows, (3, 0, 2), strict=True)]
+    known = [replace(row, token_ids=[token]) for row, token in zip(rows, (60, 40, 0), strict=True)]
+    prompt = row(0, 9)
     for recorded in (runner, Runner(Sums(), runner.caches)):
-        assert torch.equal(recorded.run(build_batch(rows, after)), Sums().forward(build_batch(known), []))
+        assert torch.equal(recorded.run(build_batch(drawn, ids)), Sums().forward(build_batch(known), []))
+        mixed, expected = [drawn[0], rows[1]], [known[0], rows[1]]
+        assert torch.equal(recorded.run(build_batch(mixed, ids)), Sums().forward(build_batch(expected), []))
+        assert torch.equal(
+            recorded.run(build_batch([*mixed, prompt], ids)), Sums().forward(build_batch([*expected, prompt]), [])
+        )
         assert torch.equal(recorded.run(build_batch(known)), Sums().forward(build_batch(known), []))
 
 

@@ -80,6 +80,32 @@ def test_which_rules_may_run_ahead(rules: dict[str, Any], num_overlapped: int) -
     assert device.num_overlapped == num_overlapped
 
 
+@pytest.mark.parametrize("has_neighbour", [False, True])
+def test_chunks_of_prompts_are_launched_ahead(has_neighbour: bool) -> None:
+    """Alone and beside one that decodes: a step for each 16 rows. Bugs: a token of the prompt read from the device, one
+    of the device from the prompt; a chunk that takes the rows of those that decode; a GPU idle between chunks."""
+    core, device = world()
+    neighbour, request = submit("beside", [9], max_tokens=20), submit("r", [*range(1, 41)] * 2, max_tokens=6)
+    events = core.step([neighbour]) + core.step([]) if has_neighbour else []
+    before, num_steps = device.num_overlapped, core.stats().steps_total
+    events += core.step([request])
+    while len(tokens_of(events, "r")) < 5:
+        events += core.step([])
+    waits = core.stats().steps_total - num_steps - 1
+    assert device.num_overlapped - before == waits == (6 if has_neighbour else 5) + 4
+    events += run(core, [])
+    assert device.most_rows == 16
+    assert told(events, "r") == alone(request)
+    assert not has_neighbour or told(events, "beside") == alone(neighbour)
+
+
+def test_a_prompt_does_not_end_with_its_chunk() -> None:
+    """Bug: one that wants a single token taken for one that draws it in this step."""
+    core, device = world()
+    run(core, [submit("r", [*range(1, 41)] * 2, max_tokens=1)])
+    assert device.num_overlapped == 4
+
+
 def test_a_sequence_that_ended_is_left_out() -> None:
     """One ends with a stop token in the middle: its row in flight is dropped, others go on and none of them waits.
     Bugs: a token sent after Done, or counted for a sequence beside it."""
@@ -235,6 +261,7 @@ def test_any_schedule_gives_every_request_its_own_answer(data: st.DataObject) ->
         max_batch_tokens=data.draw(st.integers(8, 40)),
     )
     heard = drive(core, device, data)
+    assert device.most_rows <= core.parts.plan.max_batch_tokens
     for request in heard.requests.values():
         found, expected = told(heard.events, request.id), alone(request)
         cancelled = {e.index for e in found if isinstance(e, Done) and e.reason == "cancelled"}
