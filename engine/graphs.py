@@ -28,6 +28,7 @@ from kernels.transfer import Parcel, refill, send
 
 SHORTEST = 2048  # tokens of the first context length; each further one is four times as long
 GROWTH = 4
+MOST_LOGITS = 65  # rows of a head at start: as many as prompts whose tokens are scored have, for the choice of kernels
 PROMPTS = (16, 64)  # rows of prompts that are run once at start, beside the longest: each is another kernel
 
 Replay = Callable[[], Tensor]
@@ -168,7 +169,8 @@ class GraphRunner(Runner):
         for size in sorted(self.sizes, reverse=True):
             self.graphs[size] = self._recorded(size)
         for num_rows in sorted({min(rows, max_batch_tokens) for rows in (*PROMPTS, max_batch_tokens)}):
-            row = BatchRow([0] * num_rows, 0, [0] * -(-num_rows // self.page_size), self.page_size, 1)
+            num_pages, num_logits = -(-num_rows // self.page_size), min(num_rows, MOST_LOGITS)
+            row = BatchRow([0] * num_rows, 0, [0] * num_pages, self.page_size, num_logits)
             super().run(with_recent(build_batch([row]), self.has_recent))
 
     @torch.inference_mode()

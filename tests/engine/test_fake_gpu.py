@@ -167,7 +167,9 @@ def test_no_request_waits_for_the_compiler(gpu: Gpu, started: Started) -> None:
     """Bug: a kernel, a block or a kind of argument that no step at start had: Triton compiles it, for seconds, while
     a request waits."""
     gpu.clear()
-    run(started.core, requests())
+    prompt = [1 + j % 7 for j in range(150)]
+    rules: list[dict[str, Any]] = [{"num_prompt_logprobs": 2}, {"num_logprobs": 3}, {"presence_penalty": 0.5}]
+    run(started.core, [*requests(), *(submit(f"s{i}", prompt, **asked) for i, asked in enumerate(rules))])
     late = {launch.kernel: launch.compiled for launch in gpu.launches if launch.compiled not in started.compiled}
     assert not late
 

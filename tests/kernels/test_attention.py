@@ -144,3 +144,15 @@ def test_pages_of_another_dtype_are_refused_with_the_reason() -> None:
     spec = AttentionSpec(4, 2, 16, 16, torch.device("cpu"), torch.float32, torch.float8_e4m3fn)
     reference = kernels_for("f16")[-1]
     assert "float8_e4m3fn" in (reference.refuses(spec) or "")
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_the_reference_stores_bfloat16(dtype: torch.dtype) -> None:
+    """Bugs: an error, as bfloat16 does not reach the largest float32; an infinity, as the largest float16 rounds up in
+    bfloat16. A GPU whose cache has no kernel there runs on the reference."""
+    (reference,) = (kernel for kernel in kernels_for("f16") if kernel.name == "reference")
+    pages = nan_pages(1, 1, 8, dtype)
+    rows = torch.full((1, 1, 8), 1e5, dtype=torch.bfloat16)
+    reference.store(rows, rows, pages, inputs_of((0, 1, [0])))
+    limit = torch.finfo(torch.float16).max if dtype == torch.float16 else float(rows[0, 0, 0])
+    assert torch.equal(values_of(pages)[0, :, 0], torch.full((1, 8), limit, dtype=dtype))

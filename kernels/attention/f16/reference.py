@@ -37,8 +37,9 @@ class F16Reference:
         page_size = pages.shape[3]
         page_ids, rows = inputs.slots // page_size, inputs.slots % page_size  # each [num_tokens]
         limit = torch.finfo(pages.dtype).max
-        keys_of(pages)[page_ids, :, :, rows] = k.clamp(-limit, limit).to(pages.dtype)
-        values_of(pages)[page_ids, :, rows] = v.clamp(-limit, limit).to(pages.dtype)
+        # As float32: no limit but that of bfloat16 is a bfloat16.
+        keys_of(pages)[page_ids, :, :, rows] = k.float().clamp(-limit, limit).to(pages.dtype)
+        values_of(pages)[page_ids, :, rows] = v.float().clamp(-limit, limit).to(pages.dtype)
 
     def attend(self, q: Tensor, pages: Tensor, inputs: AttentionInputs, scale: float) -> Tensor:
         """q: [num_tokens, num_heads, head_dim] -> the same shape and dtype."""
