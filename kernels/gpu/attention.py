@@ -5,11 +5,12 @@ and values are read once for all of them. Keys, and values turned, stand on the 
 fill its M, columns its N. A tile of a prompt may be WIDE: then columns fill M and tokens N, where a softmax is summed
 within a thread. Either is written [tokens, COLUMNS]; `product` turns it.
 
-A context is cut into *splits* of SPLIT positions. Each has a softmax of its own, block by block in order; splits are
-folded in order, by `fold`, either in the program (a prompt) or by `merge` (a decode step, one program a split). Every
-operation of a column is the same in both, and what a column does not see adds exact zeros, so that a row's result does
-not depend on the other rows. WIDE tiles have one softmax for all splits of a part, and are merged likewise. There are
-no atomics.
+A context is cut into parts of whole *splits* of SPLIT positions, a program each, block by block in order; `combine`
+adds them up. There are no atomics.
+
+Where FOLD is set each split has a softmax of its own; splits are folded in order, by `fold`, either in the program (a
+prompt) or by `merge` (a decode step, one split a part). Every operation of a column is the same in both, and what a
+column does not see adds exact zeros, so that a row's result does not depend on the other rows.
 
 Scores are in powers of two. Queries are divided by the power of two below their largest channel, so that float16 holds
 them. Weights are rounded to float16 to be multiplied, not to be summed; they are 2^15 times what they would be, so that
@@ -146,12 +147,11 @@ def store_part(
     tl.store(part_sums + to[None, :] * HEAD_DIM + d[:, None], summed, inside)
 
 
-@triton.jit(do_not_specialize=["max_pages", "splits_per_part", "num_parts"])
+@triton.jit(do_not_specialize=["max_pages", "num_parts"])
 def attend(
-    q, pages, tables, tiles, part_sums, part_stats, factor, num_heads, num_kv_heads, max_pages,
-    splits_per_part, num_parts,
+    q, pages, tables, tiles, part_sums, part_stats, factor, num_heads, num_kv_heads, max_pages, num_parts,
     G: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """For each part p of the context: m = max_j s_j, sum_j 2^(s_j - m), sum_j 2^(s_j - m) v_j,   s_j = factor q . k_j
 
@@ -160,31 +160,32 @@ def attend(
     Reads 4 D bytes a token and kv head for each tile, for 4 D COLUMNS operations on tensor cores; writes 4 D + 8 bytes
     for each part of a row.
     """
-    tile, kv_head, part = tiles + 6 * tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, kv_head, part = tiles + 7 * tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, q_row, out_row = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     first, rows = tl.load(tile + 3), tl.load(tile + 4)
+    each = tl.load(tile + 6)
     n = tl.arange(0, COLUMNS)
     position = first + n // G
     last = first + rows - 1
+    start = part * each * SPLIT
     x, size = queries(q, q_row, rows, kv_head, num_heads, factor, G, HEAD_DIM, D, COLUMNS)
     table = tables + sequence.to(tl.int64) * max_pages
     m, total, summed = nothing(D, COLUMNS)
-    start = part * splits_per_part
-    stop = tl.minimum((start + splits_per_part) * SPLIT, last + 1)
-    if WIDE:
+    stop = tl.minimum(start + each * SPLIT, last + 1)
+    if not FOLD:
         m, total, summed = plain_blocks(
-            pages, table, start * SPLIT, stop, position, last, kv_head, num_kv_heads, x, size,
+            pages, table, start, stop, position, last, kv_head, num_kv_heads, x, size,
             m, total, summed, BLOCK, PAGE, HEAD_DIM, D, WIDE,
         )  # fmt: skip
     else:
-        for base in range(start * SPLIT, stop, SPLIT):
+        for base in range(start, stop, SPLIT):
             m2, total2, summed2 = nothing(D, COLUMNS)
             m2, total2, summed2 = plain_blocks(
                 pages, table, base, tl.minimum(base + SPLIT, stop), position, last, kv_head, num_kv_heads, x, size,
                 m2, total2, summed2, BLOCK, PAGE, HEAD_DIM, D, WIDE,
             )  # fmt: skip
             m, total, summed = fold(m, total, summed, m2, total2, summed2)
-    has_column = (n // G < rows) & (position >= start * SPLIT)
+    has_column = (n // G < rows) & (position >= start)
     store_part(part_sums, part_stats, out_row, part, num_parts, kv_head, num_heads, has_column, m, total, summed,
                G, HEAD_DIM, D, COLUMNS)  # fmt: skip
 
@@ -209,6 +210,32 @@ def merge(part_sums, part_stats, rows, out, num_parts, HEAD_DIM: tl.constexpr, D
         m, total, summed = fold(m, total, summed, m2, total2, summed2)
     to = (q_row.to(tl.int64) * num_heads + head) * HEAD_DIM + d
     tl.store(out + to, (summed / total).to(out.dtype.element_ty), d < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["num_parts"])
+def combine(part_sums, part_stats, rows, out, num_parts, HEAD_DIM: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr):
+    """What `merge` computes, PARTS parts at once: one by one they would be waited for one by one."""
+    row, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    q_row, used = tl.load(rows + 2 * row), tl.load(rows + 2 * row + 1)
+    d = tl.arange(0, D)
+    m = tl.full((1,), float("-inf"), tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    summed = tl.zeros((1, D), tl.float32)
+    at = (row.to(tl.int64) * num_heads + head) * num_parts
+    for first in range(0, used, PARTS):
+        part = first + tl.arange(0, PARTS)
+        m2 = tl.load(part_stats + 2 * (at + part), part < used, other=float("-inf"))
+        total2 = tl.load(part_stats + 2 * (at + part) + 1, part < used, other=0)
+        inside = (part < used)[:, None] & (d < HEAD_DIM)[None, :]
+        summed2 = tl.load(part_sums + (at + part)[:, None] * HEAD_DIM + d[None, :], inside, other=0)
+        highest = tl.maximum(m, tl.max(m2, 0, keep_dims=True))
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        shrink, weights = tl.exp2(m - base), tl.exp2(m2 - base)
+        total = total * shrink + tl.sum(total2 * weights, 0, keep_dims=True)
+        summed = summed * shrink[:, None] + tl.sum(summed2 * weights[:, None], 0, keep_dims=True)
+        m = highest
+    to = (q_row.to(tl.int64) * num_heads + head) * HEAD_DIM + d
+    tl.store(out + to[None, :], (summed / total[:, None]).to(out.dtype.element_ty), (d < HEAD_DIM)[None, :])
 
 
 @triton.jit

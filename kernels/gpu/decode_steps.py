@@ -166,10 +166,10 @@ def block(
     return highest, total, tl.dot(v, scaled, sums * shrink[None, None, :]), shifts
 
 
-@triton.jit(do_not_specialize=["max_pages", "max_recent", "num_sinks", "splits_per_part", "num_parts"])
+@triton.jit(do_not_specialize=["max_pages", "max_recent", "num_sinks", "num_parts"])
 def attend(
     q, words, recent, tables, recent_tables, tiles, key_prescale, value_prescale, part_sums, part_stats,
-    factor, num_heads, num_kv_heads, max_pages, max_recent, num_sinks, splits_per_part, num_parts,
+    factor, num_heads, num_kv_heads, max_pages, max_recent, num_sinks, num_parts,
     G: tl.constexpr, PAGE: tl.constexpr, RECENT: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     K_BITS: tl.constexpr, K_GROUP: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr,
@@ -181,12 +181,15 @@ def attend(
     about 0.6 D operations to unpack a token, 20 for each of its columns, 4 D COLUMNS on tensor cores.
     """
     T: tl.constexpr = PAGE if PAGE < BLOCK else BLOCK
-    tile, kv_head, part = tiles + 6 * tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, kv_head, part = tiles + 7 * tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, q_row, out_row = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    first, rows, window = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5)
+    first, rows, window, each = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6)
     n = tl.arange(0, COLUMNS)
     position = first + n // G
     last = first + rows - 1
+    start = part * each * SPLIT
+    if start > last:
+        return
     x, size = queries(q, q_row, rows, kv_head, num_heads, factor, G, D, D, COLUMNS)
     xq = grouped_queries(x, K_BITS, K_GROUP, D, COLUMNS)
     all_q = tl.sum(tl.reshape(x.to(tl.float32), (D // K_GROUP, K_GROUP, COLUMNS)), 1) * 36.0
@@ -197,8 +200,7 @@ def attend(
     total = tl.zeros((8, COLUMNS), tl.float32)
     sums = tl.zeros((D // V_GROUP, V_GROUP, COLUMNS), tl.float32)
     shifts = tl.zeros((D // V_GROUP, 8, COLUMNS), tl.float32)
-    start = part * splits_per_part * SPLIT
-    stop = tl.minimum(start + splits_per_part * SPLIT, last + 1)
+    stop = tl.minimum(start + each * SPLIT, last + 1)
     end = tl.minimum(stop, last - window + 1)  # of packed tokens
     whole = tl.maximum(start, (num_sinks + T - 1) // T * T)
     tail = tl.maximum(whole, tl.minimum(end, first - window + 1) // T * T)

@@ -180,15 +180,15 @@ def recent_blocks(
     return m, total, summed
 
 
-@triton.jit(do_not_specialize=["max_pages", "max_recent", "num_sinks", "splits_per_part", "num_parts"])
+@triton.jit(do_not_specialize=["max_pages", "max_recent", "num_sinks", "num_parts"])
 def attend(
     q, chunks, words, halves, recent, tables, recent_tables, tiles, key_prescale, value_prescale, part_sums, part_stats,
-    factor, num_heads, num_kv_heads, max_pages, max_recent, num_sinks, splits_per_part, num_parts,
+    factor, num_heads, num_kv_heads, max_pages, max_recent, num_sinks, num_parts,
     G: tl.constexpr, PAGE: tl.constexpr, RECENT: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     K_BITS: tl.constexpr, K_GROUP: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr,
     V_AT: tl.constexpr, K_PARAMETERS: tl.constexpr, V_PARAMETERS: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """For each part p of the context: m = max_j s_j, sum_j 2^(s_j - m), sum_j 2^(s_j - m) v_j,   s_j = factor q . k_j
 
@@ -199,12 +199,15 @@ def attend(
     head of a tile, and 4 D bytes where it is read in high precision; about 7 D operations to unpack a token,
     4 D COLUMNS on tensor cores.
     """
-    tile, kv_head, part = tiles + 6 * tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, kv_head, part = tiles + 7 * tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, q_row, out_row = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    first, rows, window = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5)
+    first, rows, window, each = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6)
     n = tl.arange(0, COLUMNS)
     position = first + n // G
     last = first + rows - 1
+    start = part * each * SPLIT
+    if start > last:
+        return
     x, size = queries(q, q_row, rows, kv_head, num_heads, factor, G, D, D, COLUMNS)
     key_size, value_size = size, 1.0
     if K_BITS != 16:
@@ -214,20 +217,19 @@ def attend(
     table = tables + sequence.to(tl.int64) * max_pages
     recent_table = recent_tables + sequence.to(tl.int64) * max_recent
     m, total, summed = nothing(D, COLUMNS)
-    start = part * splits_per_part
-    stop = tl.minimum((start + splits_per_part) * SPLIT, last + 1)
-    if WIDE:
+    stop = tl.minimum(start + each * SPLIT, last + 1)
+    if not FOLD:
         m, total, summed = packed_blocks(
-            chunks, words, halves, table, start * SPLIT, stop, position, last, window, num_sinks, kv_head, num_kv_heads,
+            chunks, words, halves, table, start, stop, position, last, window, num_sinks, kv_head, num_kv_heads,
             x, key_size, m, total, summed,
             BLOCK, PAGE, D, CHUNK, K_BITS, K_GROUP, V_BITS, V_GROUP, V_AT, K_PARAMETERS, V_PARAMETERS, WIDE,
         )  # fmt: skip
         m, total, summed = recent_blocks(
-            recent, recent_table, start * SPLIT, stop, position, last, window, first, num_sinks, kv_head, num_kv_heads,
+            recent, recent_table, start, stop, position, last, window, first, num_sinks, kv_head, num_kv_heads,
             x, size, m, total, summed * value_size, BLOCK, RECENT, D, WIDE,
         )  # fmt: skip
     else:
-        for base in range(start * SPLIT, stop, SPLIT):
+        for base in range(start, stop, SPLIT):
             end = tl.minimum(base + SPLIT, stop)
             m2, total2, summed2 = nothing(D, COLUMNS)
             m2, total2, summed2 = packed_blocks(
@@ -240,6 +242,6 @@ def attend(
                 x, size, m2, total2, summed2 * value_size, BLOCK, RECENT, D, WIDE,
             )  # fmt: skip
             m, total, summed = fold(m, total, summed, m2, total2, summed2)
-    has_column = (n // G < rows) & (position >= start * SPLIT)
+    has_column = (n // G < rows) & (position >= start)
     store_part(part_sums, part_stats, out_row, part, num_parts, kv_head, num_heads, has_column, m, total, summed,
                G, D, D, COLUMNS)  # fmt: skip

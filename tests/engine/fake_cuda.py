@@ -38,6 +38,7 @@ MORE = {  # types that no budget is kept of
     "linear.many": OUT,
     "attention.store": {"k": {"*fp32"}, "v": {"*fp32"}},
     "attention.merge": {"out": {"*fp32"}},
+    "attention.combine": {"out": {"*fp32"}},
     "quantize.hadamard": {"x": {"*fp32"}, "out": {"*bf16"}},
 }
 TYPES = gpu_compile.TYPES | {torch.float64: "fp64", torch.int64: "i64"}

@@ -4,6 +4,7 @@ python -m tests.kernels.gpu_attention_compile     compiles every case anew and w
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from kernels.attention.f16 import gpu as plain
@@ -62,6 +63,8 @@ def attend_case(
     head_dim, group = heads
     is_wide = what == "prompts"
     tiling = Tiling(group, plain.SPLIT)
+    if what == "fixed":
+        tiling = Tiling(group, plain.FIXED_SPLIT, fixed=True)
     if bits is None:
         name, module, q, stages = "f16", "attention", "*bf16", plain.NUM_STAGES
         fixed = plain.constants(head_dim, PAGE_SIZE, tiling, plain.BLOCK, is_wide)
@@ -70,7 +73,7 @@ def attend_case(
         name, q, layout = f"k{bits[0]:g}v{bits[1]:g}", "*fp32", chunk_layout(bits, head_dim)
         how = quantized.how_for(layout, group, is_wide, what == "fixed")
         module, warps, stages = how.module, how.num_warps, how.num_stages
-        tiling = Tiling(group, plain.SPLIT, least=how.columns)
+        tiling = replace(tiling, least=how.columns)
         fixed = quantized.constants(layout, tiling, plain.BLOCK, how)
     label = f"attend {name}, {head_dim} channels, {group} heads{'' if what == 'decode' else ', ' + what}"
     return Case(label, architecture, module, "attend", POINTERS | {"q": q}, fixed, warps, stages)
@@ -103,9 +106,10 @@ def cases() -> Iterator[Case]:
         yield attend_case(90, HEADS[0], bits)
     for bits in ((8.0, 8.0), (3.0, 3.0), (2.0, 2.0), (1.5, 1.5), (16.0, 16.0)):
         yield from store_cases(90, bits)
-    yield Case(
-        "merge", 90, "attention", "merge", POINTERS | {"out": "*bf16"}, {"HEAD_DIM": 128, "D": 128}, plain.MERGE_WARPS
-    )
+    types, fixed = POINTERS | {"out": "*bf16"}, {"HEAD_DIM": 128, "D": 128}
+    yield Case("merge", 90, "attention", "merge", types, fixed, plain.MERGE_WARPS)
+    fixed = fixed | {"PARTS": plain.COMBINED}
+    yield Case("combine", 90, "attention", "combine", types, fixed, plain.COMBINE_WARPS)
     types = {"x": "*bf16", "out": "*fp32", "factor": "fp32"}
     fixed = quantized.turn_constants(128, LIMIT)
     yield Case("hadamard", 90, "quantize", "hadamard", types, fixed, plain.STORE_WARPS, is_fused=False)

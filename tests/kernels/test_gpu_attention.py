@@ -1,5 +1,7 @@
 """The Triton kernels of both caches without a GPU: interpreted, compiled within a budget, and how a step is cut up."""
 
+import math
+
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def test_the_budget_is_of_the_cases_that_exist() -> None:
 def rows_of(launch: Launch) -> list[tuple[int, int, int]]:
     """(query row, position, window) of each row that the tiles of a launch serve."""
     tiles = launch.tiles.tolist()
-    return [(row + i, at + i, window) for _, row, _, at, count, window in tiles for i in range(count)]
+    return [(row + i, at + i, window) for _, row, _, at, count, window, _ in tiles for i in range(count)]
 
 
 def step(*rows: tuple[int, int]) -> AttentionInputs:
@@ -53,17 +55,20 @@ def step(*rows: tuple[int, int]) -> AttentionInputs:
 def test_every_row_of_a_step_is_served_once() -> None:
     """Bug: a row lost between tiles or served by two launches, a part of another row overwritten."""
     inputs, windows = step((100, 1), (0, 9), (7, 4), (5, 0)), (20, 1 << 40, 0, 3)
-    made = launches(inputs, Tiling(4, 32), windows, torch.device("cpu"))
+    made = launches(inputs, Tiling(4, 32, fixed=True), windows, torch.device("cpu"))
     expected = [(0, 100, 20), *((1 + i, i, 1 << 30) for i in range(9)), *((10 + i, 7 + i, 0) for i in range(4))]
     assert sorted(row for launch in made for row in rows_of(launch)) == expected
     spread, whole = made
-    assert (spread.num_parts, spread.splits_per_part, spread.is_wide) == (4, 1, False)
+    assert (spread.num_parts, spread.is_wide) == (4, False)
     assert spread.rows.tolist() == [[0, 4], *([10 + i, 1] for i in range(4))]  # 101 tokens are 4 splits of 32
-    assert (whole.num_parts, whole.splits_per_part, whole.is_wide) == (1, 1, True)
+    assert (whole.num_parts, whole.is_wide) == (1, False)
     for launch in made:
-        served = [row + i for _, _, row, _, count, _ in launch.tiles.tolist() for i in range(count)]
+        served = [row + i for _, _, row, _, count, _, _ in launch.tiles.tolist() for i in range(count)]
         assert served == list(range(len(launch.rows)))
-    assert launches(inputs, Tiling(4, 32), windows, torch.device("cpu")) is made  # the next layer's
+    assert launches(inputs, Tiling(4, 32, fixed=True), windows, torch.device("cpu")) is made  # the next layer's
+    free = launches(inputs, Tiling(4, 32), windows, torch.device("cpu"))
+    assert sorted(row for launch in free for row in rows_of(launch)) == expected
+    assert [launch.is_wide for launch in free] == [False, True]
 
 
 def test_long_contexts_of_few_prompt_rows_are_shared_out() -> None:
@@ -71,12 +76,28 @@ def test_long_contexts_of_few_prompt_rows_are_shared_out() -> None:
     said to have the later ones, whose sums nobody writes; "triton-fixed" cutting what its batch would then decide."""
     inputs, cpu = step((9000, 30), (0, 6)), torch.device("cpu")
     (free,) = launches(inputs, Tiling(4, 512, 8), (0, 0), cpu)
-    assert len(free.tiles) == 3  # of 16 rows: 11 parts would fill a GPU, 18 splits are 9 pairs
-    assert (free.splits_per_part, free.num_parts) == (2, 9)
+    assert free.tiles[:, -1].tolist() == [2] * 3  # of 16 rows: 11 parts would fill a GPU, 18 splits are 9 pairs
+    assert free.num_parts == 9
     assert free.rows[:, 1].tolist() == [9] * 30 + [1] * 6
     (fixed,) = launches(inputs, Tiling(4, 512, 8, fixed=True), (0, 0), cpu)
-    assert len(fixed.tiles) == 8 + 2
-    assert (fixed.splits_per_part, fixed.num_parts, fixed.is_wide) == (18, 1, False)
+    assert fixed.tiles[:, -1].tolist() == [18] * (8 + 2)
+    assert (fixed.num_parts, fixed.is_wide) == (1, False)
+
+
+@pytest.mark.parametrize("lengths", [[32768], [32768] * 8, [32768] + [100] * 7, [5000, 300] * 32, [4096] * 256])
+def test_parts_of_a_decode_step(lengths: list[int]) -> None:
+    """Bugs: parts that a recorded step has no room for, which write over the next row's; a last wave of programs that
+    is nearly empty; a long context that one program reads."""
+    tiling, cpu = Tiling(4, 256, 8, residents=10), torch.device("cpu")
+    (made,) = launches(step(*((length - 1, 1) for length in lengths)), tiling, (0,) * len(lengths), cpu)
+    (held,) = launches(step(*((32767, 1) for _ in lengths)), tiling, (0,) * len(lengths), cpu)
+    used = made.rows[:, 1]
+    assert int(used.max()) <= made.num_parts <= held.num_parts
+    assert torch.equal(used, -(-torch.tensor(lengths) // (256 * made.tiles[:, -1])))
+    assert int((256 * made.tiles[:, -1]).max()) <= max(1024, 8 * sum(lengths) // 1320 + 512)
+    if min(lengths) >= 4096:
+        waves = int(used.sum()) * 8 / (132 * 10)
+        assert waves > 0.75 * math.ceil(waves)
 
 
 @pytest.mark.parametrize(

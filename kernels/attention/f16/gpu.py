@@ -13,10 +13,12 @@ from kernels.gpu.steps import Launch, Tiling, launches
 PAGE_SIZES = (16, 32, 64, 128)  # tokens
 MAX_HEAD_DIM = 256  # channels: the sums of a tile stay in registers
 MAX_GROUP = 64  # query heads of a kv head
-SPLIT = 512  # positions
+SPLIT = 256  # positions; of "triton-fixed", which has a part for each, more
+FIXED_SPLIT = 512
 BLOCK = 64  # tokens of a product; half as many of heads above 128 channels, which would spill registers
 NUM_WARPS = 4  # twice as many for prompts with heads above 128 channels
 MERGE_WARPS = 1
+COMBINED, COMBINE_WARPS = 32, 4  # parts at once
 STORE_WARPS = 1
 NUM_STAGES = 1  # two take 47 registers more on sm_90, which would halve the programs of a multiprocessor
 
@@ -26,14 +28,14 @@ class F16Triton:
 
     Queries, divided by a power of two, and weights are rounded to float16; products are summed in float32. Of
     "triton-fixed" a row's result does not depend on the batch or on the chunks of its prompt (kernels/gpu/attention.py
-    says why); "triton" serves prompts by wider tiles than decode steps, and cuts their contexts where tiles are few.
+    says why); "triton" serves prompts by wider tiles than decode steps, and cuts contexts by what else the step has.
 
     A sequence of n tokens reads 2 * n * num_kv_heads * head_dim elements of its pages, once for 16 / G query rows, or
     64 / G of prompts, for 4 * n * num_heads * head_dim operations a query row on tensor cores.
     """
 
-    def __init__(self, split: int = SPLIT, block: int = BLOCK, fixed: bool = False) -> None:
-        self._split, self._block, self._fixed = split, block, fixed
+    def __init__(self, split: int | None = None, block: int = BLOCK, fixed: bool = False) -> None:
+        self._split, self._block, self._fixed = split or (FIXED_SPLIT if fixed else SPLIT), block, fixed
         self.name = "triton-fixed" if fixed else "triton"
 
     def refuses(self, spec: AttentionSpec) -> str | None:
@@ -84,13 +86,12 @@ class F16Triton:
                 num_heads,
                 num_kv_heads,
                 tables.shape[1],
-                launch.splits_per_part,
                 launch.num_parts,
                 **constants(head_dim, page_size, tiling, self._block, launch.is_wide),
                 num_warps=num_warps(head_dim, launch.is_wide),
                 num_stages=NUM_STAGES,
             )
-            merge(sums, stats, launch, result)
+            merge(sums, stats, launch, result, self._fixed)
         return result
 
 
@@ -109,6 +110,7 @@ def constants(head_dim: int, page_size: int, tiling: Tiling, block: int, is_wide
         "SPLIT": tiling.split,
         "BLOCK": block if head_dim <= 128 else block // 2,
         "WIDE": is_wide,
+        "FOLD": tiling.fixed,
     }
 
 
@@ -117,12 +119,13 @@ def store_constants(head_dim: int, page_size: int) -> dict[str, Any]:
     return {"PAGE": page_size, "HEAD_DIM": head_dim, "D": block_of(head_dim), "LIMIT": torch.finfo(torch.float16).max}
 
 
-def merge(sums: Tensor, stats: Tensor, launch: Launch, result: Tensor) -> None:
+def merge(sums: Tensor, stats: Tensor, launch: Launch, result: Tensor, fixed: bool) -> None:
     """The parts of each row of a launch into `result` [num_tokens, num_heads, head_dim], which is mutated."""
     from kernels.gpu import attention
 
     num_heads, head_dim = result.shape[1:]
-    attention.merge[len(launch.rows), num_heads](
+    kernel: Any = attention.merge if fixed else attention.combine
+    kernel[len(launch.rows), num_heads](
         sums,
         stats,
         launch.rows,
@@ -130,7 +133,7 @@ def merge(sums: Tensor, stats: Tensor, launch: Launch, result: Tensor) -> None:
         launch.num_parts,
         HEAD_DIM=head_dim,
         D=block_of(head_dim),
-        num_warps=MERGE_WARPS,
+        **({"num_warps": MERGE_WARPS} if fixed else {"PARTS": COMBINED, "num_warps": COMBINE_WARPS}),
     )
 
 

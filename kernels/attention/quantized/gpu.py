@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.attention.f16.gpu import (
     BLOCK,
+    FIXED_SPLIT,
     MAX_GROUP,
     MAX_HEAD_DIM,
     SPLIT,
@@ -31,6 +32,7 @@ NUM_STAGES = 2  # of packed tokens: costs 8 registers and 8 KiB on sm_90; prompt
 FEW_COLUMNS = 8  # of a tile that kernels/gpu/decode_steps.py serves
 FEW_BITS = (2.0, 4.0)
 FEW_WARPS = 1
+FEW_RESIDENTS = 10
 
 
 class QuantizedTriton:
@@ -46,8 +48,8 @@ class QuantizedTriton:
     window, for 4 * n * num_heads * D operations a query row on tensor cores.
     """
 
-    def __init__(self, split: int = SPLIT, block: int = BLOCK, fixed: bool = False) -> None:
-        self._split, self._block, self._fixed = split, block, fixed
+    def __init__(self, split: int | None = None, block: int = BLOCK, fixed: bool = False) -> None:
+        self._split, self._block, self._fixed = split or (FIXED_SPLIT if fixed else SPLIT), block, fixed
         self.name = "triton-fixed" if fixed else "triton"
 
     def refuses(self, spec: QuantizedSpec) -> str | None:
@@ -95,8 +97,8 @@ class QuantizedTriton:
         queries = _turned(q if codec.key_shift is None else codec.prepare_queries(q.float()), codec.key_transform)
         result = torch.empty_like(queries)
         group = q.shape[1] // cache.num_kv_heads
-        least = how_for(cache.layout, group, False, self._fixed).columns
-        tiling = Tiling(group, self._split, cache.num_kv_heads, self._fixed, least)
+        how = how_for(cache.layout, group, False, self._fixed)
+        tiling = Tiling(group, self._split, cache.num_kv_heads, self._fixed, how.columns, how.residents)
         for launch in launches(inputs, tiling, windows, q.device):
             self._attend(queries, cache, inputs, (tiling, launch, scale / math.log(2)), result)
         return _turned_back(result, codec.value_transform, q.dtype)
@@ -136,13 +138,12 @@ class QuantizedTriton:
             tables.shape[1],
             recent_tables.shape[1],
             codec.num_sinks,
-            launch.splits_per_part,
             launch.num_parts,
             **constants(cache.layout, tiling, self._block, how),
             num_warps=how.num_warps,
             num_stages=how.num_stages,
         )
-        merge(sums, stats, launch, result)
+        merge(sums, stats, launch, result, self._fixed)
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class How:
     columns: int  # of a tile, at least
     num_warps: int
     num_stages: int
+    residents: int = 3  # programs of a multiprocessor, by registers
 
     def kernel(self) -> Any:
         return import_module(f"kernels.gpu.{self.module}").attend
@@ -166,12 +168,12 @@ def how_for(layout: ChunkLayout, group: int, is_wide: bool, is_fixed: bool) -> H
         return How("quantized", True, WIDE_COLUMNS, num_warps(layout.head_dim, True), 1)
     if is_fixed or group > FEW_COLUMNS or any(row.bits not in FEW_BITS or row.group_size < 16 for row in rows):
         return How("quantized", False, MIN_COLUMNS, num_warps(layout.head_dim, False), NUM_STAGES)
-    return How("decode_steps", False, FEW_COLUMNS, FEW_WARPS, NUM_STAGES)
+    return How("decode_steps", False, FEW_COLUMNS, FEW_WARPS, NUM_STAGES, FEW_RESIDENTS)
 
 
 def constants(layout: ChunkLayout, tiling: Tiling, block: int, how: How) -> dict[str, int]:
     """What the attention kernel is compiled for."""
-    made = {} if how.module == "decode_steps" else {"WIDE": how.is_wide}
+    made = {} if how.module == "decode_steps" else {"WIDE": how.is_wide, "FOLD": tiling.fixed}
     return made | {
         "G": tiling.group,
         "PAGE": layout.page_size,
