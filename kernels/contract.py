@@ -8,7 +8,7 @@ not refuse; nothing falls back silently.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -133,6 +133,17 @@ class AttentionKernel(Kernel, Protocol):
 
     def attend(self, q: Tensor, pages: Tensor, inputs: AttentionInputs, scale: float) -> Tensor:
         """Causal attention of q: [num_tokens, num_heads, head_dim] over the pages; result has q's shape and dtype."""
+        ...
+
+
+@runtime_checkable
+class RotatingKernel(Protocol):
+    """What a back end of a cache offers beside `store` where it makes one launch of that and RoPE."""
+
+    def rotate_and_store(
+        self, q: Tensor, k: Tensor, v: Tensor, angles: tuple[Tensor, Tensor], cache: Any, inputs: AttentionInputs
+    ) -> Tensor:
+        """RopeKernel.rotate_pair by angles (cos, sin), `store` of the turned keys; returns the turned queries."""
         ...
 
 

@@ -14,7 +14,15 @@ from torch import Tensor
 from engine.models.config import ModelConfig
 from engine.models.rope import RopeConfig, inverse_frequencies
 from kernels.attention.quantized.cache import QuantizedKernel
-from kernels.contract import ActivationKernel, AttentionInputs, AttentionKernel, LinearKernel, NormKernel, RopeKernel
+from kernels.contract import (
+    ActivationKernel,
+    AttentionInputs,
+    AttentionKernel,
+    LinearKernel,
+    NormKernel,
+    RopeKernel,
+    RotatingKernel,
+)
 from kernels.linear.transforms import Transform, same
 
 
@@ -179,8 +187,11 @@ class Attention:
         q, k, v = (y.view(num_tokens, -1, self.head_dim) for y in self.qkv_proj(x))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.rope.rotate(q, k, rotation)
-        self.kernel.store(k, v, cache, inputs)
+        if isinstance(self.kernel, RotatingKernel):
+            q = self.kernel.rotate_and_store(q, k, v, (rotation.cos, rotation.sin), cache, inputs)
+        else:
+            q, k = self.rope.rotate(q, k, rotation)
+            self.kernel.store(k, v, cache, inputs)
         attended = self.kernel.attend(q, cache, inputs, self.head_dim**-0.5)  # [num_tokens, num_heads, head_dim]
         return self.o_proj(attended.flatten(1))
 

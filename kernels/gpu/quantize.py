@@ -18,11 +18,17 @@ def hadamard(x, out, factor, D: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.co
     D log2(D) additions; the input's bytes and the output's.
     """
     row, d = tl.program_id(0).to(tl.int64) * D, tl.arange(0, D)
-    y = saturate(tl.load(x + row + d).to(tl.float32), LIMIT)
+    y = butterflies(saturate(tl.load(x + row + d).to(tl.float32), LIMIT), D, LEVELS) * factor
+    tl.store(out + row + d, y.to(out.dtype.element_ty))
+
+
+@triton.jit
+def butterflies(y, D: tl.constexpr, LEVELS: tl.constexpr):
+    """The additions of a Hadamard transform of y [D], D = 2^LEVELS."""
     for i in tl.static_range(LEVELS):
         low, high = tl.split(tl.permute(tl.reshape(y, (D >> (i + 1), 2, 1 << i)), (0, 2, 1)))
         y = tl.reshape(tl.permute(tl.join(low + high, low - high), (0, 2, 1)), (D,))
-    tl.store(out + row + d, (y * factor).to(out.dtype.element_ty))
+    return y
 
 
 @triton.jit
@@ -103,9 +109,20 @@ def store(
     operations.
     """
     token, kv_head = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots + token)  # int64
-    t, chunk = slot % PAGE, (slot // PAGE * num_kv_heads + kv_head) * CHUNK
     row = tl.load(x + (token.to(tl.int64) * num_kv_heads + kv_head) * D + tl.arange(0, D))
+    store_row(row, tl.load(slots + token), kv_head, chunks, halves, clip, prescale, num_kv_heads, IS_KEY, BITS, GROUP,
+              PAGE, D, CHUNK, CODES, PARAMETERS, MAX_CODE, IS_ORIGIN, TRIT_ROOM)  # fmt: skip
+
+
+@triton.jit
+def store_row(
+    row, slot, kv_head, chunks, halves, clip, prescale, num_kv_heads,
+    IS_KEY: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
+    CHUNK: tl.constexpr, CODES: tl.constexpr, PARAMETERS: tl.constexpr, MAX_CODE: tl.constexpr,
+    IS_ORIGIN: tl.constexpr, TRIT_ROOM: tl.constexpr,
+):  # fmt: skip
+    """row [D] float32 of one token and kv head, quantized to slot [] int64."""
+    t, chunk = slot % PAGE, (slot // PAGE * num_kv_heads + kv_head) * CHUNK
     row = saturate(row, 65504.0)
     if BITS == 16:
         d = tl.arange(0, D)

@@ -1,5 +1,5 @@
-"""What the kernels of int8, fp8, codebook, lookup and sparse weights cost once compiled; tests/kernels/gpu_compile.py
-says how.
+"""What the kernels of int8, fp8, codebook, lookup and sparse weights cost once compiled, those of transforms of
+activations, and RoPE with the store; tests/kernels/gpu_compile.py says how.
 
 python -m tests.kernels.gpu_families_compile     compiles every case anew and writes gpu_families_budget.json
 """
@@ -10,12 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.attention.f16 import gpu as plain
+from kernels.attention.quantized import gpu as quantized
 from kernels.gpu import decoding, transforms
 from kernels.gpu.decoding import BOOK, E4M3, TABLES, Decoded
 from kernels.gpu.tiles import ANY, Tile
 from kernels.linear.int8 import gpu as int8_gpu
 from kernels.linear.rounding import Rounding
 from kernels.linear.sparse import gpu as sparse_gpu
+from tests.kernels.gpu_attention_compile import chunk_layout
 from tests.kernels.gpu_compile import TYPES, Case, K, N, record
 
 BUDGET = Path(__file__).parent / "gpu_families_budget.json"
@@ -142,6 +145,19 @@ def rotation_case(architecture: int) -> Case:
     return Case("rotation", architecture, "inputs", "rotate_blocks", types, dict(transforms.ROTATED), 4, 1)
 
 
+def rotating_case(bits: tuple[float, float] | None, architecture: int) -> Case:
+    """RoPE with the store to pages of `bits`, of float16 where there are none; heads of 128 channels."""
+    heads = dict.fromkeys(("q", "k", "v", "q_out"), "*bf16")
+    halves = dict.fromkeys(("pages", "halves", "recent"), "*fp16")
+    numbers = dict.fromkeys(("cos", "sin", "key_clip", "key_prescale", "value_clip", "value_prescale"), "*fp32")
+    types = heads | halves | numbers | {"slots": "*i64", "recent_slots": "*i64", "chunks": "*u8", "factor": "fp32"}
+    kernel, fixed = "plain", plain.store_constants(128, 16)
+    if bits is not None:
+        kernel, fixed = "packed", quantized.rotating_constants(chunk_layout(bits, 128), (False, False), True)
+    label = f"RoPE and store {'f16' if bits is None else f'k{bits[0]:g}v{bits[1]:g}'}"
+    return Case(label, architecture, "rope_store", kernel, types, fixed, plain.STORE_WARPS, 1, False)
+
+
 def every_case(architecture: int) -> Iterator[Case]:
     """All entries of every table."""
     for name, matrix in INTEGERS.items():
@@ -171,6 +187,9 @@ def cases() -> Iterator[Case]:
     yield transform_case(Rounding("e2m1", 4, 16, scale_grid="e4m3", scale_unit=torch.ones(1)), "NVFP4", 80)
     yield hadamard_case(transforms.LONGEST_HADAMARD, 80)
     yield rotation_case(80)
+    for architecture in (80, 90):
+        yield rotating_case((4.0, 4.0), architecture)
+    yield rotating_case(None, 90)
     yield sparse_case(sparse_gpu.TILES[0], 90)
     yield sparse_case(sparse_gpu.TILES[-1], 80)
 

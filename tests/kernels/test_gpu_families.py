@@ -42,7 +42,7 @@ def _sums() -> Iterator[None]:
 
 @needs_interpreter
 def test_kernels_agree_with_their_references_under_the_interpreter() -> None:
-    check_interpreted("interpreted_families")
+    check_interpreted("interpreted_families", "interpreted_rotating")
 
 
 @needs_triton

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from kernels.contract import AttentionInputs, AttentionSpec
 from kernels.gpu import refusal
+from kernels.gpu.checks import check_memory
 from kernels.gpu.steps import Launch, Tiling, launches
+from kernels.rope.checks import check_heads
 
 PAGE_SIZES = (16, 32, 64, 128)  # tokens
 MAX_HEAD_DIM = 256  # channels: the sums of a tile stay in registers
@@ -53,10 +55,34 @@ class F16Triton:
 
     def store(self, k: Tensor, v: Tensor, pages: Tensor, inputs: AttentionInputs) -> None:
         """k, v: [num_tokens, num_kv_heads, head_dim] go to `inputs.slots` of `pages`, which is mutated."""
+        self._check_rows(k, v, pages, inputs)
+        store_plain(k, v, pages, inputs.slots)
+
+    def rotate_and_store(
+        self, q: Tensor, k: Tensor, v: Tensor, angles: tuple[Tensor, Tensor], pages: Tensor, inputs: AttentionInputs
+    ) -> Tensor:
+        """RotatingKernel.rotate_and_store."""
+        from kernels.gpu import rope_store
+
+        self._check_rows(k, v, pages, inputs)
+        check_float16("pages", pages)
+        q, k, v, cos, sin = turnable(q, k, v, angles)
+        turned = torch.empty_like(q)
+        (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
+        if num_tokens:
+            slots, fixed = inputs.slots.contiguous(), store_constants(head_dim, pages.shape[3])
+            rope_store.plain[num_tokens, num_heads + 2 * num_kv_heads](
+                *(q, k, v, cos, sin, slots, turned, pages, num_heads, num_kv_heads),
+                **fixed,
+                num_warps=STORE_WARPS,
+                enable_fp_fusion=False,
+            )
+        return turned
+
+    def _check_rows(self, k: Tensor, v: Tensor, pages: Tensor, inputs: AttentionInputs) -> None:
         expected = (inputs.query_starts[-1], pages.shape[2], pages.shape[4])
         if k.shape != expected or v.shape != expected:
             raise ValueError(f"keys {list(k.shape)} and values {list(v.shape)} must be rows of {list(expected)}")
-        store_plain(k, v, pages, inputs.slots)
 
     def attend(self, q: Tensor, pages: Tensor, inputs: AttentionInputs, scale: float) -> Tensor:
         """q: [num_tokens, num_heads, head_dim] -> the same shape and dtype."""
@@ -135,6 +161,20 @@ def merge(sums: Tensor, stats: Tensor, launch: Launch, result: Tensor, fixed: bo
         D=block_of(head_dim),
         **({"num_warps": MERGE_WARPS} if fixed else {"PARTS": COMBINED, "num_warps": COMBINE_WARPS}),
     )
+
+
+def turnable(q: Tensor, k: Tensor, v: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """q, k, v, cos and sin as kernels/gpu/rope_store.py takes them. Raises ValueError when they do not fit."""
+    cos, sin = angles
+    for x in (q, k):
+        check_heads(x, cos, sin)
+    for name, tensor, dtype in (
+        ("queries", q, torch.bfloat16),
+        ("keys", k, torch.bfloat16),
+        ("angles", cos, torch.float32),
+    ):
+        check_memory(name, tensor, q, dtype)
+    return tuple(tensor.contiguous() for tensor in (q, k, v, cos, sin))
 
 
 def store_plain(k: Tensor, v: Tensor, pages: Tensor, slots: Tensor) -> None:

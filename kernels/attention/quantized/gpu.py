@@ -19,6 +19,7 @@ from kernels.attention.f16.gpu import (
     merge,
     num_warps,
     store_plain,
+    turnable,
 )
 from kernels.attention.quantized.cache import QuantizedCache, QuantizedSpec
 from kernels.attention.quantized.codec import LIMIT
@@ -27,6 +28,7 @@ from kernels.attention.quantized.transforms import Hadamard, HeadTransform
 from kernels.contract import AttentionInputs
 from kernels.gpu import refusal
 from kernels.gpu.steps import MIN_COLUMNS, WIDE_COLUMNS, Launch, Tiling, launches
+from kernels.rope.gpu import RopeTriton
 
 NUM_STAGES = 2  # of packed tokens: costs 8 registers and 8 KiB on sm_90; prompts have one, as two spill on sm_80
 FEW_COLUMNS = 8  # of a tile that kernels/gpu/decode_steps.py serves
@@ -67,9 +69,7 @@ class QuantizedTriton:
 
     def store(self, k: Tensor, v: Tensor, cache: QuantizedCache, inputs: AttentionInputs) -> None:
         """QuantizedKernel.store."""
-        expected = (inputs.query_starts[-1], cache.num_kv_heads, cache.layout.head_dim)
-        if k.shape != expected or v.shape != expected:
-            raise ValueError(f"keys {list(k.shape)} and values {list(v.shape)} must be rows of {list(expected)}")
+        self._check_rows(k, v, cache, inputs)
         if not len(k):
             return
         codec = cache.codec
@@ -83,6 +83,34 @@ class QuantizedTriton:
         _store_packed(values, slots, cache, is_key=False)
         if inputs.recent is not None:
             store_plain(keys, values, cache.recent, inputs.recent.slots)
+
+    def rotate_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        angles: tuple[Tensor, Tensor],
+        cache: QuantizedCache,
+        inputs: AttentionInputs,
+    ) -> Tensor:
+        """RotatingKernel.rotate_and_store: one launch where both transforms are Hadamard's and keys are not shifted."""
+        codec = cache.codec
+        transforms = (codec.key_transform, codec.value_transform)
+        if codec.key_shift is not None or not all(isinstance(one, Hadamard) for one in transforms):
+            q, k = RopeTriton().rotate_pair(q, k, *angles)
+            self.store(k, v, cache, inputs)
+            return q
+        self._check_rows(k, v, cache, inputs)
+        q, k, v, cos, sin = turnable(q, k, v, angles)
+        turned = torch.empty_like(q)
+        if len(q):
+            _rotate_and_store((q, k, v, cos, sin), turned, cache, inputs)
+        return turned
+
+    def _check_rows(self, k: Tensor, v: Tensor, cache: QuantizedCache, inputs: AttentionInputs) -> None:
+        expected = (inputs.query_starts[-1], cache.num_kv_heads, cache.layout.head_dim)
+        if k.shape != expected or v.shape != expected:
+            raise ValueError(f"keys {list(k.shape)} and values {list(v.shape)} must be rows of {list(expected)}")
 
     def attend(self, q: Tensor, cache: QuantizedCache, inputs: AttentionInputs, scale: float) -> Tensor:
         """QuantizedKernel.attend. Raises ValueError when the read rule asks for recent pages and the step has none."""
@@ -214,6 +242,53 @@ def store_constants(layout: ChunkLayout, is_key: bool, is_origin: bool) -> dict[
 def turn_constants(head_dim: int, limit: float) -> dict[str, Any]:
     """What the Hadamard rotation is compiled for."""
     return {"D": head_dim, "LEVELS": head_dim.bit_length() - 1, "LIMIT": limit}
+
+
+def rotating_constants(layout: ChunkLayout, modes: tuple[bool, bool], has_recent: bool) -> dict[str, Any]:
+    """What kernels/gpu/rope_store.py is compiled for. modes: whether keys, and values, are cut towards the origin."""
+    keys = store_constants(layout, True, modes[0])
+    values = store_constants(layout, False, modes[1])
+    names = ("BITS", "GROUP", "PARAMETERS", "MAX_CODE", "IS_ORIGIN")
+    return (
+        {f"K_{name}": keys[name] for name in names}
+        | {f"V_{name}": values[name] for name in (*names, "CODES")}
+        | {name: keys[name] for name in ("PAGE", "CHUNK", "TRIT_ROOM")}
+        | turn_constants(layout.head_dim, LIMIT)
+        | {"RECENT": RECENT_TOKENS if has_recent else 0}
+    )
+
+
+def _rotate_and_store(
+    given: tuple[Tensor, ...], turned: Tensor, cache: QuantizedCache, inputs: AttentionInputs
+) -> None:
+    """given: q, k, v, cos, sin; mutates turned, like q."""
+    from kernels.gpu import rope_store
+
+    codec, slots, recent = cache.codec, inputs.slots.contiguous(), inputs.recent
+    chunks, _, halves = _views(cache.pages)
+    check_float16("recent pages", cache.recent)
+    num_tokens, num_heads, head_dim = turned.shape
+    rope_store.packed[num_tokens, num_heads + 2 * cache.num_kv_heads](
+        *given,
+        slots,
+        slots if recent is None else recent.slots.contiguous(),
+        turned,
+        chunks,
+        halves,
+        cache.recent,
+        codec.keys.clip.contiguous(),
+        codec.keys.prescale,
+        codec.values.clip.contiguous(),
+        codec.values.prescale,
+        num_heads,
+        cache.num_kv_heads,
+        1 / math.sqrt(head_dim),
+        **rotating_constants(
+            cache.layout, (codec.keys.mode == "origin", codec.values.mode == "origin"), recent is not None
+        ),
+        num_warps=STORE_WARPS,
+        enable_fp_fusion=False,
+    )
 
 
 def _store_packed(x: Tensor, slots: Tensor, cache: QuantizedCache, is_key: bool) -> None:
