@@ -63,24 +63,26 @@ class Draw:
         has_penalties = s.presence_penalty != 0 or s.frequency_penalty != 0 or s.repetition_penalty != 1
         if not has_penalties and not s.logit_bias and self.num_generated >= s.min_tokens:
             return None
-        add, less, counts = dict(s.logit_bias), {}, Counter[int]()
+        counts, less = Counter[int](), dict[int, float]()
         if s.presence_penalty or s.frequency_penalty:
             counts.update(self.tokens[self.num_prompt :])
             counted = torch.tensor(list(counts.values()), dtype=torch.int64)
-            penalties = s.presence_penalty + s.frequency_penalty * counted
-            less = dict(zip(counts, penalties.tolist(), strict=True))
+            less = dict(zip(counts, (s.presence_penalty + s.frequency_penalty * counted).tolist(), strict=True))
         if self.num_generated < s.min_tokens:
             less |= dict.fromkeys((*s.stop_token_ids, *(() if s.ignore_eos else self.eos_token_ids)), math.inf)
         seen = set(self.tokens) if s.repetition_penalty != 1 else set()
-        ids, last = sorted(add.keys() | less.keys() | seen), None
+        named = [*s.logit_bias.keys() | less.keys()]
+        others = seen.difference(named)  # one by one, 1,373 of them took 1.6 ms in place of 0.2
+        bias, factor = s.logit_bias, s.repetition_penalty
+        rows = [(bias.get(i, 0), factor if i in seen else 1, less.get(i, 0), counts[i]) for i in named]
+        terms = torch.zeros(4, len(named) + len(others))
+        terms[:, : len(named)] = torch.tensor(rows, dtype=torch.float32).view(-1, 4).T
+        terms[1, len(named) :] = factor
+        last = None
         if self.last is not None and has_penalties:
-            last = Last(self.last, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
-        if not ids and last is None:
-            return None
-        factors = [s.repetition_penalty if token in seen else 1.0 for token in ids]
-        terms = [[add.get(token, 0.0) for token in ids], factors, [less.get(token, 0.0) for token in ids]]
-        held = torch.tensor([counts[token] for token in ids], dtype=torch.float32)
-        return Edits(torch.tensor(ids, dtype=torch.int64), torch.tensor(terms, dtype=torch.float32), held, last)
+            last = Last(self.last, factor, s.presence_penalty, s.frequency_penalty)
+        ids = torch.tensor([*named, *others], dtype=torch.int64)
+        return Edits(ids, terms[:3], terms[3], last) if len(ids) or last is not None else None
 
     @property
     def filters(self) -> Filters | None:
