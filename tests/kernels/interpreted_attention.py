@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import BatchRow, build_batch
-from kernels.attention.f16.gpu import F16Triton
+from kernels.attention.f16.gpu import F16Triton, merge
 from kernels.attention.f16.layout import page_shape
 from kernels.attention.f16.reference import F16Reference
 from kernels.attention.quantized.cache import KeyShift, LayerCodec, QuantizedCache, QuantizedKernel
@@ -21,6 +21,8 @@ from kernels.attention.quantized.gpu import QuantizedTriton
 from kernels.attention.quantized.reference import QuantizedReference
 from kernels.attention.quantized.transforms import Chain, Hadamard, Identity, Permutation
 from kernels.contract import AttentionKernel
+from kernels.gpu.steps import Launch
+from kernels.transfer import send
 from tests.kernels.attention_oracle import random_tokens
 from tests.kernels.kv_oracle import cache_of as empty_cache
 from tests.kernels.kv_oracle import row_codec
@@ -317,6 +319,23 @@ def test_pages_of_float16(num_heads: int, num_kv_heads: int, head_dim: int) -> N
     assert_within(rows[-1:], expected[-1:], bound[-1:])
     first = keys[:, :, :21].expand(num_heads, 11, 21, head_dim), values[:, :, :21].expand(num_heads, 11, 21, head_dim)
     assert_within(rows[:-1], *exact_attention(q[10:21], *first, 0.0))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_more_parts_than_are_added_up_at_once(fixed: bool) -> None:
+    """Bugs: parts beyond those in use, which nobody wrote; a highest score that a later part does not know of."""
+    generator, used = torch.Generator().manual_seed(12), [37, 5]
+    sums, totals, highest = (torch.rand(2, 2, 40, n, generator=generator) + 0.5 for n in (10, 1, 1))
+    highest = 4 * highest.cumsum(2)
+    inside = torch.arange(40)[:, None] < torch.tensor(used)[:, None, None, None]
+    stats = torch.cat((highest, totals), dim=-1).masked_fill(~inside, torch.nan)
+    rows = torch.tensor([[1, used[0]], [0, used[1]]], dtype=torch.int32)
+    launch = Launch(send([rows, rows], torch.device("cpu")), 40, False)
+    result = torch.zeros(2, 2, 10)
+    merge(sums.masked_fill(~inside, torch.nan), stats, launch, result, fixed)
+    weights = torch.exp2(highest.double() - 60) * inside
+    expected = (sums * weights).sum(2) / (totals * weights).sum(2)
+    assert_within(result.flip(0), expected, 8 * EPS * max(used) * expected)
 
 
 def test_a_row_of_a_chunk_of_float16_pages() -> None:
