@@ -9,8 +9,8 @@ from kernels.linear.fp8.layout import Fp8Weights
 class Fp8Triton(DecodingKernel):
     """y[t, n] = sum_b scale[n // R, b] sum_{k in b} x[t, k] weight[n, k],   b blocks of C channels
 
-    Weights become bfloat16, which is exact, for any GPU; sums are float32. Activations are taken as they are: where the
-    format rounds them it has done so before, and products of e4m3 would be the same.
+    Weights become bfloat16, which is exact, for any GPU; sums are float32. Activations are taken as they are. Where the
+    format rounds them that is done before: to a code times a scale, and that to bfloat16.
 
     Reads num_bytes of weights once for up to 64 rows; 3 N K operations to decode and 2 T N K to multiply.
     """
