@@ -1,15 +1,13 @@
 """The name of a model -> a folder or a GGUF file: an existing one as it is, else a snapshot from the Hugging Face hub.
 
-Nothing here imports torch: the server asks for the folder before the engine starts.
+Nothing here imports torch, and the hub's library only for models that are there: the server asks for the folder before
+the engine starts.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-
-import huggingface_hub
-from huggingface_hub import errors as hub_errors
 
 from engine.checkpoint.errors import HubError
 from engine.checkpoint.gguf_choice import SUFFIX, files_of, models_among, only_model
@@ -65,6 +63,8 @@ class _Repository:
 
     def download(self, patterns: list[str], unwanted: Sequence[str] = UNWANTED) -> Path:
         """The folder of a snapshot that holds the files of these patterns."""
+        import huggingface_hub
+
         try:
             return Path(
                 huggingface_hub.snapshot_download(
@@ -81,6 +81,8 @@ class _Repository:
 
     def names(self, snapshot: Path) -> list[str]:
         """Its files; of those in the cache when offline."""
+        import huggingface_hub
+
         if self.offline:
             return [str(path.relative_to(snapshot)) for path in snapshot.rglob(f"*{SUFFIX}")]
         try:
@@ -122,6 +124,8 @@ def _neighbour(folder: Path) -> str:
 
 def _explanation(error: Exception, model: str, revision: str | None, offline: bool) -> str:
     """What happened and what to do. The order matters: a gated repository is also one that was not found."""
+    from huggingface_hub import errors as hub_errors
+
     wanted = model if revision is None else f"{model} at revision {revision}"
     page = f"https://huggingface.co/{model}"
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -130,7 +134,8 @@ def _explanation(error: Exception, model: str, revision: str | None, offline: bo
         f"{here} is not (wholly) in the cache, which is all that --offline uses. Check the spelling; if the model "
         "exists, run once without --offline to fetch it"
         if offline
-        else f"{here} is not in the cache and the hub cannot be reached: {first_line}"
+        else f"{here} is not in the cache and the hub cannot be reached ({first_line}). Check the spelling and the "
+        "network"
     )
     explanations = (
         (hub_errors.HFValidationError, f"{model!r} is neither a folder nor a model name of the form owner/name"),

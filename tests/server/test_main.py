@@ -27,7 +27,11 @@ def test_ctrl_c_while_the_server_is_imported_is_no_traceback(monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("module", "later"),
-    [("server.main", {"typer", "server.cli"}), ("server.cli", {"fastapi", "uvicorn", "jinja2", "transformers"})],
+    [
+        ("server.main", {"typer", "server.cli"}),
+        ("server.cli", {"fastapi", "uvicorn", "jinja2", "transformers", "huggingface_hub"}),
+        ("engine.checkpoint.hub", {"huggingface_hub"}),
+    ],
 )
 def test_what_takes_long_is_imported_later(module: str, later: set[str]) -> None:
     """Bugs: Ctrl-C in the first second is not understood; the engine is spawned after the imports that would have

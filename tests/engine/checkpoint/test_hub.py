@@ -70,7 +70,7 @@ def test_the_snapshot_is_pinned_and_filtered(monkeypatch: pytest.MonkeyPatch, tm
         (http_error(hub_errors.HfHubHTTPError), r"owner/name at revision v9 could not be fetched: 401"),
         (
             hub_errors.LocalEntryNotFoundError("no route to host\nmore"),
-            "no folder owner/name here.* cannot be reached: no route to host$",
+            r"no folder owner/name here.* cannot be reached \(no route to host\)\. Check the spelling and the network$",
         ),
         (hub_errors.HFValidationError("bad"), "nor a model name of the form owner/name"),
         (OSError(28, "No space left on device"), "No space left on device"),
