@@ -196,7 +196,9 @@ def test_the_cache_is_planned_with_the_weights_as_they_lie_on_the_gpu(gpu: Gpu) 
     facts = ModelFacts(1 << 20, 1 << 17, 1 << 20, FREE_BYTES, 2, has_cuda=True)
     early = resolve(config, facts)
     before, weights = held_bytes(), torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
+    gpu.is_weighed = True
     facts, plan = _with_weights(config, facts, early)
+    gpu.is_weighed = False
     assert facts.weight_bytes == before + weights.nbytes
     assert early.num_pages - plan.num_pages == pytest.approx(
         0.85 * (facts.weight_bytes - (1 << 20)) / (64 << 17), abs=2
