@@ -165,7 +165,7 @@ async def _read(response: httpx.Response, outcome: Outcome, started: float) -> N
     if not ended:
         outcome.error = "cut off"
     elif outcome.ttft is None:
-        outcome.error = "no text: the model ended its answer at once (--ignore-eos goes on)"
+        outcome.error = "no text: the answer ended at once (--ignore-eos goes on)"
 
 
 def _has_text(event: dict[str, Any]) -> bool:

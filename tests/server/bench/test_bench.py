@@ -89,7 +89,7 @@ def test_a_stream_is_timed_piece_by_piece() -> None:
     [
         (httpx.Response(503, json={"error": {}}), "http 503"),
         (httpx.Response(200, stream=Stream([piece("a")], done=False)), "cut off"),
-        (httpx.Response(200, stream=Stream([USAGE])), "no text: the model ended its answer at once (--ignore-eos goes on)"),
+        (httpx.Response(200, stream=Stream([USAGE])), "no text: the answer ended at once (--ignore-eos goes on)"),
         (httpx.Response(200, stream=Stream([piece("a"), {"error": {"code": "lost"}}])), "stream error (lost)"),
         (httpx.Response(200, stream=Stream([{"error": "busy"}])), "stream error (busy)"),
         (httpx.Response(200, stream=Stream([7])), "not OpenAI's events"),
