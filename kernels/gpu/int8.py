@@ -104,7 +104,7 @@ def multiply(
             q = word
             if PLANES == 2:
                 q = (word << (4 - 4 * j)) & -16
-            exact = tl.dot(q, xs, exact)
+            exact = tl.dot(q, xs, exact, out_dtype=tl.int32)
             if ZEROS:
                 count += tl.load(counts + token * (num_blocks * PLANES) + block * PLANES + j)
             if not WHOLE:
