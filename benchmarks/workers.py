@@ -14,6 +14,7 @@ from typing import Any
 
 POLL_S = 0.05
 START_S = 60.0  # for a worker to import what it needs
+MOST_IDLE = 2  # workers in a row that end before they begin anything: what ends them ends the next one too
 ERROR_CHARACTERS = 300
 
 Line = dict[str, Any]
@@ -39,7 +40,9 @@ def writer(path: Path, is_json: bool = False) -> Write:
 
 
 def lines_of(path: Path) -> list[Line]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """What is in the file; a line that is still being written is not."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def shown(line: Line) -> str:
@@ -62,7 +65,7 @@ class Limits:
 
 def supervise(command: Sequence[str], names: Sequence[str], path: Path, limits: Limits) -> None:
     """Run `command --only NAMES` until each group has had its turn; a group that ends its worker has had it."""
-    write, left, started = writer(path, "--json" in command), list(names), time.monotonic()
+    write, left, started, num_idle = writer(path, "--json" in command), list(names), time.monotonic(), 0
     while left:
         seconds = limits.seconds - (time.monotonic() - started)
         if seconds <= 0:
@@ -74,10 +77,14 @@ def supervise(command: Sequence[str], names: Sequence[str], path: Path, limits: 
         lines = lines_of(path)[before:]
         ended = [line["end"] for line in lines if "end" in line]
         begun = [line["begin"] for line in lines if "begin" in line and line["begin"] not in ended]
-        if reason is not None:
-            write({"group": begun[0] if begun else left[0], "error": reason})
-        had = {*ended, *begun} or {left[0]}
-        left = [name for name in left if name not in had]
+        num_idle = 0 if begun or ended else num_idle + 1
+        if num_idle == MOST_IDLE:
+            for name in left:
+                write({"group": name, "error": f"{reason or 'the worker ended'} before its first group"})
+            return
+        if begun:
+            write({"group": begun[0], "error": reason or "the worker ended"})
+        left = [name for name in left if name not in {*ended, *begun}]
 
 
 def _watched(command: Sequence[str], path: Path, before: int, limits: tuple[float, float]) -> str | None:

@@ -73,6 +73,13 @@ def test_groups_for_which_no_time_is_left_are_named(tmp_path: Path) -> None:
     assert [line["error"] for line in lines_of(out)] == ["left out: 0 s were over"] * 2
 
 
+def test_workers_that_cannot_start_are_not_started_for_ever(tmp_path: Path) -> None:
+    """Bug: fifty workers, one after the other, that all find no driver."""
+    out = tmp_path / "out.jsonl"
+    supervise([sys.executable, "-c", "raise SystemExit(1)"], ["a", "b", "c"], out, Limits(60, 60))
+    assert [line["error"] for line in lines_of(out)] == ["the worker ended with 1 before its first group"] * 3
+
+
 def test_groups_are_chosen_by_how_they_begin() -> None:
     names = ["linear 4 x 4, 1 rows", "linear 4 x 4, 16 rows", "sampling"]
     assert chosen(names, None) == names
