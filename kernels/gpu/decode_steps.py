@@ -77,7 +77,7 @@ def keys(words, BITS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, T: 
     word = tl.reshape(tl.permute(tl.reshape(word, (8, T // 8, W)), (1, 0, 2)), (T, W))
     x = halves(planes(word, BITS))  # [T, W, 2, planes, 2]
     x = tl.reshape(x, (T, RUNS, W // RUNS, 2, 8 // BITS // MINE, MINE, 2))
-    return tl.reshape(tl.permute(x, (4, 1, 0, 5, 3, 2, 6)), (D // GROUP, T, GROUP))
+    return tl.reshape(tl.permute(x, (4, 1, 0, 5, 2, 3, 6)), (D // GROUP, T, GROUP))
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def grouped_queries(x, BITS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     power = (127 + QUERIES - tl.arange(0, D) // (4 * W) * BITS) << 23
     x = (x.to(tl.float32) * power.to(tl.float32, bitcast=True)[:, None]).to(tl.float16)
     x = tl.reshape(x, (8 // BITS // MINE, MINE, RUNS, W // RUNS, 2, 2, COLUMNS))
-    return tl.reshape(tl.permute(x, (0, 2, 1, 5, 3, 4, 6)), (D // GROUP, GROUP, COLUMNS))
+    return tl.reshape(tl.permute(x, (0, 2, 1, 3, 5, 4, 6)), (D // GROUP, GROUP, COLUMNS))
 
 
 @triton.jit

@@ -28,7 +28,8 @@ class Tiling:
     num_kv_heads: int = 1
     fixed: bool = False
     least: int = MIN_COLUMNS  # columns of a decode step's tile
-    residents: int = 4  # programs of a decode step that one multiprocessor runs at once
+    residents: int = 3  # programs of a decode step that one multiprocessor surely runs at once: one more than it can
+    # would wait for all others to end
 
     def columns(self, is_wide: bool) -> int:
         return max(WIDE_COLUMNS if is_wide else self.least, 1 << (self.group - 1).bit_length())

@@ -34,7 +34,7 @@ NUM_STAGES = 2  # of packed tokens: costs 8 registers and 8 KiB on sm_90; prompt
 FEW_COLUMNS = 8  # of a tile that kernels/gpu/decode_steps.py serves
 FEW_BITS = (2.0, 4.0)
 FEW_WARPS = 1
-FEW_RESIDENTS = 10
+FEW_RESIDENTS = 7  # of 132 multiprocessors; by registers nine are possible, also on the 108 of an A100
 
 
 class QuantizedTriton:
@@ -183,7 +183,7 @@ class How:
     columns: int  # of a tile, at least
     num_warps: int
     num_stages: int
-    residents: int = 3  # programs of a multiprocessor, by registers
+    residents: int = 2  # Tiling's
 
     def kernel(self) -> Any:
         return import_module(f"kernels.gpu.{self.module}").attend
