@@ -122,10 +122,13 @@ def small_floats(words, j):
 
 
 @triton.jit
-def values(words, bits, j, BITS: tl.constexpr, MEANING: tl.constexpr, MIXED: tl.constexpr):
-    """Plane j of words [rows, PLANE / 2] before scaling, two bfloat16 to an int32; E2M1 2^-126 of it."""
+def values(words, bits, j, BITS: tl.constexpr, MEANING: tl.constexpr, MIXED: tl.constexpr, EACH: tl.constexpr):
+    """Plane j of words [rows, PLANE / 2] before scaling, two bfloat16 to an int32; of E2M1 2^-126 with EACH."""
     if MEANING == 1:
-        return small_floats(words, j)
+        found = small_floats(words, j)
+        if EACH == 0:
+            found = times(found, tl.full(words.shape, 0x7E80, tl.int16))  # 2^126
+        return found
     elif MEANING == 2:
         return looked_up(words, bits, j, MIXED)
     elif BITS == 8:  # code - 128: the bfloat16 128 + 7 bits, less 128 or, without the eighth bit, 256
@@ -161,25 +164,47 @@ def scaled(
 
 
 @triton.jit
-def parameter(counts, steps, group, n, out_features, STEP: tl.constexpr):
-    """Row `group` of scales or offsets [num_groups, N], float32; with STEP they count the steps of so many groups."""
-    found = tl.load(counts + group * out_features + n).to(tl.float32)
-    if STEP != 0:
-        found *= tl.load(steps + group // STEP * out_features + n).to(tl.float32)
+def fetched(
+    scales, zeros, offsets, scale_steps, offset_steps, block, row, out_features, num_groups,
+    GROUP: tl.constexpr, PLANES: tl.constexpr, PLANE: tl.constexpr, RUN: tl.constexpr,
+    SHIFT: tl.constexpr, STEP: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """Parameters of the runs of a block as they lie, [rows]: (scale, its step, zero or offset, its step) of each, where
+    the scale stands for what there is not. None with EACH."""
+    found = ()
+    for first in tl.static_range(0, PLANES if EACH == 0 else 0, RUN):
+        group = tl.minimum((block * PLANES + first) * PLANE // GROUP, num_groups - 1)
+        scale = tl.load(scales + group * out_features + row)
+        step, shift, shift_step = scale, scale, scale
+        if STEP != 0:
+            step = tl.load(scale_steps + group // STEP * out_features + row)
+        if SHIFT == 4:
+            shift = tl.load(offsets + group * out_features + row)
+            if STEP != 0:
+                shift_step = tl.load(offset_steps + group // STEP * out_features + row)
+        elif SHIFT > 1:
+            shift = tl.load(zeros + group * out_features + row)
+        found += ((scale, step, shift, shift_step),)
     return found
 
 
 @triton.jit
-def shift_of(
-    scale, zeros, offsets, offset_steps, group, n, out_features,
-    BASE: tl.constexpr, CENTER: tl.constexpr, SHIFT: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """(a, c) of a group, float32: its weights are s (v + a) + c."""
-    none = tl.zeros(n.shape, tl.float32)
+def counted(counts, steps, STEP: tl.constexpr):
+    """Scales or offsets of a run, float32 [rows]; with STEP they count steps."""
+    if STEP != 0:
+        return counts.to(tl.float32) * steps.to(tl.float32)
+    else:
+        return counts.to(tl.float32)
+
+
+@triton.jit
+def shift_of(run, BASE: tl.constexpr, CENTER: tl.constexpr, SHIFT: tl.constexpr, STEP: tl.constexpr):
+    """(a, c) of what `fetched` gives of a run, float32 [rows]: its weights are s (v + a) + c."""
+    none = tl.zeros(run[2].shape, tl.float32)
     if SHIFT == 4:
-        return none + (BASE - CENTER), parameter(offsets, offset_steps, group, n, out_features, STEP)
+        return none + (BASE - CENTER), counted(run[2], run[3], STEP)
     elif SHIFT > 1:
-        return BASE - tl.load(zeros + group * out_features + n).to(tl.float32), none
+        return BASE - run[2].to(tl.float32), none
     else:
         return none + (BASE - CENTER), none
 
@@ -219,7 +244,15 @@ def few(
     ones = tl.full((BLOCK_N, PLANE), 1.0, tl.float32).to(tl.bfloat16)
     bits = entries(table, BITS, MEANING)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    now = fetched(
+        scales, zeros, offsets, scale_steps, offset_steps, part_of_k * blocks_per_split, row, out_features, num_groups,
+        GROUP, PLANES, PLANE, RUN, SHIFT, STEP, EACH,
+    )  # fmt: skip
     for block in range(part_of_k * blocks_per_split, tl.minimum((part_of_k + 1) * blocks_per_split, num_blocks)):
+        ahead = fetched(  # memory takes as long as the products of a block
+            scales, zeros, offsets, scale_steps, offset_steps, block + 1, row, out_features, num_groups,
+            GROUP, PLANES, PLANE, RUN, SHIFT, STEP, EACH,
+        )  # fmt: skip
         word = tl.load(at + block * (PLANE // 2), eviction_policy="evict_first")  # [BLOCK_N, PLANE / 2]
         for first in tl.static_range(0, PLANES, RUN):
             part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -227,25 +260,22 @@ def few(
             for j in tl.static_range(first, first + RUN):
                 k = (block * PLANES + j) * PLANE + tl.arange(0, PLANE)
                 xs = activations(x, token, k, in_features, EVEN)
-                pairs = values(word, bits, j, BITS, MEANING, MIXED)
+                pairs = values(word, bits, j, BITS, MEANING, MIXED, EACH)
                 if EACH != 0:
                     pairs = scaled(pairs, scales, block, j, row, num_blocks, num_groups, GROUP, PLANES, PLANE, EACH)
                     total = tl.dot(floats(pairs, PLANE), xs, total)
                 else:
-                    if MEANING == 1:
-                        pairs = times(pairs, tl.full(pairs.shape, 0x7E80, tl.int16))  # 2^126
                     part = tl.dot(floats(pairs, PLANE), xs, part)
                 if SHIFT != 0:
                     sums = tl.dot(ones, xs, sums)
             if EACH == 0:
-                group = tl.minimum((block * PLANES + first) * PLANE // GROUP, num_groups - 1)
-                scale = parameter(scales, scale_steps, group, row, out_features, STEP)
+                run = now[first // RUN]
+                scale = counted(run[0], run[1], STEP)
                 total += part * scale[:, None]
                 if SHIFT != 0:
-                    add, shift = shift_of(
-                        scale, zeros, offsets, offset_steps, group, row, out_features, BASE, CENTER, SHIFT, STEP
-                    )
+                    add, shift = shift_of(run, BASE, CENTER, SHIFT, STEP)
                     total += sums * (scale * add + shift)[:, None]
+        now = ahead
     to = (part_of_k * num_tokens + t[None, :]).to(tl.int64) * out_features + n[:, None]
     tl.store(
         out + to, (total * factor).to(out.dtype.element_ty), (n < out_features)[:, None] & (t < num_tokens)[None, :]
@@ -254,8 +284,7 @@ def few(
 
 @triton.jit
 def rounded(
-    pairs, scale, add, shift,
-    MEANING: tl.constexpr, SHIFT: tl.constexpr, PARTS: tl.constexpr, PLANE: tl.constexpr,
+    pairs, scale, add, shift, SHIFT: tl.constexpr, PARTS: tl.constexpr, PLANE: tl.constexpr
 ):  # fmt: skip
     """bf16((v + a) s + c) of values v, [rows, PLANE].
 
@@ -268,8 +297,6 @@ def rounded(
         weight = floats(pairs, PLANE).to(tl.float32) * scale[:, None] + (scale * add + shift)[:, None]
         return weight.to(tl.bfloat16)
     else:
-        if MEANING == 1:
-            pairs = times(pairs, tl.full(pairs.shape, 0x7E80, tl.int16))  # 2^126
         if SHIFT != 0:
             pairs = plus(pairs, bits_of(add)[:, None])
         most = scale.to(tl.bfloat16)
@@ -304,23 +331,25 @@ def many(
     bits = entries(table, BITS, MEANING)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for block in range(part_of_k * blocks_per_split, tl.minimum((part_of_k + 1) * blocks_per_split, num_blocks)):
+        now = fetched(
+            scales, zeros, offsets, scale_steps, offset_steps, block, row, out_features, num_groups,
+            GROUP, PLANES, PLANE, RUN, SHIFT, STEP, EACH,
+        )  # fmt: skip
         word = tl.load(at + block * (PLANE // 2))  # [BLOCK_N, PLANE / 2]
         for first in tl.static_range(0, PLANES, RUN):
             if EACH == 0:
-                group = tl.minimum((block * PLANES + first) * PLANE // GROUP, num_groups - 1)
-                scale = parameter(scales, scale_steps, group, row, out_features, STEP)
-                add, shift = shift_of(
-                    scale, zeros, offsets, offset_steps, group, row, out_features, BASE, CENTER, SHIFT, STEP
-                )
+                run = now[first // RUN]
+                scale = counted(run[0], run[1], STEP)
+                add, shift = shift_of(run, BASE, CENTER, SHIFT, STEP)
             for j in tl.static_range(first, first + RUN):
                 k = (block * PLANES + j) * PLANE + tl.arange(0, PLANE)
                 xs = activations(x, token, k, in_features, EVEN)
-                pairs = values(word, bits, j, BITS, MEANING, MIXED)
+                pairs = values(word, bits, j, BITS, MEANING, MIXED, EACH)
                 if EACH != 0:
                     pairs = scaled(pairs, scales, block, j, row, num_blocks, num_groups, GROUP, PLANES, PLANE, EACH)
                     weight = floats(pairs, PLANE)
                 else:
-                    weight = rounded(pairs, scale, add, shift, MEANING, SHIFT, PARTS, PLANE)
+                    weight = rounded(pairs, scale, add, shift, SHIFT, PARTS, PLANE)
                 total = tl.dot(weight, xs, total)
     to = (part_of_k * num_tokens + t[None, :]).to(tl.int64) * out_features + n[:, None]
     tl.store(
