@@ -119,7 +119,8 @@ def affine(bits: int, shape: tuple[int, int], group: int, device: torch.device) 
 def tabled(table: tuple[float, ...], shape: tuple[int, int], group: int, device: torch.device) -> TableWeights:
     n, k = shape
     codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
-    return TableWeights(4, k, group, codes, torch.rand(n, k // group, device=device).half(), table)
+    stored = torch.float8_e4m3fn if table == tables.E2M1 else torch.float16  # NVFP4's
+    return TableWeights(4, k, group, codes, torch.rand(n, k // group, device=device).to(stored), table)
 
 
 def torch_int4(x: Tensor, n: int) -> Callable[[], object]:

@@ -42,7 +42,6 @@ from kernels.attention.quantized.cache import QuantizedCache
 from kernels.attention.quantized.gpu import QuantizedTriton
 from kernels.attention.quantized.reference import QuantizedReference
 from kernels.contract import AttentionInputs, Filters, RowDraw
-from kernels.gpu.configs import grid_for
 from kernels.gpu.multiply import multiply
 from kernels.gpu.packing import LINEAR, LOOKUP, Packed
 from kernels.linear.affine.gpu import AffineTriton
@@ -140,7 +139,7 @@ def linear_error(x: Tensor, packed: Packed, matrix: Tensor, fixed: bool) -> floa
     bound = dot_bound(exact, matrix - shift) + dot_bound(exact, shift) + 2 * EPS * (exact.abs() @ shift.abs().T)
     if packed.meaning == LOOKUP:
         bound += EPS_BF16 / 2 * size
-    if grid_for(x.shape[0], packed.out_features, packed.num_blocks, fixed).config.kernel == "many":
+    if packed.configs.of(x.shape[0], fixed).kernel == "many":
         bound += EPS_BF16 * size
     return worst(y, exact @ matrix.T, bound + EPS * size)
 

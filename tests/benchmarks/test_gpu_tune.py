@@ -4,13 +4,18 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import gpu_tune
+from benchmarks.gpu_timing import Case
 from benchmarks.gpu_tune import GAIN, Found, main, search, splits, stages, table_of, tiles, write_table
 from kernels.gpu import configs
-from kernels.gpu.configs import ANY, CODES, Config, ConfigTable, configs_for, default_configs, read_table, written
+from kernels.gpu.configs import ANY, CODES, Config, ConfigTable, Grid, configs_for, default_configs, read_table, written
+from kernels.gpu.packing import Packed
 from tests.kernels import gpu_compile
 from tests.kernels.gpu_checks import check_names
 from tests.kernels.gpu_compile import BUDGET, measured_cases
@@ -57,6 +62,34 @@ def test_candidates_are_entries_that_a_table_may_have(start: Config) -> None:
     for vary in (tiles, stages):
         assert start in set(vary(start))
     assert len({*tiles(start), *stages(start), *splits(start)}) < 30  # each is compiled, for seconds
+
+
+class Clock:
+    """A program of 32 rows of weights takes 1 ms, others 2."""
+
+    def trial(self, cases: Sequence[Case]) -> list[float]:
+        return [1.0 if "x 32," in case.name else 2.0 for case in cases]
+
+    def wait(self) -> None: ...
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_what_spills_or_fails_is_not_timed(codes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of codes can be made; two entries that cut a matrix alike are timed once."""
+    failing = {1: "too much shared memory", 2: None, 3: "spills"}
+
+    def launched(x: torch.Tensor, packed: Packed, y: torch.Tensor, grid: Grid) -> Any:
+        assert (x.shape, packed.codes, y.shape) == ((8, 256), codes, (8, 64))
+        if failing.get(grid.config.num_stages) == "too much shared memory":
+            raise RuntimeError("out of resource")
+        return SimpleNamespace(n_spills=4 if failing.get(grid.config.num_stages) == "spills" else 0)
+
+    monkeypatch.setattr(gpu_tune, "launch", launched)
+    packed = gpu_tune.random_packed(codes, (64, 256), torch.device("cpu"))
+    timed = gpu_tune.timed_with(packed, 8, Clock())
+    best, alike = replace(START, block_n=32, num_stages=2), replace(START, min_programs=ANY)
+    tried = [START, best, alike, replace(START, num_stages=1), replace(alike, num_stages=2)]
+    assert timed(tried) == {best: 1000.0, replace(alike, num_stages=2): 2000.0}
 
 
 def lines(codes: str, size: tuple[int, int], entries: Sequence[Config]) -> list[dict[str, object]]:
