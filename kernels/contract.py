@@ -86,7 +86,8 @@ class LinearKernel(Kernel, Protocol):
     def join(self, prepared: Sequence[Any]) -> Any | None:
         """Return what `linear` takes for matrices that read the same input; None when they must go one by one.
 
-        One matrix can always be joined with itself alone.
+        One matrix can always be joined with itself alone. The result needs nothing of what was prepared that it does
+        not hold: it may be a copy.
         """
         ...
 

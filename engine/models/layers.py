@@ -34,6 +34,20 @@ class BoundTerm:
     prepared: Any  # what kernel.prepare returned
 
 
+@dataclass(frozen=True)
+class Finish:
+    """What a linear layer does to the sum of its terms."""
+
+    post: tuple[Transform, ...]
+    bias: Tensor | None  # [out_features] of the activations' dtype
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """y: [num_tokens, out_features] -> what the layer gives."""
+        for transform in self.post:
+            y = transform.apply(y)
+        return y if self.bias is None else y + self.bias
+
+
 class Linear:
     """y = Post(sum_t Term_t(Pre(x))) + bias."""
 
@@ -46,8 +60,7 @@ class Linear:
     ) -> None:
         self.terms = tuple(terms)
         self.pre = tuple(pre)
-        self.post = tuple(post)
-        self.bias = bias  # [out_features] of the activations' dtype
+        self.finish = Finish(tuple(post), bias)
         self._joined = [term.kernel.join([term.prepared]) for term in terms]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -60,29 +73,24 @@ class Linear:
             y = y + other
         return self.finish(y)
 
-    def finish(self, y: Tensor) -> Tensor:
-        """y: [num_tokens, out_features], the sum of the terms -> what the layer gives."""
-        for transform in self.post:
-            y = transform.apply(y)
-        return y if self.bias is None else y + self.bias
-
 
 class Projections:
     """Linear layers that read the same input (q, k and v; gate and up), in one pass where their kernels can."""
 
     def __init__(self, linears: Sequence[Linear]) -> None:
-        self._linears = tuple(linears)
-        self._joined = _join(self._linears)
+        joined = _join(linears)
+        self._together = None if joined is None else (linears[0].pre, linears[0].terms[0].kernel, joined)
+        self._finishes = tuple(linear.finish for linear in linears)
+        self._linears = tuple(linears) if joined is None else ()  # else their matrices go: what is joined may be a copy
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """x: [num_tokens, in_features] -> [num_tokens, out_features] of each layer, x's dtype."""
-        first = self._linears[0]
-        if self._joined is None:
+        if self._together is None:
             return tuple(linear(x) for linear in self._linears)
-        for transform in first.pre:
+        pre, kernel, joined = self._together
+        for transform in pre:
             x = transform.apply(x)
-        results = first.terms[0].kernel.linear(x, self._joined)
-        return tuple(linear.finish(y) for linear, y in zip(self._linears, results, strict=True))
+        return tuple(finish(y) for finish, y in zip(self._finishes, kernel.linear(x, joined), strict=True))
 
 
 def _join(linears: Sequence[Linear]) -> Any | None:

@@ -218,10 +218,19 @@ def activations(x, t, k, in_features, EVEN: tl.constexpr):
     return tl.load(at, (k < in_features)[:, None], other=0, eviction_policy="evict_last")
 
 
+@triton.jit
+def matrix_of(n, first_end, second_end, out_features):
+    """(first row, number of rows) of that of up to three joined matrices to which row n belongs. A program's rows are
+    all of one."""
+    start = tl.where(n >= second_end, second_end, tl.where(n >= first_end, first_end, 0))
+    end = tl.where(n >= second_end, out_features, tl.where(n >= first_end, second_end, first_end))
+    return start, end - start
+
+
 @triton.jit(do_not_specialize=["num_tokens", "blocks_per_split"])
 def few(
     x, words, scales, zeros, offsets, scale_steps, offset_steps, table, out,
-    num_tokens, in_features, out_features, num_blocks, num_groups, blocks_per_split, factor,
+    num_tokens, in_features, out_features, num_blocks, num_groups, blocks_per_split, first_end, second_end, factor,
     GROUP: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, PLANE: tl.constexpr, RUN: tl.constexpr,
     BASE: tl.constexpr, CENTER: tl.constexpr, MEANING: tl.constexpr, MIXED: tl.constexpr, SHIFT: tl.constexpr,
     STEP: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
@@ -276,7 +285,9 @@ def few(
                     add, shift = shift_of(run, BASE, CENTER, SHIFT, STEP)
                     total += sums * (scale * add + shift)[:, None]
         now = ahead
-    to = (part_of_k * num_tokens + t[None, :]).to(tl.int64) * out_features + n[:, None]
+    start, width = matrix_of(tl.program_id(0) * BLOCK_N, first_end, second_end, out_features)
+    base = part_of_k.to(tl.int64) * num_tokens * out_features + start.to(tl.int64) * num_tokens
+    to = base + t.to(tl.int64)[None, :] * width + (n - start)[:, None]
     tl.store(
         out + to, (total * factor).to(out.dtype.element_ty), (n < out_features)[:, None] & (t < num_tokens)[None, :]
     )
@@ -311,7 +322,7 @@ def rounded(
 @triton.jit(do_not_specialize=["num_tokens", "blocks_per_split"])
 def many(
     x, words, scales, zeros, offsets, scale_steps, offset_steps, table, out,
-    num_tokens, in_features, out_features, num_blocks, num_groups, blocks_per_split, factor,
+    num_tokens, in_features, out_features, num_blocks, num_groups, blocks_per_split, first_end, second_end, factor,
     GROUP: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, PLANE: tl.constexpr, RUN: tl.constexpr,
     BASE: tl.constexpr, CENTER: tl.constexpr, MEANING: tl.constexpr, MIXED: tl.constexpr, SHIFT: tl.constexpr,
     STEP: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
@@ -351,7 +362,9 @@ def many(
                 else:
                     weight = rounded(pairs, scale, add, shift, SHIFT, PARTS, PLANE)
                 total = tl.dot(weight, xs, total)
-    to = (part_of_k * num_tokens + t[None, :]).to(tl.int64) * out_features + n[:, None]
+    start, width = matrix_of(tl.program_id(0) * BLOCK_N, first_end, second_end, out_features)
+    base = part_of_k.to(tl.int64) * num_tokens * out_features + start.to(tl.int64) * num_tokens
+    to = base + t.to(tl.int64)[None, :] * width + (n - start)[:, None]
     tl.store(
         out + to, (total * factor).to(out.dtype.element_ty), (n < out_features)[:, None] & (t < num_tokens)[None, :]
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.contract import LinearSpec
 from kernels.gpu.configs import Config, Grid, grid_for
+from kernels.gpu.joining import ends_of, join_matrices
 from kernels.gpu.packing import Packed, packed_refusal
 from kernels.linear.blocks import check_width
 
@@ -31,8 +32,9 @@ class TritonKernel:
         return packed_refusal(spec)
 
     def join(self, prepared: Sequence[Packed]) -> tuple[Packed, ...]:
-        """Matrices run one after the other: a CUDA graph makes a launch cheap, and a copy would take their memory."""
-        return tuple(prepared)
+        """One matrix, a copy, where they are alike; else they run one after the other."""
+        joined = join_matrices(prepared)
+        return tuple(prepared) if joined is None else (joined,)
 
     def linear(self, x: Tensor, joined: tuple[Packed, ...]) -> tuple[Tensor, ...]:
         """x: [num_tokens, K] bfloat16 -> [num_tokens, N] bfloat16 for each matrix. Raises ValueError for another K."""
@@ -41,10 +43,13 @@ class TritonKernel:
         if x.dtype != torch.bfloat16:
             raise ValueError(f"activations must be bfloat16, found {x.dtype}")
         x = x.contiguous()
-        outs = tuple(x.new_empty(x.shape[0], packed.out_features) for packed in joined)
-        for packed, out in zip(joined, outs, strict=True):
-            multiply(x, packed, out, self._fixed)
-        return outs
+        outs: list[Tensor] = []
+        for packed in joined:
+            y = x.new_empty(x.shape[0] * packed.out_features)
+            multiply(x, packed, y, self._fixed)
+            parts = torch.split(y, [x.shape[0] * rows for rows in packed.rows])
+            outs += [part.view(x.shape[0], rows) for part, rows in zip(parts, packed.rows, strict=True)]
+        return tuple(outs)
 
 
 def shift_of(packed: Packed) -> int:
@@ -88,7 +93,8 @@ def num_stages(packed: Packed, config: Config) -> int:
 
 
 def multiply(x: Tensor, packed: Packed, y: Tensor, fixed: bool = False) -> None:
-    """x: [num_tokens, K] bfloat16; mutates y: [num_tokens, N] floating, rounded to once. Both contiguous."""
+    """x: [num_tokens, K] bfloat16; mutates y: [num_tokens, N] floating, rounded to once, of joined matrices one after
+    the other. Both contiguous."""
     if x.shape[0] and packed.out_features:
         launch(x, packed, y, grid_for(x.shape[0], packed.out_features, packed.num_blocks, fixed, packed.configs))
 
@@ -112,6 +118,7 @@ def launch(x: Tensor, packed: Packed, y: Tensor, grid: Grid) -> Any:
         packed.num_blocks,
         packed.num_groups,
         grid.blocks_per_split,
+        *ends_of(packed),
         packed.factor,
         **constants(packed, grid.config),
         num_warps=grid.config.num_warps,

@@ -94,11 +94,17 @@ class Packed:
     mixed_table: bool = False  # ByteTable.mixed
     configs: Configs = field(default_factory=default_configs)  # how its products are cut into programs
     exact_scales: bool = False  # scales are [N, groups of whole blocks] bfloat16; they and 2^-126 E2M1 are multiplied
+    joined_rows: tuple[int, ...] = ()  # N of each of the matrices that this is made of (kernels/gpu/joining.py)
 
     @property
     def codes(self) -> str:
         """What tables of configurations call its codes."""
         return codes_of(self.bits, self.meaning)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """N of each matrix whose results stand one after the other, [T, N] each."""
+        return self.joined_rows or (self.out_features,)
 
     @property
     def planes(self) -> int:

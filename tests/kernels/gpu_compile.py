@@ -36,6 +36,7 @@ TYPES = {
     torch.int8: "i8",
 }
 K, N = 4096, 4096
+SIZES = ("in_features", "out_features", "first_end", "second_end", "width", "half", "vocab")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Case:
     num_warps: int
     num_stages: int = 1
     is_fused: bool = True  # whether a product and a sum may become one operation
-    sizes: tuple[str, ...] = ("in_features", "out_features", "width", "half", "vocab")  # that are multiples of 16
+    sizes: tuple[str, ...] = SIZES  # that are multiples of 16
 
     def __str__(self) -> str:
         return f"{self.name}, sm_{self.architecture}"

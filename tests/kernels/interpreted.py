@@ -202,6 +202,39 @@ def test_results_are_bfloat16_for_each_matrix() -> None:
     assert kernel.linear(activations(0, 64), kernel.join([kernel.prepare(terms[0])]))[0].shape == (0, 5)
 
 
+@pytest.mark.parametrize("num_tokens", [3, 65])
+def test_joined_matrices_give_what_each_gives_alone(num_tokens: int) -> None:
+    """Bug: results of one matrix among another's rows, parameters of another's groups, parts of sums mixed up."""
+    rows, x = (128, 128, 19), activations(num_tokens, 256)
+    plain = [random_affine(4, 256, count, 64, torch.float16, seed=count) for count in rows]
+    nested = [random_nested(4, 256, count, 32, seed=count) for count in rows[1:]]
+    floats = [random_table(E2M1, 256, count, 16, torch.float8_e4m3fn, seed=count) for count in rows[:2]]
+    cases: list[tuple[Any, list[Any]]] = [
+        (AffineTriton(), plain),
+        (AffineTriton(True), nested),
+        (TableTriton(), floats),
+    ]
+    for kernel, terms in cases:
+        prepared = [kernel.prepare(term) for term in terms]
+        joined = kernel.join(prepared)
+        assert [packed.rows for packed in joined] == [tuple(packed.out_features for packed in prepared)]
+        for packed, found in zip(prepared, kernel.linear(x, joined), strict=True):
+            assert torch.equal(found, kernel.linear(x, (packed,))[0])
+
+
+def test_what_cannot_be_one_matrix_is_multiplied_one_by_one() -> None:
+    """Bug: one matrix's factor, zero point or kind of parameters for another; a program with rows of two."""
+    weights = random_affine(4, 64, 128, 32, torch.float16, seed=1)
+    first = AffineTriton().prepare(weights)
+    short = AffineTriton().prepare(random_affine(4, 64, 64, 32, torch.float16, seed=1))
+    wide = AffineTriton().prepare(random_affine(4, 64, 128, 32, torch.float32, seed=1))
+    for other in (wide, replace(first, factor=0.5), replace(first, zeros=None, center=8)):
+        assert AffineTriton().join([first, other]) == (first, other)
+    assert AffineTriton().join([short, first]) == (short, first)
+    assert len(AffineTriton().join([first, short])) == 1
+    assert len(AffineTriton().join([first] * 4)) == 4
+
+
 def test_every_entry_of_the_table_is_reached() -> None:
     used = [grid_for(num_tokens, N, 9).config for num_tokens in (1, 9, 17, 65)]
     assert tuple(used) == default_configs().entries
