@@ -80,13 +80,16 @@ class EngineCore:
         """Take in messages, launch one batch, and return the events of the one before; on a CPU, which has computed
         the batch by then, its own."""
         started = time.monotonic()
-        has_newcomers = any(isinstance(message, Submit) for message in inbox)  # who may be seated in the next step
-        ahead = None if has_newcomers else self._launch_ahead()
-        self._retire()
+        has_newcomers = any(isinstance(message, Submit) for message in inbox)
+        before, self._flight = self._flight, None  # taken first: whatever fails now, the next call goes on without it
+        ahead = self._launch_ahead(before, has_newcomers)
+        self._retire(before)
         self._receive(inbox)
-        self._flight = self._launch(self._scheduler.schedule()) if ahead is None else self._settle(ahead)
-        if self._flight is not None and not self._flight.is_apart:
-            self._retire()
+        flight = self._launch(self._scheduler.schedule()) if ahead is None else self._settle(ahead)
+        if flight is None or flight.is_apart:
+            self._flight = flight
+        else:
+            self._retire(flight)
         self._step_seconds += time.monotonic() - started
         if not self.has_work:
             self.check_integrity()
@@ -197,9 +200,9 @@ class EngineCore:
 
     # -- run -------------------------------------------------------------------------------------------------------
 
-    def _launch_ahead(self) -> Flight | None:
-        """The step after the one whose ids nobody has read, if they do not decide what it is."""
-        following = lookahead.following(self._flight, self._scheduler)
+    def _launch_ahead(self, before: Flight | None, has_newcomers: bool) -> Flight | None:
+        """The step after `before`, whose ids nobody has read, if they do not decide what it is."""
+        following = lookahead.following(before, self._scheduler, has_newcomers)
         return None if following is None else self._launch(*following)
 
     def _launch(self, slices: Items[Slice], before: Before | None = None) -> Flight | None:
@@ -211,8 +214,9 @@ class EngineCore:
             if item.sequence.admitted_at is None:
                 item.sequence.admitted_at = now
         flight = self._launcher.launch(slices, before)
-        for item in slices if before is None else ():
-            self._store(item)
+        if before is None:
+            for item in slices:
+                self._store(item)
         self._num_steps += 1
         self._num_rows += sum(item.num_tokens for item in slices)
         return flight
@@ -223,9 +227,8 @@ class EngineCore:
         sequence.num_computed = item.start + item.num_tokens
         self._manager.commit(sequence.id, sequence.tokens, sequence.num_computed)
 
-    def _retire(self) -> None:
-        """Wait for the step in flight, and do what its ids say."""
-        flight, self._flight = self._flight, None
+    def _retire(self, flight: Flight | None) -> None:
+        """Wait for a step, and do what its ids say."""
         if flight is None:
             return
         found = flight.pending.read()

@@ -75,7 +75,8 @@ class Launcher:
         targets: list[Target] = []
         first = 0  # row of `logits`
         for item, row in zip(slices, rows, strict=True):
-            own = range(first, first := first + row.num_logits)
+            own = range(first, first + row.num_logits)
+            first = own.stop
             num_draws, num_targets = len(draws), len(targets)
             draws += self._draws(item, own, row.place)
             targets += _targets(item, own)

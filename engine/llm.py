@@ -188,8 +188,10 @@ class LLM:
                 yield events
                 events = self._core.step([])
         finally:  # refused, failed, left or interrupted: nothing of this call may stay in the batch
-            self._core.step([Cancel(request.id) for request in requests])
-            self._is_running = False
+            try:
+                self._core.step([Cancel(request.id) for request in requests])
+            finally:
+                self._is_running = False
 
     def _hear(self, answer: Completion, event: Event) -> None:
         if isinstance(event, Token):

@@ -8,13 +8,13 @@ not depend on what the ids are, it is launched first, and reads them on the devi
     settle k+1   leave out what it computed for nothing; what remains is stored
 
 It is computed for nothing where a sequence turns out to have ended with step k or is cancelled meanwhile, and where its
-token could not be drawn on the device, so that k+1 read a wrong one. What such a row stored is at the position after
-the last token that is counted as stored, in a page that this sequence alone holds and that is not published, for only
-full pages of stored tokens are. If the sequence goes on, its next step stores the right keys and values there before
-anything reads them. If it has ended, the page is released at once: whoever is given it is given it for a later step,
-and the device runs steps in order, so that everything written for it is written later. The window is no exception:
-tokens are quantized when they are stored, in the same step that writes their recent page, and nothing happens when they
-leave the window. Recent pages are the sequence's own until they are full, too.
+token could not be drawn on the device, so that k+1 read a wrong one. What such a row stored, or a chunk of a prompt, is
+behind the last token that is counted as stored, in pages that this sequence alone holds and that are not published, for
+only full pages of stored tokens are. If the sequence goes on, its next step stores the right keys and values there
+before anything reads them. If it has ended, the page is released at once: whoever is given it is given it for a later
+step, and the device runs steps in order, so that everything written for it is written later. The window is no
+exception: tokens are quantized when they are stored, in the same step that writes their recent page, and nothing
+happens when they leave the window. Recent pages are the sequence's own until they are full, too.
 
 Copies of pages (forks, swapping out and in) are made on the way from one step that was read to the next, never while a
 step is ahead. They would find the right bytes all the same, of all tokens that are stored: the device makes copies in
@@ -27,12 +27,14 @@ from engine.flight import Before, Flight, Part
 from engine.scheduler import Scheduler, Slice
 
 
-def following(flight: Flight | None, scheduler: Scheduler) -> tuple[Items[Slice], Before] | None:
-    """The step after `flight`, if it is one that its ids do not decide. Reserves its pages."""
+def following(flight: Flight | None, scheduler: Scheduler, has_newcomers: bool) -> tuple[Items[Slice], Before] | None:
+    """The step after `flight`, if it is one that its ids do not decide, nor requests that have just come. Reserves its
+    pages."""
     if flight is None or flight.pending.ids is None or not all(_may_be_followed(part) for part in flight.parts):
         return None
     going_on = [part for part in flight.parts if not _ends_by_length(part)]
-    slices = scheduler.ahead([part.sequence for part in going_on], len(flight.parts) - len(going_on))
+    sequences, num_ending = [part.sequence for part in going_on], len(flight.parts) - len(going_on)
+    slices = scheduler.ahead(sequences, num_ending, has_newcomers)
     if not slices:
         return None
     return slices, Before(flight.pending.ids, {part.sequence.id: part.draws.start for part in going_on if part.draws})

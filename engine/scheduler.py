@@ -98,16 +98,14 @@ class Scheduler:
         self._admit(slices)
         return list(slices.values())
 
-    def ahead(self, sequences: Items[Sequence], num_ending: int) -> list[Slice] | None:
+    def ahead(self, sequences: Items[Sequence], num_ending: int, has_newcomers: bool) -> list[Slice] | None:
         """What `sequences` run next: more of a prompt, or one token more where all that is known of one is stored.
-        `num_ending` others end now.
+        `num_ending` others end now; has_newcomers: requests have come that are not queued yet.
 
-        None where there is something to choose: another one runs, one waits that may find room, or pages run out. What
-        was reserved until then is what the next step reserves.
+        None where there is something to choose: another one runs, one waits or comes that may join the step, or pages
+        run out. What was reserved until then stays with its sequence, for its next step.
         """
         if len(sequences) + num_ending != len(self._running):
-            return None
-        if self._waiting and (num_ending or (self._has_seat and self._has_room(self._waiting[0]))):
             return None
         budget = self._max_batch_tokens - sum(sequence.num_uncomputed == 0 for sequence in sequences)
         slices: list[Slice] = []
@@ -122,7 +120,15 @@ class Scheduler:
             if block_table is None:
                 return None
             slices.append(self._slice(sequence, num_tokens, block_table))
+        if budget > 0 and self._may_seat(num_ending, has_newcomers):
+            return None
         return slices
+
+    def _may_seat(self, num_ending: int, has_newcomers: bool) -> bool:
+        """Whether somebody may run who does not, once `num_ending` have ended and newcomers are queued."""
+        if not num_ending and not self._has_seat:
+            return False
+        return has_newcomers or (bool(self._waiting) and (num_ending > 0 or self._has_room(self._waiting[0])))
 
     @property
     def _has_seat(self) -> bool:

@@ -20,9 +20,11 @@ def leaving_on_signals(leave: Callable[[], object]) -> Iterator[None]:
     def end(number: int, _: object) -> None:
         for each in SIGNALS:
             signal.signal(each, signal.SIG_IGN)
-        leave()
-        sys.stderr.flush()
-        os._exit(128 + number)
+        try:
+            leave()
+            sys.stderr.flush()
+        finally:  # signals are deaf by now, and what is raised here may get lost as well
+            os._exit(128 + number)
 
     before = [signal.signal(each, end) for each in SIGNALS]
     try:

@@ -195,6 +195,31 @@ def test_a_newcomer_is_in_the_next_step() -> None:
     assert core.stats().num_running == 2
 
 
+def test_who_finds_no_seat_keeps_nobody_waiting() -> None:
+    """A request comes in every step while the only seat is taken. Bug: a busy server whose GPU waits for the host."""
+    core, device = world(max_num_seqs=1)
+    core.step([submit("r", [1, 2], max_tokens=10)])
+    for i in range(8):
+        core.step([submit(f"{i}", [3], max_tokens=1)])
+    assert device.num_overlapped == 8
+
+
+def test_a_step_ahead_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory, say. Bug: the call that cancels what ran launches it once more, and nothing can be cancelled."""
+    core, _ = world()
+    core.step([submit("r", [1, 2], max_tokens=10)])
+
+    def launch(*_: object) -> None:
+        raise RuntimeError("full")
+
+    monkeypatch.setattr(type(core._launcher), "launch", launch)
+    with pytest.raises(RuntimeError, match="full"):
+        core.step([])
+    core.step([Cancel("r")])
+    assert not core.has_work
+    assert core.stats().pages_used == 0
+
+
 def test_who_waits_is_seated_as_soon_as_there_is_room() -> None:
     """Bugs: steps run ahead while someone could start; none does while someone waits who cannot."""
     requests = [submit(f"{i}", [i + 1, 2], max_tokens=8 + 4 * i) for i in range(4)]
