@@ -32,7 +32,8 @@ class LinearSpec:
     exact_activations: bool = False  # whether the kernel must not round activations
 
     def __str__(self) -> str:
-        return f"a {self.detail} linear layer of {self.out_features} x {self.in_features} on {self.device.type}"
+        article = "an" if self.detail[:1] in ("8", "i", "a") else "a"  # 8-bit, int8
+        return f"{article} {self.detail} linear layer of {self.out_features} x {self.in_features} on {self.device.type}"
 
 
 @dataclass(frozen=True)

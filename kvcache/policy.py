@@ -214,7 +214,7 @@ def _read_part(text: str, part: str) -> tuple[Widths, dict[str, int]]:
     widths = re.fullmatch(r"k([\d.]+)v([\d.]+)", name)
     by_name = {name_of(bits): bits for bits in WIDTHS}
     if widths is None or widths[1] not in by_name or widths[2] not in by_name:
-        raise _error(text, f"{name!r} is not known: use one of {NAMES}")
+        raise _error(text, f"{name!r} is not known: use one of {NAMES}, such as k4v4 or skvq:k2v2:w64")
     if widths[1] == widths[2] == "16":
         raise _error(text, f"{name} is f16: use that name")
     if numbers.get("g") == 0:

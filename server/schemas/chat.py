@@ -32,7 +32,9 @@ Content = Annotated[
 class Message(Strict):
     """One turn of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is the same as system.")
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="system, developer (the same), user or assistant."
+    )
     content: Content = Field(description="A string, or text parts, which are joined by newlines.")
     name: str | None = Field(None, description="Handed to the chat template; refused when that makes no use of it.")
     refusal: Any = refused("an answer is never split into text and refusal.")
