@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels.contract import LinearSpec
 from kernels.gpu import refusal
 from kernels.gpu.multiply import SUM_BLOCK
+from kernels.gpu.packing import CODES_AT_ONCE
 from kernels.gpu.tiles import ANY, Tile, cut
 from kernels.linear.blocks import check_width
 
@@ -91,15 +92,21 @@ def plane_of(kind: int, in_features: int, group_size: int) -> int:
 
 
 def pack_halves(codes: Tensor, bits: int, plane: int) -> Tensor:
-    """[N, K] uint8, each below 2^bits -> [N, num_blocks * V / 2] int32. Takes 4 bytes a code of scratch memory."""
+    """[N, K] uint8, each below 2^bits -> [N, num_blocks * V / 2] int32. Takes 10 bytes of scratch memory for each of
+    CODES_AT_ONCE codes, or of one row."""
     planes = 16 // bits
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (planes * plane)))
-    blocks = padded.view(len(codes), -1, planes, plane)
-    words = torch.zeros(len(codes), blocks.shape[1], plane, dtype=torch.int32, device=codes.device)
-    for j in range(planes):
-        words |= blocks[:, :, j].int() << (j * bits)
-    halves = (words & 0x7FFF) - (words & 0x8000)  # as int16
-    return halves.to(torch.int16).flatten(1).contiguous().view(torch.int32)
+    num_rows, num_blocks = len(codes), -(-codes.shape[1] // (planes * plane))
+    halves = torch.empty(num_rows, num_blocks * plane, dtype=torch.int16, device=codes.device)
+    rows_at_once = max(1, CODES_AT_ONCE // max(1, codes.shape[1]))
+    for start in range(0, num_rows, rows_at_once):
+        rows = codes[start : start + rows_at_once]
+        padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % (planes * plane)))
+        blocks = padded.view(len(rows), num_blocks, planes, plane)
+        words = torch.zeros(len(rows), num_blocks, plane, dtype=torch.int32, device=codes.device)
+        for j in range(planes):
+            words |= blocks[:, :, j].int() << (j * bits)
+        halves[start : start + rows_at_once] = ((words & 0x7FFF) - (words & 0x8000)).flatten(1)  # as int16
+    return halves.view(torch.int32)
 
 
 class DecodingKernel:

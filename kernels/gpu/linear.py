@@ -330,7 +330,7 @@ def many(
 ):  # fmt: skip
     """y[p, t, n] = f sum_{k in p} x[t, k] bf16(s[n, g] v[n, k] + o[n, g]),  summed in float32 on tensor cores
 
-    With many rows, scaling sums costs more than scaling weights, which are rounded to bfloat16 for it; `weights` says
+    With many rows, scaling sums costs more than scaling weights, which are rounded to bfloat16 for it; `rounded` says
     how. Reads the matrix once for each BLOCK_M tokens; 2 to 4 N K operations to unpack and scale for each, 2 T N K on
     tensor cores.
     """

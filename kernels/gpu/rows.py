@@ -55,7 +55,7 @@ def rotate_pair(q, k, cos, sin, q_out, k_out, num_heads, num_kv_heads, half, BLO
         turn(k, k_out, (token * num_kv_heads + head - num_heads) * 2 * half, angle, half, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def swiglu(gate, up, out, count, BLOCK: tl.constexpr):
     """y = gate / (1 + exp(-gate)) up. 6 bytes and 5 operations an element."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -21,7 +21,7 @@ ROTATED = MappingProxyType({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32})
 
 
 class RoundingTriton(Rounding):
-    """The same codes and scales as Rounding, to the bit, for bfloat16 activations."""
+    """The same codes and scales as Rounding, to the bit, for bfloat16 activations that are finite."""
 
     def apply(self, x: Tensor) -> Tensor:
         """x: [num_tokens, width] bfloat16 or float32 -> x^, x's dtype."""

@@ -95,6 +95,8 @@ class Int8Triton:
             return reason
         if spec.group_size % SHORTEST_RUN and spec.group_size < spec.in_features:
             return f"groups of {spec.group_size} channels are neither a multiple of {SHORTEST_RUN} nor the whole row"
+        if MAX_EXACT < spec.group_size < spec.in_features:
+            return f"groups of {spec.group_size} channels are longer than the {MAX_EXACT} whose sums are exact"
         return None
 
     def prepare(self, weights: Int8Weights) -> Prepared | ByChannels:
