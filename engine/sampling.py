@@ -10,6 +10,7 @@ ran beside it and however often it was preempted.
 
 import math
 import struct
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -57,32 +58,77 @@ class Draw:
     def num_generated(self) -> int:
         return len(self.tokens) - self.num_prompt + (self.last is not None)
 
-    def edits(self) -> Edits | None:
-        """What is done to the raw logits before the temperature; None: nothing."""
+    @property
+    def has_penalties(self) -> bool:
         s = self.sampling
-        has_penalties = s.presence_penalty != 0 or s.frequency_penalty != 0 or s.repetition_penalty != 1
-        if not has_penalties and not s.logit_bias and self.num_generated >= s.min_tokens:
-            return None
-        counts, less = Counter[int](), dict[int, float]()
+        return s.presence_penalty != 0 or s.frequency_penalty != 0 or s.repetition_penalty != 1
+
+    @property
+    def banned(self) -> tuple[int, ...]:
+        """The endings that min_tokens still forbid; an id may be there twice."""
+        s = self.sampling
+        if self.num_generated >= s.min_tokens:
+            return ()
+        return (*s.stop_token_ids, *(() if s.ignore_eos else self.eos_token_ids))
+
+    def edited(self, logits: Tensor) -> Tensor:
+        """The row after bias, penalties and bans, with the same bits as `edits` give; itself where there are none.
+
+        logits: [vocab] float32 on the CPU, left as it is. Rule by rule: their ids need not be joined.
+        """
+        s, banned = self.sampling, self.banned
+        if not (s.logit_bias or banned or self.has_penalties):
+            return logits
+        logits = logits.clone()
+        if s.logit_bias:
+            added = torch.tensor(list(s.logit_bias.values()), dtype=torch.float32)
+            logits.index_add_(0, _tensor(list(s.logit_bias)), added)
+        if s.repetition_penalty != 1:
+            seen = _tensor(list(set(self.tokens)))
+            values = logits.index_select(0, seen)
+            scaled = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
+            logits.index_copy_(0, seen, scaled)
         if s.presence_penalty or s.frequency_penalty:
-            counts.update(self.tokens[self.num_prompt :])
-            counted = torch.tensor(list(counts.values()), dtype=torch.int64)
-            less = dict(zip(counts, (s.presence_penalty + s.frequency_penalty * counted).tolist(), strict=True))
-        if self.num_generated < s.min_tokens:
-            less |= dict.fromkeys((*s.stop_token_ids, *(() if s.ignore_eos else self.eos_token_ids)), math.inf)
-        seen = set(self.tokens) if s.repetition_penalty != 1 else set()
-        named = [*s.logit_bias.keys() | less.keys()]
-        others = seen.difference(named)  # one by one, 1,373 of them took 1.6 ms in place of 0.2
-        bias, factor = s.logit_bias, s.repetition_penalty
-        rows = [(bias.get(i, 0), factor if i in seen else 1, less.get(i, 0), counts[i]) for i in named]
-        terms = torch.zeros(4, len(named) + len(others))
-        terms[:, : len(named)] = torch.tensor(rows, dtype=torch.float32).view(-1, 4).T
-        terms[1, len(named) :] = factor
-        last = None
-        if self.last is not None and has_penalties:
-            last = Last(self.last, factor, s.presence_penalty, s.frequency_penalty)
-        ids = torch.tensor([*named, *others], dtype=torch.int64)
-        return Edits(ids, terms[:3], terms[3], last) if len(ids) or last is not None else None
+            counts = self._counts()
+            logits.index_add_(0, _tensor(list(counts)), self._less(_tensor(list(counts.values()))), alpha=-1)
+        if banned:
+            logits.index_fill_(0, _tensor(banned), -math.inf)
+        return logits
+
+    def edits(self) -> Edits | None:
+        """The same for a kernel; None: nothing is edited."""
+        s, banned = self.sampling, set(self.banned)
+        if not (s.logit_bias or banned or self.has_penalties):
+            return None
+        counts, seen = self._counts(), set(self.tokens) if s.repetition_penalty != 1 else set()
+        # First the ids that a rule names, what is banned at the end: these are looked up one by one. The others share
+        # columns: one by one, 1,373 of them took 1.6 ms in place of 0.2.
+        named = [*s.logit_bias.keys() - banned, *banned]
+        times = [*(counts.pop(i, 0) for i in named), *counts.values()]
+        ids = _tensor([*named, *counts, *seen.difference(named, counts)])
+        terms, counted = torch.zeros(3, len(ids)), torch.zeros(len(ids))
+        add, factor, less = terms.unbind()
+        factor.fill_(s.repetition_penalty)
+        if any(times):
+            counted[: len(times)] = _tensor(times)
+            less.copy_(torch.where(counted > 0, self._less(counted), 0.0))
+        if s.logit_bias:
+            add[: len(named)] = torch.tensor([s.logit_bias.get(i, 0) for i in named], dtype=torch.float32)
+        if named and seen:
+            factor[: len(named)] = torch.tensor([s.repetition_penalty if i in seen else 1 for i in named])
+        less[len(named) - len(banned) : len(named)] = math.inf
+        rules = s.repetition_penalty, s.presence_penalty, s.frequency_penalty
+        last = None if self.last is None or not self.has_penalties else Last(self.last, *rules)
+        return Edits(ids, terms, counted, last) if len(ids) or last is not None else None
+
+    def _counts(self) -> Counter[int]:
+        """How often each id is in the answer; empty where no penalty asks."""
+        s = self.sampling
+        return Counter(self.tokens[self.num_prompt :] if s.presence_penalty or s.frequency_penalty else ())
+
+    def _less(self, counts: Tensor) -> Tensor:
+        """counts: [n], how often each is in the answer -> [n] float32, what its logit loses."""
+        return self.sampling.presence_penalty + self.sampling.frequency_penalty * counts
 
     @property
     def filters(self) -> Filters | None:
@@ -197,14 +243,12 @@ class Sampler:
         best = self.kernel.argmax(logits)
         if best is None:
             raise BadLogits("the model produced logits that are not finite")
-        edits, filters = draw.edits(), draw.filters
-        if edits is not None:
-            logits = logits.clone()
-            logits[edits.ids] = edits.of(logits[edits.ids])
-            best = self.kernel.argmax(logits)
+        edited, filters = draw.edited(logits), draw.filters
+        if edited is not logits:
+            best = self.kernel.argmax(edited)
             if best is None:
                 raise BadLogits("bias, penalties and min_tokens leave no logit that is finite")
-        return best if filters is None else self.kernel.draw(logits, filters, draw.uniform)
+        return best if filters is None else self.kernel.draw(edited, filters, draw.uniform)
 
     def sample(self, logits: Tensor, draw: Draw) -> Drawn:
         """Choose, with log-probabilities if they are wanted.  logits: [vocab] likewise. Raises BadLogits."""
@@ -252,6 +296,11 @@ def _entries(ids: Tensor, values: Tensor, num_top: Sequence[int]) -> list[Logpro
         None if own[0] < 0 else Logprobs(own[0], scores[0], list(zip(own[1:], scores[1:], strict=True))[:most])
         for own, scores, most in zip(ids.tolist(), values.tolist(), num_top, strict=True)
     ]
+
+
+def _tensor(numbers: Sequence[int]) -> Tensor:
+    """[n] int64; of 1,400 in 21 us, which torch.tensor takes 70 for."""
+    return torch.frombuffer(array("q", numbers), dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64)
 
 
 def uniform_at(seed: int, index: int, position: int) -> float:

@@ -91,6 +91,48 @@ def test_min_tokens_bans_every_ending_until_then() -> None:
     assert SAMPLER.choose(logits, draw_of([5], num_prompt=1, ignore_eos=True, **rules)) == 0
 
 
+def by_definition(logits: Tensor, draw: Draw) -> Tensor:
+    """Id by id, each operation rounded to float32."""
+    s, answer = draw.sampling, draw.tokens[draw.num_prompt :]
+    banned = {*s.stop_token_ids, *draw.eos_token_ids} if len(answer) < s.min_tokens else set()
+    row = []
+    for token, value in enumerate(logits):
+        x = value + torch.tensor(s.logit_bias.get(token, 0), dtype=torch.float32)
+        if token in draw.tokens:
+            x = x / s.repetition_penalty if x > 0 else x * s.repetition_penalty
+        if count := answer.count(token):
+            x = x - (s.presence_penalty + s.frequency_penalty * torch.tensor(count, dtype=torch.float32))
+        row.append(torch.tensor(-math.inf) if token in banned else x)
+    return torch.stack(row)
+
+
+@pytest.mark.parametrize("least", [0, 9], ids=["free", "banned"])
+@pytest.mark.parametrize("repetition", [{}, {"repetition_penalty": 1.7}], ids=["", "repetition"])
+@pytest.mark.parametrize(
+    "counted", [{}, {"presence_penalty": 0.1}, {"frequency_penalty": -0.3}, {"presence_penalty": 0.7}], ids=str
+)
+@pytest.mark.parametrize("bias", [{}, {4: 1.1}, {1: 1.1, 2: -0.3, 5: 2, 6: 0.1, 8: 4.0}], ids=str)
+def test_rules_meet_on_one_id(bias: dict[int, float], counted: Any, repetition: Any, least: int) -> None:
+    """To the last bit, on the CPU and as edits for a kernel: ids that are in the prompt, in the answer, biased, banned,
+    several of these or none. Bugs: a term in the column of another id, an id named twice, one that only a bias names
+    scaled, a whole bias among fractions that makes all of them whole."""
+    tokens, logits = [0, 1, 2, 2, 3, 3, 3, 6, 7], torch.randn(10, generator=torch.Generator().manual_seed(1))
+    draw = draw_of(tokens, 3, logit_bias=bias, min_tokens=least, stop_token_ids=(5, 6, 7, 5), **counted, **repetition)
+    expected, edits, row = by_definition(logits, draw), draw.edits(), logits.clone()
+    if edits is not None:
+        assert len(set(edits.ids.tolist())) == len(edits.ids)
+        row[edits.ids] = edits.of(row[edits.ids])
+    assert torch.equal(row, expected)
+    assert torch.equal(draw.edited(logits), expected)
+
+
+@pytest.mark.parametrize("rules", [{"presence_penalty": 1.0}, {"repetition_penalty": 2.0}], ids=str)
+def test_penalties_of_no_tokens(rules: dict[str, Any]) -> None:
+    """Bug: an answer without tokens yet, of which no tensor is made."""
+    assert draw_of(**rules).edits() is None
+    assert torch.equal(draw_of(**rules).edited(LOGITS), LOGITS)
+
+
 @pytest.mark.parametrize("temperature", [1e-310, 1e-30, 1e-3])
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     """Bug: logits divided until they overflow leave NaN, and the last token of the vocabulary is drawn."""
