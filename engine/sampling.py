@@ -116,7 +116,8 @@ class Draw:
             add[: len(named)] = torch.tensor([s.logit_bias.get(i, 0) for i in named], dtype=torch.float32)
         if named and seen:
             factor[: len(named)] = torch.tensor([s.repetition_penalty if i in seen else 1 for i in named])
-        less[len(named) - len(banned) : len(named)] = math.inf
+        if banned:
+            less[len(named) - len(banned) : len(named)] = math.inf
         rules = s.repetition_penalty, s.presence_penalty, s.frequency_penalty
         last = None if self.last is None or not self.has_penalties else Last(self.last, *rules)
         return Edits(ids, terms, counted, last) if len(ids) or last is not None else None
