@@ -336,8 +336,10 @@ def _group(name: str, makers: Callable[[], Iterator[Maker]]) -> Group:
 
 def main() -> None:
     parser = arguments(__doc__, seconds=560)
-    parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
-    parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--model", choices=MODELS, default="llama-3-8b", help="whose kernels (default: %(default)s)")
+    parser.add_argument(
+        "--trials", type=int, default=5, help="of each kernel; told is their median (default: %(default)s)"
+    )
     options = parser.parse_args()
     device = torch.device("cuda")
     every = groups(SHAPES[options.model], device, Extent())

@@ -26,7 +26,7 @@ from itertools import product
 
 import torch
 
-from benchmarks.gpu_instructions import BYTES_PER_SECOND, INSTRUCTION, SLOTS_PER_SECOND
+from benchmarks.gpu_instructions import ARCHITECTURES, BYTES_PER_SECOND, INSTRUCTION, SLOTS_PER_SECOND
 from engine.batch import Batch, BatchRow, build_batch
 from kernels import gpu
 from kernels.attention.quantized.cache import LayerCodec, QuantizedCache
@@ -181,7 +181,8 @@ def check(lengths: list[int], is_json: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("command", choices=("instructions", "prompts", "check"))
-    parser.add_argument("--arch", type=int, default=90, help="compute capability to compile for: 80, 90, 100")
+    architecture = "compute capability to compile for"
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90, help=architecture)
     parser.add_argument("--lengths", type=int, nargs="*", default=[40, 700], help="tokens, at least 4")
     parser.add_argument("--json", action="store_true", help="one object a line")
     options = parser.parse_args()

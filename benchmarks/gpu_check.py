@@ -373,7 +373,7 @@ def main() -> None:
     device = torch.device("cuda")
     every = checks(SHAPES["llama-3-8b"], Extent(), device)
     before = len(lines_of(options.out))
-    main_of("benchmarks.gpu_check", options, list(every), lambda: lambda name: partial(run, name, every[name]))
+    main_of("benchmarks.gpu_check", options, list(every), lambda: lambda name: partial(run, name, every[name]), "check")
     if not options.worker and (wrong := _failures(lines_of(options.out)[before:])):
         raise SystemExit(f"{wrong} results are off or missing")
 

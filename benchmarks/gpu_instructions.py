@@ -22,6 +22,7 @@ from tests.kernels.gpu_compile import MATRICES, Case, K, N, build, dump, every_c
 
 SLOTS_PER_SECOND = 132 * 128 * 1.755e9
 BYTES_PER_SECOND = 4.3e12
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 HALF_RATE = ("LOP3", "SHF", "PRMT", "IADD3", "VIADD", "LEA", "ISETP", "SEL", "IMNMX", "VIMNMX")
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 
@@ -81,7 +82,7 @@ def costs(architecture: int) -> Iterator[Cost]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
-    parser.add_argument("--arch", type=int, default=90, help="compute capability: 80, 89, 90, 100, 120")
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90, help="compute capability")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if gpu.MISSING is not None:

@@ -167,12 +167,22 @@ def arguments(description: str | None, seconds: float, group_seconds: float = 15
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", default=None, help="groups whose names begin with one of these")
     parser.add_argument("--list", action="store_true", help="name the groups and do nothing")
-    parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"), help="results are added to this file, by line")
+    out = "results are added to this file, by line (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"), help=out)
     parser.add_argument("--json", action="store_true", help="print the lines of that file, not a table")
-    parser.add_argument("--seconds", type=float, default=seconds, help="for all groups")
-    parser.add_argument("--group-seconds", type=float, default=group_seconds, help="for one group, compiling included")
+    parser.add_argument("--seconds", type=float, default=seconds, help="for all groups (default: %(default)s)")
+    one = "for one group, compiling included (default: %(default)s)"
+    parser.add_argument("--group-seconds", type=float, default=group_seconds, help=one)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
+
+
+def require_cuda(purpose: str = "time") -> None:
+    """Raises SystemExit where there is no CUDA device; `purpose` is what a program has it for."""
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            f"torch finds no CUDA device, and there is nothing to {purpose} without one: see docs/benchmarks.md"
+        )
 
 
 def main_of(
@@ -180,19 +190,20 @@ def main_of(
     options: argparse.Namespace,
     names: Sequence[str],
     groups: Callable[[], Callable[[str], Callable[[Write], None]]],
+    purpose: str = "time",
 ) -> None:
     """Name the groups, supervise them, or be the worker that runs them. groups: makes what a worker needs, on the GPU.
 
-    Raises SystemExit without a CUDA device.
+    Raises SystemExit for groups that there are not, and without a CUDA device.
     """
+    wanted = chosen(names, options.only)
     if options.list:
-        print("\n".join(chosen(names, options.only)))
+        print("\n".join(wanted))
         return
-    if not torch.cuda.is_available():
-        raise SystemExit("torch finds no CUDA device, and there is nothing to time without one: see docs/gpu.md")
+    require_cuda(purpose)
     if options.worker:
         run_groups(options.only, groups(), writer(options.out, options.json), settle)
         return
     command = [sys.executable, "-m", module, *without_only(sys.argv[1:]), "--worker"]
     limits = Limits(options.seconds, options.group_seconds)
-    supervise(command, chosen(names, options.only), options.out, limits)
+    supervise(command, wanted, options.out, limits)

@@ -207,7 +207,7 @@ def write_table(table: Mapping[str, Any], folder: Path) -> Path:
 
 def main() -> None:
     parser = arguments(__doc__, seconds=1500, group_seconds=300)
-    parser.add_argument("--model", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--model", choices=SHAPES, default="llama-3-8b", help="whose matrices (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help="the table of this GPU, from all lines of --out")
     options = parser.parse_args()
     every = {

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from benchmarks.checkpoints import write_checkpoint
+from benchmarks.gpu_timing import require_cuda
 from benchmarks.shapes import SHAPES, SMALLEST
 from engine.config import Device, EngineConfig
 from engine.messages import Done, Sampling, Submit
@@ -37,6 +38,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--serve", type=int, default=0, metavar="N", help="starts of nibble serve to time")
     args = parser.parse_args()
+    if args.device == "cuda":
+        require_cuda()
     with tempfile.TemporaryDirectory() as folder:
         num_bytes = write_checkpoint(Path(folder), SHAPES[args.shape])
         empty = asyncio.run(measure(None, args.device))

@@ -27,6 +27,7 @@ from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE
 
 from benchmarks.checkpoints import write_checkpoint
+from benchmarks.gpu_timing import require_cuda
 from benchmarks.shapes import SHAPES, Shape
 from engine.assembly import build
 from engine.batch import BatchRow, build_batch
@@ -65,6 +66,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, help="of random weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
+    if args.device == "cuda":
+        require_cuda()
     with tempfile.TemporaryDirectory() as folder:
         if args.shape is not None:
             write_random(Path(folder), SHAPES[args.shape])
