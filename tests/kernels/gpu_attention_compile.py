@@ -50,16 +50,20 @@ POINTERS = {
 }
 
 
-def chunk_layout(bits: tuple[float, float], head_dim: int) -> ChunkLayout:
-    group = head_dim // 2
+def chunk_layout(bits: tuple[float, float], head_dim: int, group_size: int | None = None) -> ChunkLayout:
+    group = group_size or head_dim // 2
     return ChunkLayout(RowLayout(bits[0], head_dim, group), RowLayout(bits[1], head_dim, group), PAGE_SIZE)
 
 
 def attend_case(
-    architecture: int, heads: tuple[int, int], bits: tuple[float, float] | None, what: str = "decode"
+    architecture: int,
+    heads: tuple[int, int],
+    bits: tuple[float, float] | None,
+    what: str = "decode",
+    group_size: int | None = None,
 ) -> Case:
     """Attention over pages of `bits`, of float16 where there are none, as decode steps or prompts take it ("prompts"),
-    or either of "triton-fixed" ("fixed")."""
+    or either of "triton-fixed" ("fixed"). group_size: channels, half a head where none is given."""
     head_dim, group = heads
     is_wide = what == "prompts"
     tiling = Tiling(group, plain.SPLIT)
@@ -70,12 +74,14 @@ def attend_case(
         fixed = plain.constants(head_dim, PAGE_SIZE, tiling, plain.BLOCK, is_wide)
         warps = plain.num_warps(head_dim, is_wide)
     else:
-        name, q, layout = f"k{bits[0]:g}v{bits[1]:g}", "*fp32", chunk_layout(bits, head_dim)
+        name, q, layout = f"k{bits[0]:g}v{bits[1]:g}", "*fp32", chunk_layout(bits, head_dim, group_size)
         how = quantized.how_for(layout, group, is_wide, what == "fixed")
         module, warps, stages = how.module, how.num_warps, how.num_stages
         tiling = replace(tiling, least=how.columns)
         fixed = quantized.constants(layout, tiling, plain.BLOCK, how)
     label = f"attend {name}, {head_dim} channels, {group} heads{'' if what == 'decode' else ', ' + what}"
+    if group_size:
+        label += f", groups of {group_size}"
     return Case(label, architecture, module, "attend", POINTERS | {"q": q}, fixed, warps, stages)
 
 
@@ -99,6 +105,8 @@ def cases() -> Iterator[Case]:
     for heads in HEADS[1:]:
         yield attend_case(90, heads, None)
         yield attend_case(90, heads, WIDTHS[0])
+    yield attend_case(90, HEADS[0], WIDTHS[0], group_size=16)
+    yield attend_case(90, HEADS[-1], (2.0, 2.0), group_size=32)
     yield attend_case(90, HEADS[0], WIDTHS[0], "fixed")
     yield attend_case(80, HEADS[-1], WIDTHS[0], "prompts")
     yield attend_case(80, HEADS[0], WIDTHS[-1], "prompts")

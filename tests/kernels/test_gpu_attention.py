@@ -1,5 +1,6 @@
 """The Triton kernels of both caches without a GPU: interpreted, compiled within a budget, and how a step is cut up."""
 
+import json
 import math
 
 import pytest
@@ -9,10 +10,10 @@ from kernels import gpu
 from kernels.attention import f16, quantized
 from kernels.attention.f16.gpu import F16Triton
 from kernels.attention.quantized.cache import QuantizedSpec
-from kernels.attention.quantized.gpu import QuantizedTriton
+from kernels.attention.quantized.gpu import QuantizedTriton, how_for
 from kernels.attention.quantized.layout import ChunkLayout, RowLayout
 from kernels.contract import AttentionInputs, AttentionSpec
-from kernels.gpu.steps import Launch, Tiling, launches
+from kernels.gpu.steps import MULTIPROCESSORS, Launch, Tiling, launches
 from tests.kernels.gpu_attention_compile import BUDGET, cases
 from tests.kernels.gpu_checks import check_budget, check_interpreted, check_names, needs_interpreter, needs_triton
 from tests.kernels.gpu_compile import Case
@@ -35,6 +36,20 @@ def test_kernels_compile_within_their_budget(
 
 def test_the_budget_is_of_the_cases_that_exist() -> None:
     check_names(BUDGET, cases())
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.module == "decode_steps"], ids=str)
+def test_programs_that_are_planned_run_at_once(case: Case) -> None:
+    """Bug: groups of 16 channels, with 255 registers and 36 KB a program, planned as if they took what two groups of a
+    head do: the last programs wait for all others to end."""
+    fixed = case.constants
+    keys, values = (RowLayout(float(fixed[f"{x}_BITS"]), fixed["D"], fixed[f"{x}_GROUP"]) for x in "KV")
+    how = how_for(ChunkLayout(keys, values, fixed["PAGE"]), fixed["G"], False, False)
+    registers, _, shared = json.loads(BUDGET.read_text())["cases"][str(case)]
+    num_processors, memory = {80: (108, 164), 90: (132, 228), 100: (148, 228)}[case.architecture]  # A100, H100, B200
+    by_registers = 65536 // (32 * how.num_warps * registers)
+    at_once = min(by_registers, memory * 1024 // (shared + 1024))  # 1 KiB of each program is the driver's
+    assert MULTIPROCESSORS * how.residents <= num_processors * at_once
 
 
 def rows_of(launch: Launch) -> list[tuple[int, int, int]]:

@@ -34,7 +34,11 @@ NUM_STAGES = 2  # of packed tokens: costs 8 registers and 8 KiB on sm_90; prompt
 FEW_COLUMNS = 8  # of a tile that kernels/gpu/decode_steps.py serves
 FEW_BITS = (2.0, 4.0)
 FEW_WARPS = 1
-FEW_RESIDENTS = 7  # of 132 multiprocessors; by registers nine are possible, also on the 108 of an A100
+# Groups of a head, above which its blocks have the fewest tokens that tensor cores take. 8 groups of 16 channels of
+# `k4v4` take 38 instructions a token, 242 registers and 10.4 KiB on sm_90 then. Blocks of 64 tokens take 39, 255
+# registers, 480 bytes of stack and 35.5 KiB.
+FEW_GROUPS = 4
+SMALL_BLOCK = 16
 
 
 class QuantizedTriton:
@@ -184,6 +188,7 @@ class How:
     num_warps: int
     num_stages: int
     residents: int = 2  # Tiling's
+    block: int = BLOCK  # tokens of a product, at most
 
     def kernel(self) -> Any:
         return import_module(f"kernels.gpu.{self.module}").attend
@@ -196,7 +201,22 @@ def how_for(layout: ChunkLayout, group: int, is_wide: bool, is_fixed: bool) -> H
         return How("quantized", True, WIDE_COLUMNS, num_warps(layout.head_dim, True), 1)
     if is_fixed or group > FEW_COLUMNS or any(row.bits not in FEW_BITS or row.group_size < 16 for row in rows):
         return How("quantized", False, MIN_COLUMNS, num_warps(layout.head_dim, False), NUM_STAGES)
-    return How("decode_steps", False, FEW_COLUMNS, FEW_WARPS, NUM_STAGES, FEW_RESIDENTS)
+    num_groups = max(row.num_groups for row in rows)
+    residents = few_residents(layout.head_dim, num_groups)
+    block = BLOCK if num_groups <= FEW_GROUPS else SMALL_BLOCK
+    return How("decode_steps", False, FEW_COLUMNS, FEW_WARPS, NUM_STAGES, residents, block)
+
+
+def few_residents(head_dim: int, num_groups: int) -> int:
+    """Programs of kernels/gpu/decode_steps.py that a multiprocessor is given: Tiling.residents. num_groups: of a head.
+
+    Those of 132 multiprocessors run at once on the 108 of an A100 too, which have 65,536 registers and 164 KiB each:
+    nine programs of 224 registers, eight of 256 registers and 19.5 KiB, or seven of the 20.75 KiB of 16 groups; the
+    driver takes 1 KiB more of each.
+    """
+    if head_dim <= 128 and num_groups <= 2:
+        return 7
+    return 6 if num_groups <= 8 else 5
 
 
 def constants(layout: ChunkLayout, tiling: Tiling, block: int, how: How) -> dict[str, int]:
@@ -209,7 +229,7 @@ def constants(layout: ChunkLayout, tiling: Tiling, block: int, how: How) -> dict
         "D": layout.head_dim,
         "COLUMNS": tiling.columns(how.is_wide),
         "SPLIT": tiling.split,
-        "BLOCK": block if layout.head_dim <= 128 else block // 2,
+        "BLOCK": min(how.block, block if layout.head_dim <= 128 else block // 2),
         "CHUNK": layout.chunk_bytes,
         "K_BITS": int(layout.keys.bits),  # 1 for 1.5
         "K_GROUP": layout.keys.group_size,
