@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks import gpu_model
 from benchmarks.gpu_timing import Case, Clock, Group, Maker, Timing, arguments, copy_case, main_of
@@ -188,7 +189,9 @@ def sdpa(work: Attended, name: str, backend: SDPBackend) -> Case:
         attend = partial(functional.scaled_dot_product_attention, q, k, v)
     else:
         q = work.random(work.num_seqs, shape.num_heads, num_rows, dim)
-        mask = causal_mask(num_rows, work.context, work.device)
+        mask: Tensor = causal_lower_right(num_rows, work.context)  # flash takes no dense one, the others no other
+        if backend != SDPBackend.FLASH_ATTENTION:
+            mask = causal_mask(num_rows, work.context, work.device)
         attend = partial(functional.scaled_dot_product_attention, q, k, v, mask, enable_gqa=True)
         if num_rows == work.context:
             attend = partial(functional.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)

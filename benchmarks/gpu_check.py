@@ -5,9 +5,10 @@ At the sizes of Llama-3-8B:
 linear       every kind of codes at every entry of the table of configurations, against float64
 families     fp8, int8, codebook, lookup, sparse, lowrank and dense weights, likewise
 ops          RMSNorm, RoPE and SwiGLU, likewise
-store        bytes written to pages, against those of the reference: the same to the last bit
+transforms   roundings, Hadamard blocks and rotations of activations, against the same on the CPU
+store        what is written to pages, behind RoPE and alone, against the reference: the same to the last bit
 attention    a sweep of widths, heads and page sizes (benchmarks.gpu_attention), and contexts of up to 32k tokens
-far          a layer's pages beyond the first 4 GiB, where offsets do not fit 32 bits
+far          a layer's last pages, where offsets do not fit 32 bits: prompts and decode steps
 steps        recorded decode steps of a small model, against the same launched kernel by kernel
 sampling     ids drawn from 128,256, against the reference's
 
@@ -15,9 +16,8 @@ A result's error is told in parts of the bound of the tests (tests/tolerance.py)
 benchmarks.gpu writes them; ends with an error where one is wrong. On a CPU under TRITON_INTERPRET=1 for a test, small.
 """
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
@@ -25,11 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import PAGE_SIZE, Attended, random_cache
+from benchmarks.gpu import PAGE_SIZE, Attended
 from benchmarks.gpu_attention import HEADS, SCALE, WIDTHS, Sweep
+from benchmarks.gpu_errors import Checked, placed, worst
 from benchmarks.gpu_model import K4V4, W4, cache_for
+from benchmarks.gpu_pages import check_far_pages, check_stored
 from benchmarks.gpu_random import Models
 from benchmarks.gpu_timing import arguments, main_of
+from benchmarks.gpu_transforms import check_transforms
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.workers import Line, Write, lines_of
 from engine.batch import BatchRow, build_batch
@@ -38,9 +41,6 @@ from engine.runner import Runner
 from kernels.activation.gpu import ActivationTriton
 from kernels.attention.f16.gpu import F16Triton
 from kernels.attention.f16.layout import page_shape
-from kernels.attention.quantized.cache import QuantizedCache
-from kernels.attention.quantized.gpu import QuantizedTriton
-from kernels.attention.quantized.reference import QuantizedReference
 from kernels.contract import AttentionInputs, Filters, RowDraw
 from kernels.gpu.multiply import multiply
 from kernels.gpu.packing import LINEAR, LOOKUP, Packed
@@ -59,13 +59,11 @@ from tests.kernels.weights import example, random_affine, random_nested, random_
 from tests.tolerance import EPS, dot_bound
 
 EPS_BF16 = torch.finfo(torch.bfloat16).eps
-FAR_BYTES = 5 << 30
+FAR_BYTES = (5 << 30, 9 << 30)  # more than 2^31 elements of float16 pages, and words of packed ones
 SMALL = Shape(256, 512, 2, 8, 2, 64, 1024, False)
 FAMILIES = ("dense", "fp8", "int8", "codebook", "lookup", "sparse", "lowrank")
 RULES = (None, Filters(1.0), Filters(0.7), Filters(1.0, top_k=50), Filters(1.0, top_k=40, top_p=0.9))
 POLICIES = ("k8v8:w128:s4", "k4v4:w128:s4", "skvq:k2v2:w128:s4", "skvq:k2v1.5:w128:s4")
-
-Checked = tuple[str, float]  # what, and its error in parts of the bound
 
 
 @dataclass(frozen=True)
@@ -75,17 +73,11 @@ class Extent:
     rows: tuple[int, ...] = (1, 8, 9, 16, 17, 64, 65, 500)  # both ends of every entry of the table
     lengths: tuple[int, ...] = (700,)
     long: tuple[tuple[int, int], ...] = ((32768, 1), (5000, 3), (1500, 70))  # tokens, rows of them
-    far_bytes: int = FAR_BYTES
+    far_bytes: tuple[int, int] = FAR_BYTES
     family: tuple[int, int] = (4096, 2048)  # channels and outputs of a matrix of each other family
     stored: int = 77  # rows: more than a page of them
     num_draws: int = 16
     steps: int = 40
-
-
-def worst(found: Tensor, expected: Tensor, bound: Tensor) -> float:
-    """The largest error in parts of its bound; infinite where there is a NaN."""
-    parts = (found.double() - expected.double()).abs() / bound.double().clamp_min(1e-300)
-    return float(parts.nan_to_num(torch.inf).max())
 
 
 # ---- linear ----------------------------------------------------------------------------------------------------------
@@ -101,19 +93,6 @@ def matrices(n: int, k: int) -> dict[str, Callable[[], Any]]:
         "mxfp4 g32": partial(random_table, tables.E2M1, k, n, 32, torch.float8_e8m0fnu, 7),
         "nvfp4 g16": partial(random_table, tables.E2M1, k, n, 16, torch.float8_e4m3fn, 8),
     }
-
-
-def placed(holder: Any, device: torch.device) -> Any:
-    """A frozen dataclass with its tensors on the device; one number that stands for all still does."""
-    moved: dict[str, Any] = {}
-    for name, value in vars(holder).items():
-        if isinstance(value, Tensor) and 0 in value.stride():
-            moved[name] = value[:1, :1].to(device).expand(value.shape)
-        elif isinstance(value, Tensor):
-            moved[name] = value.to(device)
-        elif hasattr(value, "__dataclass_fields__"):
-            moved[name] = placed(value, device)
-    return replace(holder, **moved)
 
 
 def check_linear(size: tuple[int, int], extent: Extent, device: torch.device) -> Iterator[Checked]:
@@ -216,23 +195,10 @@ def rope_error(shape: Shape, num_rows: int, device: torch.device) -> float:
 
 
 def check_store(shape: Shape, extent: Extent, device: torch.device) -> Iterator[Checked]:
-    """The number of bytes that differ: above 0 is wrong, and told as such."""
-    for policy in POLICIES:
-        work = Attended(shape, 1, extent.stored, -(-extent.stored // 128) * 128, device)
-        cache, recent_each = random_cache(work, policy)
-        pages, recent = torch.zeros_like(cache.pages), torch.zeros_like(cache.recent)
-        sizes = (extent.stored, shape.num_kv_heads, shape.head_dim)
-        k, v = (4 * torch.randn(sizes, device=device).bfloat16() for _ in range(2))
-        ours, theirs = (QuantizedCache(cache.codec, cache.layout, pages.clone(), recent.clone()) for _ in range(2))
-        host = QuantizedCache(cache.codec.to(torch.device("cpu")), cache.layout, theirs.pages.cpu(), recent.cpu())
-        QuantizedTriton().store(k, v, ours, work.step(recent_each).attention)
-        QuantizedReference().store(k.cpu(), v.cpu(), host, replace_device(work, recent_each))
-        differing = (ours.pages.cpu() != host.pages).sum() + (ours.recent.cpu() != host.recent).sum()
-        yield f"store {policy}", float(2 * differing)
-
-
-def replace_device(work: Attended, recent_each: int) -> AttentionInputs:
-    return replace(work, device=torch.device("cpu")).step(recent_each).attention
+    """Of every kind of pages (benchmarks/gpu_pages.py)."""
+    work = Attended(shape, 1, extent.stored, -(-extent.stored // 128) * 128, device)
+    for policy in ("f16", *POLICIES):
+        yield from check_stored(work, policy)
 
 
 def check_sweep(extent: Extent, device: torch.device) -> Iterator[Checked]:
@@ -272,40 +238,14 @@ def f16_error(length: int, num_rows: int, device: torch.device) -> float:
 
 
 def check_far(shape: Shape, extent: Extent, device: torch.device) -> Iterator[Checked]:
-    """The same rows in the first page and in the last must give the same bits."""
-    page = page_shape(shape.num_kv_heads, PAGE_SIZE, shape.head_dim)
-    pages = torch.zeros(extent.far_bytes // (2 * math.prod(page)), *page, dtype=torch.float16, device=device)
-    num_rows = min(extent.stored, PAGE_SIZE)
-    work = Attended(shape, 1, num_rows, num_rows, device)
-    k, v = (work.random(num_rows, shape.num_kv_heads, shape.head_dim) for _ in range(2))
-    q, kernel, found = work.queries(), F16Triton(), []
-    for at in (0, len(pages) - 1):
-        step = moved_to(work.step().attention, at, PAGE_SIZE)
-        kernel.store(k, v, pages, step)
-        found.append(kernel.attend(q, pages, step, 0.1))
-    yield f"f16 pages of {pages.nbytes >> 30} GiB", 2.0 * float((found[0] != found[1]).sum())
-    del pages
-    cache, _ = random_cache(work, "skvq:k4v4:w0:s0")
-    chunks = cache.pages[:1].expand(extent.far_bytes // cache.pages[0].numel(), -1, -1).contiguous()
-    cache, quantized, found = QuantizedCache(cache.codec, cache.layout, chunks, cache.recent), QuantizedTriton(), []
-    for at in (0, len(chunks) - 1):
-        step = replace(moved_to(work.step().attention, at, PAGE_SIZE), recent=None)
-        quantized.store(k, v, cache, step)
-        found.append(quantized.attend(q, cache, step, 0.1))
-    yield f"packed pages of {chunks.nbytes >> 30} GiB", 2.0 * float((found[0] != found[1]).sum())
-
-
-def moved_to(inputs: AttentionInputs, page: int, page_size: int) -> AttentionInputs:
-    """A step of one sequence on one page, on another page."""
-    tables = torch.full_like(inputs.block_tables, page)
-    return replace(inputs, block_tables=tables, slots=inputs.slots % page_size + page * page_size)
+    yield from check_far_pages(shape, min(extent.stored, PAGE_SIZE), extent.far_bytes, device)
 
 
 # ---- sampling and steps ----------------------------------------------------------------------------------------------
 
 
 def check_sampling(shape: Shape, extent: Extent, device: torch.device) -> Iterator[Checked]:
-    """Ids that are not the reference's, of those that are not left to the CPU."""
+    """Ids that are not the reference's. Of such logits none is left to the CPU: one that is counts as wrong."""
     logits = 3 * torch.randn(extent.num_draws, shape.vocab, device=device)
     rows, reference = logits.cpu(), SamplingReference()
     for rules in RULES:
@@ -315,7 +255,7 @@ def check_sampling(shape: Shape, extent: Extent, device: torch.device) -> Iterat
             reference.argmax(rows[draw.row]) if rules is None else reference.draw(rows[draw.row], rules, draw.uniform)
             for draw in draws
         ]
-        wrong = sum(ours not in (-1, theirs) for ours, theirs in zip(found, expected, strict=True))
+        wrong = sum(ours != theirs for ours, theirs in zip(found, expected, strict=True))
         left = sum(ours == -1 for ours in found)
         yield f"{'greedy' if rules is None else rules}, {left} of {len(draws)} left", 2.0 * wrong
 
@@ -346,6 +286,7 @@ def checks(shape: Shape, extent: Extent, device: torch.device) -> dict[str, Chec
     sizes = sorted({*shape.linears().values()} - {(shape.hidden, shape.num_heads * shape.head_dim)})
     return {
         "ops": partial(check_ops, shape, extent, device),
+        "transforms": partial(check_transforms, shape, device),
         "store": partial(check_store, shape, extent, device),
         "sampling": partial(check_sampling, shape, extent, device),
         "attention long": partial(check_long, extent, device),

@@ -51,9 +51,9 @@ class Result:
     microseconds: float  # median of the trials
     gigabytes_per_second: float
     share: float  # of the group's copy
-    ratio: float  # the first case's time over this one's: median, lowest, highest
-    lowest: float
-    highest: float
+    ratio: float | None  # the first case's time over this one's: median, lowest, highest; None where that one failed
+    lowest: float | None
+    highest: float | None
 
 
 class Timer(Protocol):
@@ -101,16 +101,19 @@ def copy_case(device: torch.device, num_bytes: int = COPY_BYTES) -> Case:
     return Case("copy", 2 * num_bytes, partial(torch.empty_like(source).copy_, source))
 
 
-def judged(group: str, cases: Sequence[Case], trials: Sequence[Sequence[float]]) -> list[Result]:
-    """trials: milliseconds by case. The first case is what the others are held against, the last one the copy."""
+def judged(group: Group, cases: Sequence[Case], trials: Sequence[Sequence[float]]) -> list[Result]:
+    """trials: milliseconds by case, the last one the copy. A group's first case is what the others are held against:
+    where it is not among them there are no ratios."""
     milliseconds = [statistics.median(times) for times in zip(*trials, strict=True)]
     rates = [case.num_bytes / spent / 1e6 for case, spent in zip(cases, milliseconds, strict=True)]
     results = []
     for i, case in enumerate(cases):
-        ratios = [times[0] / times[i] for times in trials]
-        spread = (round(x, 2) for x in (statistics.median(ratios), min(ratios), max(ratios)))
+        spread: tuple[float | None, ...] = (None,) * 3
+        if cases[0].name == group.makers[0].name:
+            ratios = [times[0] / times[i] for times in trials]
+            spread = tuple(round(x, 2) for x in (statistics.median(ratios), min(ratios), max(ratios)))
         figures = (round(1e3 * milliseconds[i], 1), round(rates[i], 1), round(rates[i] / rates[-1], 3))
-        results.append(Result(group, case.name, *figures, *spread))
+        results.append(Result(group.name, case.name, *figures, *spread))
     return results
 
 
@@ -156,7 +159,7 @@ class Timing:
             return
         cases.append(self.copy)
         self.timer.trial(cases)  # warms up
-        found = judged(group.name, cases, [self.timer.trial(cases) for _ in range(self.num_trials)])
+        found = judged(group, cases, [self.timer.trial(cases) for _ in range(self.num_trials)])
         self.results += found
         for result in found:
             write(asdict(result))

@@ -48,10 +48,11 @@ def lines_of(path: Path) -> list[Line]:
 def shown(line: Line) -> str:
     """A line of results for people."""
     if "microseconds" in line:
-        return (
-            f"{line['group']:34} {line['name']:22} {line['microseconds']:9.1f} us {100 * line['share']:4.0f} % of copy "
-            f"{line['ratio']:6.2f}x ({line['lowest']:.2f} to {line['highest']:.2f})"
-        )
+        ratio = "  no ratio: the first case failed"
+        if line["ratio"] is not None:
+            ratio = f"{line['ratio']:6.2f}x ({line['lowest']:.2f} to {line['highest']:.2f})"
+        spent = f"{line['microseconds']:9.1f} us {100 * line['share']:4.0f} % of copy"
+        return f"{line['group']:34} {line['name']:22} {spent} {ratio}"
     if "error" in line:
         return f"{line['group']:34} {line.get('name', ''):22} LEFT OUT: {line['error']}"
     return json.dumps(line)

@@ -23,13 +23,14 @@ def test_ratios_are_of_times_taken_in_the_same_trial() -> None:
     """Bug: a ratio of medians, which a clock that changes between trials moves; a share of another's bytes."""
     cases = [Case(name, num_bytes, list) for name, num_bytes in (("bf16", 400), ("w4", 100), ("copy", 1000))]
     trials = [[4.0, 2.0, 5.0], [8.0, 2.0, 5.0], [2.0, 0.5, 5.0]]
-    bf16, w4, copy = judged("g", cases, trials)
+    group = Group("g", [Maker("bf16", lambda: cases[0])])
+    bf16, w4, copy = judged(group, cases, trials)
     assert (bf16.ratio, w4.ratio, w4.lowest, w4.highest) == (1.0, 4.0, 2.0, 4.0)
     assert (w4.microseconds, w4.share, copy.share) == (2000.0, 0.25, 1.0)
 
 
 def test_a_case_that_fails_is_left_out_and_says_why() -> None:
-    """Bug: a group lost because one library has no kernel for it."""
+    """Bugs: a group lost because one library has no kernel for it; ratios over another case, as if over the first."""
 
     def broken() -> Case:
         raise RuntimeError("no kernel\nfor this")
@@ -47,6 +48,8 @@ def test_a_case_that_fails_is_left_out_and_says_why() -> None:
         ("copy", ""),
     ]
     assert "LEFT OUT: ZeroDivisionError" in shown(lines[1])
+    assert [line["ratio"] for line in lines[2:]] == [None, None]
+    assert "no ratio: the first case failed" in shown(lines[2])
 
 
 def test_a_worker_that_dies_or_hangs_is_replaced(tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def test_sparse_results_are_bfloat16_and_a_fixed_row_does_not_depend_on_its_batc
 # -- transforms of activations -----------------------------------------------------------------------------------------
 
 ONE = torch.ones(1)
-RULES = {
+RULES: dict[str, dict[str, Any]] = {
     "e4m3 token": {"grid": "e4m3", "bits": 8},
     "e4m3 groups": {"grid": "e4m3", "bits": 8, "channels": 128},
     "e4m3 groups, powers of two": {"grid": "e4m3", "bits": 8, "channels": 128, "scale_grid": "e8m0-up"},
