@@ -82,7 +82,8 @@ def check_far_pages(shape: Shape, num_rows: int, num_bytes: tuple[int, int], dev
     near, _ = random_cache(work, "skvq:k4v4:w0:s0")
     chunks = near.pages[:1].expand(num_bytes[1] // near.pages[0].numel(), -1, -1).contiguous()
     cache = QuantizedCache(near.codec, near.layout, chunks, near.recent)
-    yield f"packed pages of {chunks.nbytes >> 30} GiB", far_error(work, QuantizedTriton(), cache)
+    for kernel in (QuantizedTriton(), QuantizedTriton(fixed=True)):  # decode steps by tiles of 8 columns, and of 16
+        yield f"{kernel.name}, packed pages of {chunks.nbytes >> 30} GiB", far_error(work, kernel, cache)
 
 
 def far_error(work: Attended, kernel: F16Triton | QuantizedTriton, cache: Any) -> float:
