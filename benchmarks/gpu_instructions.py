@@ -60,11 +60,6 @@ def longest_loop(assembly: str) -> list[str]:
     return [found[i][1].partition(".")[0] for i in max(loops, key=len)]
 
 
-def loop_length(assembly: str) -> int:
-    """Instructions of the longest loop. Raises ValueError where there is none."""
-    return len(longest_loop(assembly))
-
-
 def cost(case: Case, packed: Packed) -> Cost:
     built = build(case)
     used, fixed = resources(built), case.constants

@@ -124,7 +124,7 @@ class DecodingKernel:
         return decoded_refusal(spec)
 
     def join(self, prepared: Sequence[Decoded]) -> tuple[Decoded, ...]:
-        """Matrices run one after the other: a CUDA graph makes a launch cheap, and a copy would take their memory."""
+        """Matrices run one after the other."""
         return tuple(prepared)
 
     def linear(self, x: Tensor, joined: tuple[Decoded, ...]) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_check, gpu_model, gpu_tune, loading, serving
-from benchmarks.gpu_instructions import loop_length
+from benchmarks.gpu_instructions import longest_loop
 from tests.kernels.gpu_checks import check_interpreted, needs_interpreter
 
 
@@ -65,6 +65,6 @@ def test_the_longest_loop_is_counted() -> None:
         /*0060*/                   EXIT ;
         /*0070*/                   BRA 0x70;
     """
-    assert loop_length(assembly) == 5
+    assert len(longest_loop(assembly)) == 5
     with pytest.raises(ValueError, match="no loop"):
-        loop_length("/*0000*/ EXIT ;")
+        longest_loop("/*0000*/ EXIT ;")
